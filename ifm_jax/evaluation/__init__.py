@@ -1,0 +1,1 @@
+"""What the frozen features hold: linear readouts on them."""

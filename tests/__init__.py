@@ -1,0 +1,1 @@
+"""Tests of ifm_jax."""
