@@ -1,0 +1,34 @@
+"""IFM on the embedded Trifeature images: the default, for a first run anywhere.
+
+    python train.py
+
+Hardware: two CPU cores, about a minute and a half. No download.
+Expected: linear readouts of shape and texture at least 15 points above the untrained network's.
+"""
+
+from ifm_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the recipe."""
+    config = Config()
+
+    config.model.arch = "resnet6"
+    config.model.stem = "small_stride2"
+    config.moco.queue_size = 2048
+    config.moco.momentum = 0.99
+    config.moco.temperature = 0.07
+
+    config.optim.name = "adamw"
+    config.optim.lr = 0.006
+
+    config.data.image_size = 32
+    config.data.augmentation = "trifeature"
+    config.data.trifeature.shapes = 6
+    config.data.trifeature.textures = 6
+    config.data.trifeature.colors = 6
+    config.data.trifeature.rotation = 18.0
+
+    config.epochs = 8
+    config.checkpoint_every = 64
+    return config

@@ -1,0 +1,278 @@
+"""Random views of images, on the device, inside the compiled step: `f(rngs, images) -> images`.
+
+Each operation is a pure function of a batch and of one parameter per example; an augmentation draws the parameters and
+puts the operations together. An example's draws come from its own key, which derives from the key of the step and the
+example's position in the global batch (`example_rngs`), and no operation looks at another example: the views do not
+depend on how many devices or hosts share the batch.
+
+Everything is computed in the `dtype` asked for, float32 unless told otherwise. Random numbers are always drawn in
+float32, so that float64, for parity runs, sees the same views.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ITU-R 601-2 luma, with torchvision's digits.
+_LUMA = (0.2989, 0.587, 0.114)
+
+
+def example_rngs(rng: jax.Array, indices: jax.Array) -> jax.Array:
+    """Derives one key per example.
+
+    Args:
+        rng: The key of this step and view.
+        indices: Integers `(N,)`, each example's position in the global batch.
+
+    Returns:
+        Typed keys `(N,)`.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, indices)
+
+
+def random_resized_crop_boxes(
+    uniforms: jax.Array,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> jax.Array:
+    """Chooses a crop per example, as torchvision's `RandomResizedCrop` does.
+
+    The area is uniform, the logarithm of the aspect ratio is uniform, and so is the place. Differences: the box is not
+    rounded to whole pixels, and where it does not fit, its longer side is cut to the image instead of drawing again up
+    to ten times.
+
+    Args:
+        uniforms: `(N, 4)` in [0, 1): the draws for area, ratio, top and left.
+        height: The image's height in pixels.
+        width: The image's width in pixels.
+        scale: Least and greatest area, relative to the image's.
+        ratio: Least and greatest width over height.
+
+    Returns:
+        `(N, 4)` of the dtype of `uniforms`: top, left, height and width in pixels.
+    """
+    area = (scale[0] + (scale[1] - scale[0]) * uniforms[:, 0]) * (height * width)
+    aspect = jnp.exp(np.log(ratio[0]).item() + np.log(ratio[1] / ratio[0]).item() * uniforms[:, 1])
+    box_height = jnp.minimum(jnp.sqrt(area / aspect), height)
+    box_width = jnp.minimum(jnp.sqrt(area * aspect), width)
+    top = (height - box_height) * uniforms[:, 2]
+    left = (width - box_width) * uniforms[:, 3]
+    return jnp.stack([top, left, box_height, box_width], axis=1)
+
+
+def crop_matrices(boxes: jax.Array, angles: jax.Array, flips: jax.Array, height: int, width: int) -> jax.Array:
+    """Puts crop, rotation and flip into one affine map from the view's pixels to the image's.
+
+    The image is turned about the centre of the box, the box is cut out and stretched to `height` x `width`, and the
+    result is mirrored. Pixel (0, 0) has its centre at (0, 0), and a box of the whole image is the identity.
+
+    Args:
+        boxes: `(N, 4)`: top, left, height and width in pixels.
+        angles: `(N,)` in radians; positive turns the picture counter-clockwise.
+        flips: bool `(N,)`: mirror left and right.
+        height: The view's height in pixels.
+        width: The view's width in pixels.
+
+    Returns:
+        `(N, 2, 3)`: `matrix @ (x, y, 1)` is the place (x, y) in the image that pixel (x, y) of the view shows.
+    """
+    top, left, box_height, box_width = boxes.T
+    step_x = box_width / width * jnp.where(flips, -1, 1).astype(boxes.dtype)
+    step_y = box_height / height
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    # A turn of the picture by +angle looks up each pixel at -angle; y points down.
+    linear = jnp.stack([cosine * step_x, -sine * step_y, sine * step_x, cosine * step_y], axis=1).reshape(-1, 2, 2)
+    source_center = jnp.stack([left + box_width / 2, top + box_height / 2], axis=1) - 0.5
+    view_center = jnp.asarray([(width - 1) / 2, (height - 1) / 2], boxes.dtype)
+    shift = source_center - (linear * view_center[None, None, :]).sum(axis=2)
+    return jnp.concatenate([linear, shift[:, :, None]], axis=2)
+
+
+def affine_warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
+    """Resamples each image under its own affine map: bilinear, the border repeated outwards.
+
+    As `cv2.warpAffine` with `WARP_INVERSE_MAP`, `INTER_LINEAR` and `BORDER_REPLICATE`, without its rounding.
+
+    Args:
+        images: `(N, H, W, C)` of any real type.
+        matrices: `(N, 2, 3)`, the maps from the result's pixels (x, y) to the images', in pixels.
+
+    Returns:
+        `(N, H, W, C)` of the dtype of `matrices`, in the units of `images`.
+    """
+    _, height, width, _ = images.shape
+    dtype = matrices.dtype
+    x = jnp.arange(width, dtype=dtype)[None, None, :]
+    y = jnp.arange(height, dtype=dtype)[None, :, None]
+    a, b, c, d, e, f = (matrices[:, row, column, None, None] for row in range(2) for column in range(3))
+    # Clipped to the outermost pixel centres, beyond which the border repeats.
+    source_x = jnp.clip(a * x + b * y + c, 0, width - 1)
+    source_y = jnp.clip(d * x + e * y + f, 0, height - 1)
+    left, top = source_x.astype(jnp.int32), source_y.astype(jnp.int32)
+    right, bottom = jnp.minimum(left + 1, width - 1), jnp.minimum(top + 1, height - 1)
+    to_right = (source_x - left.astype(dtype))[..., None]
+    to_bottom = (source_y - top.astype(dtype))[..., None]
+
+    # Each example reads its own pixels only, so a sharded batch stays where it is.
+    @jax.vmap
+    def pixels(image, rows, columns):
+        return image.at[rows, columns].get(mode="promise_in_bounds").astype(dtype)
+
+    upper = pixels(images, top, left) * (1 - to_right) + pixels(images, top, right) * to_right
+    lower = pixels(images, bottom, left) * (1 - to_right) + pixels(images, bottom, right) * to_right
+    return upper * (1 - to_bottom) + lower * to_bottom
+
+
+def adjust_brightness(images: jax.Array, factors: jax.Array) -> jax.Array:
+    """Multiplies each image by its factor, as torchvision does on float images.
+
+    Args:
+        images: `(N, H, W, 3)` in [0, 1].
+        factors: `(N,)`; 0 gives black, 1 the image.
+
+    Returns:
+        `(N, H, W, 3)`, clipped to [0, 1].
+    """
+    return jnp.clip(images * factors[:, None, None, None], 0, 1)
+
+
+def adjust_contrast(images: jax.Array, factors: jax.Array) -> jax.Array:
+    """Blends each image with the mean of its grey version, as torchvision does on float images.
+
+    Args:
+        images: `(N, H, W, 3)` in [0, 1].
+        factors: `(N,)`; 0 gives plain grey, 1 the image, more than 1 a stronger contrast.
+
+    Returns:
+        `(N, H, W, 3)`, clipped to [0, 1].
+    """
+    channel_means = images.mean(axis=(1, 2))
+    grey = (channel_means * jnp.asarray(_LUMA, images.dtype)[None, :]).sum(axis=1)
+    factors, grey = factors[:, None, None, None], grey[:, None, None, None]
+    return jnp.clip(factors * images + (1 - factors) * grey, 0, 1)
+
+
+def add_noise(rngs: jax.Array, images: jax.Array, strength: float) -> jax.Array:
+    """Adds normal noise, drawn for each pixel and channel.
+
+    Args:
+        rngs: Keys `(N,)`.
+        images: `(N, H, W, 3)` in [0, 1].
+        strength: The standard deviation of the noise.
+
+    Returns:
+        `(N, H, W, 3)`, clipped to [0, 1].
+    """
+    noise = jax.vmap(lambda rng: jax.random.normal(rng, images.shape[1:], jnp.float32))(rngs)
+    return jnp.clip(images + strength * noise.astype(images.dtype), 0, 1)
+
+
+def normalize(
+    images: jax.Array, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD
+) -> jax.Array:
+    """Subtracts the mean and divides by the standard deviation of each channel.
+
+    Args:
+        images: `(N, H, W, C)` in [0, 1].
+        mean: One number per channel.
+        std: One number per channel.
+
+    Returns:
+        `(N, H, W, C)` of the same dtype.
+    """
+    mean, std = (jnp.asarray(values, images.dtype)[None, None, None, :] for values in (mean, std))
+    return (images - mean) / std
+
+
+@dataclasses.dataclass(frozen=True)
+class TrifeatureAugmentation:
+    """Random views of Trifeature images: crop, flip, small rotation, mild brightness and contrast, noise if wanted.
+
+    No change of hue: it would destroy colour, one of the features measured. Brightness comes before contrast, where
+    torchvision's `ColorJitter` draws the order.
+
+    Example:
+        >>> augmentation = TrifeatureAugmentation()
+        >>> rngs = example_rngs(jax.random.key(0), jnp.arange(2))
+        >>> augmentation(rngs, jnp.zeros((2, 32, 32, 3), jnp.uint8)).shape
+        (2, 32, 32, 3)
+
+    Attributes:
+        crop_scale: Least and greatest area of the crop, relative to the image's.
+        rotation: The image is turned by a uniform angle of up to so many degrees to either side.
+        flip: The probability of a left-right flip.
+        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+        contrast: The factor of the contrast, likewise.
+        noise: Standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
+        mean: Mean of each channel, for the normalisation.
+        std: Standard deviation of each channel, for the normalisation.
+        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+
+    Raises:
+        ValueError: If a strength is outside its range.
+    """
+
+    crop_scale: tuple[float, float] = (0.36, 1.0)
+    rotation: float = 9.0
+    flip: float = 0.5
+    brightness: float = 0.3
+    contrast: float = 0.3
+    noise: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
+            raise ValueError(
+                f"crop_scale is {self.crop_scale}, expected (low, high) with 0 < low <= high <= 1; it is a share of "
+                "the image's area"
+            )
+        ranges = {"rotation": 180, "flip": 1, "brightness": 1, "contrast": 1, "noise": 1}
+        for name, high in ranges.items():
+            if not 0 <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"{name} is {value}, expected 0 to {high}; 0 turns it off")
+
+    def __call__(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
+        """Makes one view of each image.
+
+        Args:
+            rngs: Keys `(N,)`, one per example (`example_rngs`).
+            images: uint8 `(N, H, W, 3)`.
+
+        Returns:
+            Normalised views, `(N, H, W, 3)` of `dtype`.
+
+        Raises:
+            ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
+        """
+        if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(
+                f"images are {images.dtype} of shape {images.shape}, expected uint8 of shape (N, H, W, 3); augment "
+                "before normalising"
+            )
+        _, height, width, _ = images.shape
+        # All parameters of an example in one draw; `noise` has a key of its own, so it changes none of them.
+        uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (8,), jnp.float32))(rngs)
+        flips = uniforms[:, 4] < self.flip
+        uniforms = uniforms.astype(self.dtype)
+        boxes = random_resized_crop_boxes(uniforms[:, :4], height, width, self.crop_scale)
+        turn, brighter, stronger = (2 * uniforms[:, 5:] - 1).T
+        angles = np.deg2rad(self.rotation).item() * turn
+
+        views = affine_warp(images, crop_matrices(boxes, angles, flips, height, width)) / 255
+        if self.brightness:
+            views = adjust_brightness(views, 1 + self.brightness * brighter)
+        if self.contrast:
+            views = adjust_contrast(views, 1 + self.contrast * stronger)
+        if self.noise:
+            views = add_noise(jax.vmap(lambda rng: jax.random.fold_in(rng, 1))(rngs), views, self.noise)
+        return normalize(views, self.mean, self.std)

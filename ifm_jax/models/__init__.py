@@ -1,0 +1,43 @@
+"""Networks: the ResNet family as torchvision's, grouped BatchNorm, projection heads."""
+
+from ifm_jax.models.batch_norm import BatchNorm
+from ifm_jax.models.encoder import Encoder
+from ifm_jax.models.heads import MLPHead
+from ifm_jax.models.resnet import (
+    ARCHITECTURES,
+    STEMS,
+    ResNet,
+    create,
+    resnet6,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "STEMS",
+    "BatchNorm",
+    "Encoder",
+    "MLPHead",
+    "ResNet",
+    "create",
+    "resnet6",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

@@ -1,0 +1,91 @@
+"""A network as a pure function: parameters and statistics in, embeddings and new statistics out."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ifm_jax.models import resnet
+from ifm_jax.models.batch_norm import RunningStats
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What query and key encoder have in common: a ResNet backbone and a projection head of `dim` outputs.
+
+    The module itself is defined with Flax NNX; this splits it into plain nested dicts of arrays, so that a training
+    step is a pure function and a checkpoint holds nothing but names and arrays.
+
+    Attributes:
+      arch: one of `resnet.ARCHITECTURES`.
+      dim: length of an embedding; 0: no head, pooled features instead.
+      mlp: the head is MoCo-v2's (linear, ReLU, linear) instead of one linear layer.
+      stem: see `resnet.ResNet`.
+      width: channels of the first stage; 0: the architecture's own.
+      bn_groups: groups of every BatchNorm in training.
+      running_stats: which statistics the running averages follow, "first_group" or "mean".
+      compute_dtype: of convolutions and products.
+      param_dtype: of parameters and running averages.
+    """
+
+    arch: str
+    dim: int = 128
+    mlp: bool = True
+    stem: resnet.Stem = "imagenet"
+    width: int = 0
+    bn_groups: int = 1
+    running_stats: RunningStats = "first_group"
+    compute_dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def module(self, rngs: nnx.Rngs) -> resnet.ResNet:
+        """Returns the live module with fresh parameters."""
+        return resnet.create(
+            self.arch,
+            width=self.width,
+            num_classes=self.dim,
+            mlp=self.mlp,
+            stem=self.stem,
+            bn_groups=self.bn_groups,
+            running_stats=self.running_stats,
+            dtype=jnp.dtype(self.compute_dtype),
+            param_dtype=jnp.dtype(self.param_dtype),
+            rngs=rngs,
+        )
+
+    def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
+        """Returns fresh `(params, batch_stats)`, nested dicts of arrays."""
+        _, params, batch_stats = nnx.split(self.module(nnx.Rngs(params=rng)), nnx.Param, nnx.BatchStat)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+    def bind(self, params: Tree, batch_stats: Tree) -> resnet.ResNet:
+        """Returns the live module with these values."""
+        # An abstract module costs nothing: no array is made.
+        abstract = nnx.eval_shape(lambda: self.module(nnx.Rngs(params=0)))
+        graphdef, param_state, stats_state = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+        nnx.replace_by_pure_dict(param_state, params)
+        nnx.replace_by_pure_dict(stats_state, batch_stats)
+        return nnx.merge(graphdef, param_state, stats_state)
+
+    def __call__(self, params: Tree, batch_stats: Tree, images: jax.Array, *, train: bool) -> tuple[jax.Array, Tree]:
+        """Returns L2-normalised embeddings `(N, dim)`, float32 or better, and the new batch statistics.
+
+        Normalisation is PyTorch's: divided by max(norm, 1e-12).
+
+        Args:
+          params: of this encoder.
+          batch_stats: running averages of this encoder.
+          images: `(N, H, W, 3)` float, normalised.
+          train: normalise with the batch's statistics and move the running averages.
+        """
+        module = self.bind(params, batch_stats)
+        outputs = module(images, train=train)
+        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        # max under the root: the gradient at zero stays finite.
+        square = jnp.sum(jnp.square(outputs), axis=-1, keepdims=True)
+        embeddings = outputs * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+        return embeddings, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))

@@ -1,0 +1,262 @@
+"""The ResNet family as torchvision defines it, on `(N, H, W, C)` images.
+
+Same parameters under the same names (`conv1`, `bn1`, `layer1.0.conv1`, ..., `fc`), same arithmetic: symmetric padding
+(`SAME` pads differently at stride 2), the stride in the 3x3 convolution of a bottleneck (ResNet v1.5), ReLU after the
+stem, biased-variance normalisation, and the same distributions at the start.
+
+Sources: He et al. 2016; torchvision.models.resnet; Xie et al. 2017 (ResNeXt); Zagoruyko and Komodakis 2016 (wide).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ifm_jax.models import heads
+from ifm_jax.models.batch_norm import BatchNorm, RunningStats
+
+Stem = Literal["imagenet", "small", "small_stride2"]
+STEMS = ("imagenet", "small", "small_stride2")
+
+
+class Architecture(NamedTuple):
+    """What tells one ResNet from another.
+
+    Attributes:
+      bottleneck: three convolutions a block (1x1, 3x3, 1x1), expansion 4, instead of two 3x3.
+      depths: blocks in each stage.
+      groups: groups of the 3x3 convolutions (ResNeXt's cardinality).
+      width_per_group: width of a group where the stage has 64 channels (wide ResNets: 128).
+      width: channels of the stem and of the first stage; each later stage doubles them.
+    """
+
+    bottleneck: bool
+    depths: tuple[int, ...]
+    groups: int = 1
+    width_per_group: int = 64
+    width: int = 64
+
+
+ARCHITECTURES = {
+    # Two stages of one block: for images of 32 px and processors without an accelerator.
+    "resnet6": Architecture(False, (1, 1), width=32),
+    "resnet18": Architecture(False, (2, 2, 2, 2)),
+    "resnet34": Architecture(False, (3, 4, 6, 3)),
+    "resnet50": Architecture(True, (3, 4, 6, 3)),
+    "resnet101": Architecture(True, (3, 4, 23, 3)),
+    "resnet152": Architecture(True, (3, 8, 36, 3)),
+    "wide_resnet50_2": Architecture(True, (3, 4, 6, 3), width_per_group=128),
+    "wide_resnet101_2": Architecture(True, (3, 4, 23, 3), width_per_group=128),
+    "resnext50_32x4d": Architecture(True, (3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext101_32x8d": Architecture(True, (3, 4, 23, 3), groups=32, width_per_group=8),
+    "resnext101_64x4d": Architecture(True, (3, 4, 23, 3), groups=64, width_per_group=4),
+}
+
+
+# Kaiming normal over the fan-out, gain of ReLU (torchvision's initialisation of every convolution).
+_kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _conv(in_features: int, out_features: int, kernel: int, *, stride: int = 1, groups: int = 1, **options) -> nnx.Conv:
+    """A convolution without bias, padded by (kernel - 1) / 2 on every side as PyTorch's."""
+    pad = (kernel - 1) // 2
+    return nnx.Conv(
+        in_features,
+        out_features,
+        kernel_size=(kernel, kernel),
+        strides=stride,
+        padding=((pad, pad), (pad, pad)),
+        feature_group_count=groups,
+        use_bias=False,
+        kernel_init=_kaiming_normal,
+        **options,
+    )
+
+
+class _Downsample(nnx.Module):
+    """The shortcut where a block changes resolution or channels: 1x1 convolution and normalisation."""
+
+    def __init__(self, conv: nnx.Conv, norm: BatchNorm):
+        self.conv = conv
+        self.norm = norm
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return self.norm(self.conv(x), train=train)
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions with a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable):
+        if arch.groups != 1 or arch.width_per_group != 64:
+            raise ValueError("a basic block has one group and width_per_group 64; take a bottleneck for others")
+        self.conv1 = conv(in_features, features, 3, stride=stride)
+        self.bn1 = norm(features)
+        self.conv2 = conv(features, features, 3)
+        self.bn2 = norm(features)
+        self.downsample = nnx.data(None)
+        if stride != 1 or in_features != features:
+            self.downsample = _Downsample(conv(in_features, features, 1, stride=stride), norm(features))
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        shortcut = x if self.downsample is None else self.downsample(x, train=train)
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = self.bn2(self.conv2(y), train=train)
+        return nnx.relu(y + shortcut)
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions with a shortcut; the stride is in the 3x3 (ResNet v1.5)."""
+
+    expansion = 4
+
+    def __init__(self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable):
+        width = features * arch.width_per_group // 64 * arch.groups
+        out_features = features * self.expansion
+        self.conv1 = conv(in_features, width, 1)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, stride=stride, groups=arch.groups)
+        self.bn2 = norm(width)
+        self.conv3 = conv(width, out_features, 1)
+        self.bn3 = norm(out_features)
+        self.downsample = nnx.data(None)
+        if stride != 1 or in_features != out_features:
+            self.downsample = _Downsample(conv(in_features, out_features, 1, stride=stride), norm(out_features))
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        shortcut = x if self.downsample is None else self.downsample(x, train=train)
+        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = nnx.relu(self.bn2(self.conv2(y), train=train))
+        y = self.bn3(self.conv3(y), train=train)
+        return nnx.relu(y + shortcut)
+
+
+class ResNet(nnx.Module):
+    """A ResNet: images `(N, H, W, 3)` -> `(N, num_classes)`, or pooled features where there is no head.
+
+    Args:
+      arch: which one; see `ARCHITECTURES`.
+      num_classes: outputs of `fc`; 0: no head, the result is the `(N, num_features)` pooled features.
+      mlp: `fc` is MoCo-v2's projection head (`heads.MLPHead`) instead of one linear layer.
+      stem: "imagenet" (7x7 stride 2, max-pooling), "small" (3x3, no pooling: images of 32 to 64 px) or
+        "small_stride2" (5x5 stride 2, no pooling: the cheaper one for processors without an accelerator).
+      bn_groups: groups of every BatchNorm in training (see `batch_norm`).
+      running_stats: which statistics the running averages follow, "first_group" or "mean".
+      dtype: in which convolutions and products are computed (None: that of images and parameters together);
+        normalisation statistics are always float32 or better.
+      param_dtype: of parameters and running averages.
+      rngs: an `nnx.Rngs` with a `params` stream.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        num_classes: int = 1000,
+        mlp: bool = False,
+        stem: Stem = "imagenet",
+        bn_groups: int = 1,
+        running_stats: RunningStats = "first_group",
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        conv = functools.partial(_conv, **options)
+        norm = functools.partial(BatchNorm, groups=bn_groups, running_stats=running_stats, param_dtype=param_dtype)
+        block = Bottleneck if arch.bottleneck else BasicBlock
+
+        self.arch = arch
+        self.stem = stem
+        if stem == "imagenet":
+            self.conv1 = conv(3, arch.width, 7, stride=2)
+        elif stem == "small":
+            self.conv1 = conv(3, arch.width, 3)
+        elif stem == "small_stride2":
+            self.conv1 = conv(3, arch.width, 5, stride=2)
+        else:
+            raise ValueError(f"unknown stem {stem!r}: expected one of {', '.join(STEMS)}")
+        self.bn1 = norm(arch.width)
+
+        in_features = arch.width
+        for stage, depth in enumerate(arch.depths):
+            features = arch.width * 2**stage
+            blocks = {}
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks[str(i)] = block(in_features, features, stride=stride, arch=arch, conv=conv, norm=norm)
+                in_features = features * block.expansion
+            setattr(self, f"layer{stage + 1}", nnx.Dict(blocks))
+
+        self.num_features = in_features
+        self.fc = nnx.data(None)
+        if num_classes and mlp:
+            self.fc = heads.MLPHead(in_features, num_classes, **options)
+        elif num_classes:
+            self.fc = heads.linear(in_features, num_classes, **options)
+
+    def features(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns the `(N, num_features)` globally pooled features before the head, in the compute dtype.
+
+        Args:
+          images: `(N, H, W, 3)` float, normalised.
+          train: normalise with the batch's statistics and move the running averages.
+        """
+        x = nnx.relu(self.bn1(self.conv1(images), train=train))
+        if self.stem == "imagenet":
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for stage in range(len(self.arch.depths)):
+            for block in getattr(self, f"layer{stage + 1}").values():
+                x = block(x, train=train)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Returns `(N, num_classes)`, or the features where there is no head; arguments as for `features`."""
+        x = self.features(images, train=train)
+        return x if self.fc is None else self.fc(x)
+
+
+def create(arch: str, *, width: int = 0, **options) -> ResNet:
+    """Builds a ResNet by name.
+
+    Args:
+      arch: one of `ARCHITECTURES`.
+      width: channels of the first stage; 0: the architecture's own (64; 32 for resnet6).
+      **options: of `ResNet`.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}: expected one of {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[arch]
+    return ResNet(architecture._replace(width=width) if width else architecture, **options)
+
+
+def _factory(name: str) -> Callable[..., ResNet]:
+    """The named architecture as a function of `ResNet`'s options, as in torchvision.models."""
+
+    def build(**options) -> ResNet:
+        return create(name, **options)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"Builds a {name}, torchvision's layout; options of `ResNet` (num_classes, mlp, stem, rngs, ...)."
+    return build
+
+
+resnet6 = _factory("resnet6")
+resnet18 = _factory("resnet18")
+resnet34 = _factory("resnet34")
+resnet50 = _factory("resnet50")
+resnet101 = _factory("resnet101")
+resnet152 = _factory("resnet152")
+wide_resnet50_2 = _factory("wide_resnet50_2")
+wide_resnet101_2 = _factory("wide_resnet101_2")
+resnext50_32x4d = _factory("resnext50_32x4d")
+resnext101_32x8d = _factory("resnext101_32x8d")
+resnext101_64x4d = _factory("resnext101_64x4d")

@@ -1,0 +1,115 @@
+"""Optimisers and learning-rate schedules: SGD as PyTorch does it, LARS, AdamW.
+
+An optimiser here turns gradients into a *direction*; the training step then does `params -= lr * direction`. This is
+where PyTorch applies the learning rate too (after the momentum buffer), so that changing it acts at once.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import numpy as np
+import optax
+
+OPTIMIZERS = ("sgd", "lars", "adamw")
+SCHEDULES = ("cosine", "step")
+
+
+def sgd(momentum: float = 0.9, weight_decay: float = 0.0) -> optax.GradientTransformation:
+    """torch.optim.SGD: `buffer = momentum * buffer + (gradient + weight_decay * p)`; the direction is the buffer.
+
+    No dampening, no Nesterov; weight decay acts on every parameter, BatchNorm and biases too, as in the original.
+    """
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum))
+
+
+def lars(momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3) -> optax.GradientTransformation:
+    """LARS (You et al. 2017) for large batches, in the form of MoCo-v3's pre-training.
+
+    Weight decay and the trust ratio `trust_coefficient * |p| / |gradient|` act on matrices and kernels only, not on
+    BatchNorm and biases; then momentum as in SGD.
+    """
+
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.chain(
+        optax.masked(optax.add_decayed_weights(weight_decay), matrices),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient), matrices),
+        optax.trace(decay=momentum),
+    )
+
+
+def adamw(weight_decay: float = 1e-4) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019): Adam's direction plus `weight_decay * p`."""
+    return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
+
+
+def make(name: Literal["sgd", "lars", "adamw"], momentum: float, weight_decay: float) -> optax.GradientTransformation:
+    """Returns the named optimiser.
+
+    Args:
+      name: one of `OPTIMIZERS`.
+      momentum: of SGD and LARS; AdamW keeps its own (0.9, 0.999).
+      weight_decay: as the named optimiser uses it.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name == "sgd":
+        return sgd(momentum, weight_decay)
+    if name == "lars":
+        return lars(momentum, weight_decay)
+    if name == "adamw":
+        return adamw(weight_decay)
+    raise ValueError(f"unknown optimiser {name!r}: expected one of {', '.join(OPTIMIZERS)}")
+
+
+def learning_rates(
+    lr: float,
+    *,
+    schedule: Literal["cosine", "step"],
+    epochs: int,
+    steps_per_epoch: int,
+    milestones: tuple[int, ...] = (),
+    warmup_epochs: float = 0.0,
+    per_step: bool = False,
+) -> np.ndarray:
+    """Returns the learning rate of every step, float64 `(epochs * steps_per_epoch,)`.
+
+    The original sets it once an epoch e = 0, 1, ...: cosine `lr / 2 * (1 + cos(pi e / epochs))`, or `lr` times 0.1 for
+    every milestone reached. Computed in double precision before the run, as PyTorch does, so that the step only looks
+    it up.
+
+    Args:
+      lr: the base learning rate.
+      schedule: "cosine" or "step".
+      epochs: length of the run, E.
+      steps_per_epoch: updates in an epoch.
+      milestones: epochs at which "step" divides by ten.
+      warmup_epochs: the first so many epochs rise linearly to `lr`, step by step; the cosine spans what follows.
+      per_step: the schedule moves every step instead of once an epoch.
+    """
+    step = np.arange(epochs * steps_per_epoch, dtype=np.float64)
+    epoch = step / steps_per_epoch
+    progress = epoch if per_step else np.floor(epoch)
+    if schedule == "cosine":
+        span = max(epochs - warmup_epochs, 1e-9)
+        decay = 0.5 * (1.0 + np.cos(math.pi * np.clip(progress - warmup_epochs, 0, None) / span))
+    elif schedule == "step":
+        decay = np.prod([np.where(progress >= m, 0.1, 1.0) for m in milestones], axis=0) * np.ones_like(step)
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
+    rates = lr * decay
+    warmup_steps = warmup_epochs * steps_per_epoch
+    return np.where(step < warmup_steps, lr * (step + 1) / max(warmup_steps, 1), rates)
+
+
+def scaled_learning_rate(lr: float, batch_size: int, reference_batch_size: int = 256) -> float:
+    """Returns `lr * batch_size / reference_batch_size`, the linear scaling rule (Goyal et al. 2017)."""
+    return lr * batch_size / reference_batch_size
+
+
+def descend(params, direction, lr: jax.Array):
+    """Returns `params - lr * direction`, each parameter in its own dtype."""
+    return jax.tree.map(lambda p, d: p - lr.astype(p.dtype) * d.astype(p.dtype), params, direction)

@@ -1,0 +1,399 @@
+"""The pre-training loop: from a config and a working directory to a trained encoder.
+
+How a run starts, in the order in which it is decided:
+
+1. The working directory holds a checkpoint: go on from it, with the next step. The config must be the run's own.
+2. It holds none: start afresh.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ifm_jax import config as configs
+from ifm_jax import metrics, optim, sharding, state
+from ifm_jax.augment import TrifeatureAugmentation
+from ifm_jax.checkpoint import Checkpoints, abstract_state
+from ifm_jax.config import Config
+from ifm_jax.data import open_source, steps_per_epoch, training_batches
+from ifm_jax.errors import RunError, UsageError
+from ifm_jax.models import Encoder
+from ifm_jax.pretrain import PretrainStep
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+# Steps the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
+_STEPS_AHEAD = 2
+_CURVES_EVERY = 60.0  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+      step: updates done.
+      total_steps: updates it is to do.
+      stopped_by: the signal that stopped it early, saved; None: it is done.
+    """
+
+    step: int
+    total_steps: int
+    stopped_by: signal.Signals | None = None
+
+
+def configure_jax(compute_dtype: str = "float32") -> None:
+    """Sets what has to be set before the first computation: 64-bit types if asked for, the compilation cache.
+
+    Compiled programs are kept in `$JAX_COMPILATION_CACHE_DIR` (`~/.cache/ifm_jax/xla` if unset), so that only the first
+    start of a recipe waits for the compiler.
+
+    Args:
+      compute_dtype: "float64" turns 64-bit types on.
+    """
+    if compute_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if not jax.config.jax_compilation_cache_dir:
+        root = os.environ.get("IFM_JAX_CACHE") or os.path.expanduser("~/.cache/ifm_jax")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def resolve(config: Config, stored: Config | None = None) -> Config:
+    """Returns a copy of the config with what is automatic settled: as in `stored`, or for this machine.
+
+    Args:
+      config: as the caller gave it.
+      stored: of the run that is to go on; it goes on as it began, whatever the machine is now.
+    """
+    config = configs.from_dict(configs.to_dict(config))
+    if config.model.compute_dtype == "auto":
+        here = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        config.model.compute_dtype = stored.model.compute_dtype if stored else here
+    return config
+
+
+def make_encoder(config: Config) -> Encoder:
+    """Returns the encoder of a resolved config."""
+    model, moco = config.model, config.moco
+    return Encoder(
+        arch=model.arch,
+        dim=moco.dim,
+        mlp=moco.mlp,
+        stem=model.stem,
+        width=model.width,
+        bn_groups=model.bn_groups,
+        running_stats=model.running_stats,
+        compute_dtype=model.compute_dtype,
+        param_dtype="float64" if model.compute_dtype == "float64" else "float32",
+    )
+
+
+def make_augmentation(config: Config):
+    """Returns the augmentation that the config names, `(rngs (N,), images (N, H, W, 3)) -> views`.
+
+    Raises:
+      UsageError: if it is not in this version.
+    """
+    if config.data.augmentation != "trifeature":
+        raise UsageError(
+            f"data.augmentation={config.data.augmentation!r} is not in this version: expected trifeature"
+        )
+    strength = config.data.augment
+    return TrifeatureAugmentation(
+        crop_scale=(strength.crop_min, 1.0),
+        rotation=strength.rotation,
+        flip=strength.flip,
+        brightness=strength.brightness,
+        contrast=strength.contrast,
+        noise=strength.noise,
+        dtype=jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32,
+    )
+
+
+def make_optimizer(config: Config):
+    """Returns the optimiser of a config."""
+    return optim.make(config.optim.name, config.optim.momentum, config.optim.weight_decay)
+
+
+def initial_rngs(config: Config) -> tuple[jax.Array, jax.Array]:
+    """Returns the random keys of the start (weights, queue) and of the steps."""
+    start, steps = jax.random.split(jax.random.key(config.seed))
+    return start, steps
+
+
+def make_step(config: Config, mesh: jax.sharding.Mesh, epoch_steps: int) -> PretrainStep:
+    """Returns the training step of a resolved config.
+
+    Args:
+      config: resolved.
+      mesh: the devices.
+      epoch_steps: updates in an epoch.
+    """
+    return PretrainStep(
+        encoder=make_encoder(config),
+        optimizer=make_optimizer(config),
+        learning_rates=optim.learning_rates(
+            config.optim.lr,
+            schedule=config.optim.schedule,
+            epochs=config.epochs,
+            steps_per_epoch=epoch_steps,
+            milestones=tuple(config.optim.milestones),
+            warmup_epochs=config.optim.warmup_epochs,
+            per_step=config.optim.per_step,
+        ),
+        augment=make_augmentation(config),
+        rng=initial_rngs(config)[1],
+        key_momentum=config.moco.momentum,
+        temperature=config.moco.temperature,
+        method=config.ifm.method,
+        epsilon=configs.epsilons(config.ifm),
+        alpha=config.ifm.alpha,
+        shuffle=config.moco.shuffle_bn,
+        mesh=mesh,
+    )
+
+
+def state_creator(config: Config):
+    """Returns the function without arguments that makes the state a run starts with."""
+    start = initial_rngs(config)[0]
+    return lambda: state.create(start, make_encoder(config), make_optimizer(config), config.moco.queue_size)
+
+
+def train(
+    config: Config, workdir: str | os.PathLike, *, devices: list[jax.Device] | None = None, quiet: bool = False
+) -> Result:
+    """Pre-trains, or goes on pre-training what the working directory holds.
+
+    Writes config.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png there.
+
+    Args:
+      config: of the run.
+      workdir: of the run; made if it is not there.
+      devices: to run on; None: all there are.
+      quiet: no progress on the terminal.
+
+    Raises:
+      UsageError: for a config that cannot be run, or a workdir that cannot be used for it.
+      RunError: if the loss is no longer finite; the last checkpoint is from before that.
+    """
+    mesh = sharding.make_mesh(devices)
+    configs.validate(config, devices=mesh.size)
+    workdir = pathlib.Path(workdir).absolute()
+    config = resolve(config, read_config(workdir) if (workdir / CONFIG).exists() else None)
+    configure_jax(config.model.compute_dtype)
+    make_augmentation(config)
+    _open_workdir(workdir, config)
+    primary = jax.process_index() == 0
+
+    source = open_source(config.data, "train")
+    size = min(config.data.limit, len(source)) if config.data.limit else len(source)
+    epoch_steps = steps_per_epoch(size, config.batch_size)
+    total_steps = config.epochs * epoch_steps
+    last_step = min(config.steps, total_steps) if config.steps else total_steps
+
+    with contextlib.ExitStack() as stack:
+        create = state_creator(config)
+        checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS))
+        first = checkpoints.latest_step() or 0
+        if first >= last_step:
+            if not quiet:
+                print(f"Nothing to do: {workdir} holds step {first} of {last_step}.")
+            return Result(first, last_step)
+        # Everything a step reads lies on the devices as the step wants it, from the start.
+        placement = sharding.replicated(mesh)
+        train_state = (
+            checkpoints.restore(first, abstract_state(create, placement))
+            if first
+            else jax.jit(create, out_shardings=placement)()
+        )
+
+        log = tensorboard = None
+        if primary:
+            log = stack.enter_context(metrics.MetricsLog(workdir / "metrics.jsonl", first))
+            tensorboard = stack.enter_context(metrics.TensorBoardLog(workdir / "tensorboard", first))
+        progress = stack.enter_context(
+            metrics.Progress(last_step, epochs=config.epochs, start_step=first, steps_per_epoch=epoch_steps)
+            if primary and not quiet
+            else metrics.Silence()
+        )
+        batches = training_batches(
+            source,
+            config.batch_size,
+            seed=config.seed,
+            start=first,
+            size=size,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=config.data.workers or 2,
+        )
+        batch = sharding.put_batch(mesh, next(batches))
+
+        devices_text = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.size > 1 else ''}"
+        progress.message(f"Compiling the training step ({config.model.arch}, batch {config.batch_size}, {devices_text})")
+        begun = time.perf_counter()
+        step_fn = make_step(config, mesh, epoch_steps).jit().lower(train_state, batch).compile()
+        progress.message(f"Compiled in {time.perf_counter() - begun:.1f} s.")
+        if first:
+            progress.message(f"Going on after step {first} of {last_step}.")
+
+        stop = stack.enter_context(_StopSignals(progress))
+        recorder = _Recorder(log, tensorboard, progress, config.batch_size, epoch_steps, workdir / "curves.png")
+        step = first
+        while step < last_step and stop.signal is None:
+            train_state, step_metrics = step_fn(train_state, batch)
+            step += 1
+            recorder.add(step, step_metrics)
+            if step < last_step:
+                batch = sharding.put_batch(mesh, next(batches))  # while the device computes
+            if step % config.log_every == 0 or step == last_step:
+                recorder.flush(log_last=True)
+            else:
+                progress.update(step)
+            if step % config.checkpoint_every == 0 and step < last_step:
+                recorder.flush()  # a state is saved only once its losses are known to be finite
+                checkpoints.save(train_state, configs.to_dict(config))
+        recorder.flush()
+        if step > first:
+            checkpoints.save(train_state, configs.to_dict(config))
+            checkpoints.wait()
+        recorder.draw()
+    return Result(step, last_step, stop.signal if step < last_step else None)
+
+
+class _Recorder:
+    """Takes each step's metrics off the device a few steps later, checks all of them and logs some of them."""
+
+    def __init__(self, log, tensorboard, progress, batch_size: int, epoch_steps: int, curves: pathlib.Path):
+        self._log, self._tensorboard, self._progress = log, tensorboard, progress
+        self._batch_size, self._epoch_steps, self._curves = batch_size, epoch_steps, curves
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._timed_step, self._timed_at = None, time.perf_counter()
+        self._drawn_at = time.perf_counter()
+
+    def add(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
+        """Takes in a step that may still be computing; waits for the one `_STEPS_AHEAD` before it."""
+        self._pending.append((step, step_metrics))
+        if self._timed_step is None:
+            self._timed_step = step - 1
+        if len(self._pending) > _STEPS_AHEAD:
+            self._pending[-1 - _STEPS_AHEAD][1]["loss"].block_until_ready()
+
+    def flush(self, log_last: bool = False) -> None:
+        """Waits for the steps taken in and checks them; with `log_last` writes a line of metrics for the last.
+
+        Raises:
+          RunError: at the first step whose loss or gradient is not finite.
+        """
+        if not self._pending:
+            return
+        for step, values in self._pending:
+            values = jax.device_get(values)
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(values[name]):
+                    raise RunError(
+                        f"{name} is {values[name]} at step {step}: stopped; the last checkpoint is from before it. "
+                        "A lower optim.lr, or a higher moco.temperature, may help"
+                    )
+        self._pending.clear()
+        if log_last:
+            self._write(step, values)
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        rate = (step - self._timed_step) * self._batch_size / max(now - self._timed_at, 1e-9)
+        record = {
+            "step": step,
+            "epoch": step / self._epoch_steps,
+            **{name: float(value) for name, value in values.items()},
+            "images_per_sec": rate,
+        }
+        if self._log is not None:
+            self._log.write(record)
+            self._tensorboard.write(step, record)
+        self._progress.update(step, record)
+        if now - self._drawn_at > _CURVES_EVERY:
+            self.draw()
+        self._timed_step, self._timed_at = step, time.perf_counter()
+
+    def draw(self) -> None:
+        """Draws the curves of all that is logged so far."""
+        self._drawn_at = time.perf_counter()
+        if self._log is not None and (records := metrics.read(self._curves.with_name("metrics.jsonl"))):
+            metrics.draw_curves(records, self._curves)
+
+
+class _StopSignals:
+    """Notes the first Ctrl-C or SIGTERM, to be obeyed between two steps; a second one acts at once."""
+
+    def __init__(self, progress):
+        self.signal: signal.Signals | None = None
+        self._progress = progress
+        self._previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: whoever is there decides
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        self.signal = signal.Signals(number)
+        for handled, handler in self._previous.items():
+            signal.signal(handled, handler)
+        self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
+
+
+def _open_workdir(workdir: pathlib.Path, config: Config) -> None:
+    """Makes the working directory and its config.json, or checks that it is this run's.
+
+    Raises:
+      UsageError: if it cannot be written to, or belongs to a run with another config.
+    """
+    path = workdir / CONFIG
+    if path.exists() and (differing := configs.differences(config, read_config(workdir))):
+        raise UsageError(
+            f"workdir {workdir} belongs to a run with another config ({'; '.join(differing)}): "
+            "pass another --workdir, or the config it was started with"
+        )
+    if jax.process_index() > 0:
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(configs.to_dict(config), indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(
+            f"workdir {workdir} cannot be written to ({error.strerror}): pass the --workdir of a directory that can"
+        ) from None
+
+
+def read_config(workdir: str | os.PathLike) -> Config:
+    """Returns the config of the run in `workdir`.
+
+    Raises:
+      UsageError: if there is none, or it cannot be read.
+    """
+    path = pathlib.Path(workdir) / CONFIG
+    try:
+        return configs.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UsageError(f"{path} is not there: expected the workdir of a training run") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): expected the config of a training run") from None
