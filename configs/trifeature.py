@@ -13,7 +13,7 @@ def get_config() -> Config:
     """Returns the recipe."""
     config = Config()
 
-    config.model.arch = "resnet6"
+    config.model.arch = "resnet8"
     config.model.stem = "small_stride2"
     config.moco.queue_size = 2048
     config.moco.momentum = 0.99
@@ -28,6 +28,8 @@ def get_config() -> Config:
     config.data.trifeature.textures = 6
     config.data.trifeature.colors = 6
     config.data.trifeature.rotation = 18.0
+    config.data.trifeature.scale_min = 0.75
+    config.data.trifeature.scale_max = 0.95
 
     config.epochs = 8
     config.checkpoint_every = 64

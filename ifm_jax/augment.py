@@ -10,14 +10,17 @@ float32, so that float64, for parity runs, sees the same views.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Random numbers that a crop takes: ten areas, ten aspect ratios, the place.
+CROP_DRAWS = 22
 
 # ITU-R 601-2 luma, with torchvision's digits.
 _LUMA = (0.2989, 0.587, 0.114)
@@ -45,12 +48,12 @@ def random_resized_crop_boxes(
 ) -> jax.Array:
     """Chooses a crop per example, as torchvision's `RandomResizedCrop` does.
 
-    The area is uniform, the logarithm of the aspect ratio is uniform, and so is the place. Differences: the box is not
-    rounded to whole pixels, and where it does not fit, its longer side is cut to the image instead of drawing again up
-    to ten times.
+    The area is uniform and so is the logarithm of the aspect ratio; of ten such draws the first that fits in the image
+    is taken, at a uniform place. If none fits, the largest central box is, whose aspect ratio is in range. The one
+    difference: boxes are not rounded to whole pixels.
 
     Args:
-        uniforms: `(N, 4)` in [0, 1): the draws for area, ratio, top and left.
+        uniforms: `(N, CROP_DRAWS)` in [0, 1): the draws for ten areas, ten ratios, top and left.
         height: The image's height in pixels.
         width: The image's width in pixels.
         scale: Least and greatest area, relative to the image's.
@@ -59,12 +62,19 @@ def random_resized_crop_boxes(
     Returns:
         `(N, 4)` of the dtype of `uniforms`: top, left, height and width in pixels.
     """
-    area = (scale[0] + (scale[1] - scale[0]) * uniforms[:, 0]) * (height * width)
-    aspect = jnp.exp(np.log(ratio[0]).item() + np.log(ratio[1] / ratio[0]).item() * uniforms[:, 1])
-    box_height = jnp.minimum(jnp.sqrt(area / aspect), height)
-    box_width = jnp.minimum(jnp.sqrt(area * aspect), width)
-    top = (height - box_height) * uniforms[:, 2]
-    left = (width - box_width) * uniforms[:, 3]
+    area = (scale[0] + (scale[1] - scale[0]) * uniforms[:, :10]) * (height * width)
+    aspect = jnp.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * uniforms[:, 10:20])
+    heights, widths = jnp.sqrt(area / aspect), jnp.sqrt(area * aspect)
+    fits = (heights <= height) & (widths <= width)
+    first, found = jnp.argmax(fits, axis=1)[:, None], fits.any(axis=1)
+    box_height = jnp.where(
+        found, jnp.take_along_axis(heights, first, axis=1)[:, 0], jnp.asarray(min(height, width / ratio[0]), area.dtype)
+    )
+    box_width = jnp.where(
+        found, jnp.take_along_axis(widths, first, axis=1)[:, 0], jnp.asarray(min(width, height * ratio[1]), area.dtype)
+    )
+    top = (height - box_height) * jnp.where(found, uniforms[:, 20], jnp.asarray(0.5, area.dtype))
+    left = (width - box_width) * jnp.where(found, uniforms[:, 21], jnp.asarray(0.5, area.dtype))
     return jnp.stack([top, left, box_height, box_width], axis=1)
 
 
@@ -206,7 +216,7 @@ class TrifeatureAugmentation:
         (2, 32, 32, 3)
 
     Attributes:
-        crop_scale: Least and greatest area of the crop, relative to the image's.
+        crop_scale: Least and greatest area of the crop, relative to the image's; (1, 1) does not crop.
         rotation: The image is turned by a uniform angle of up to so many degrees to either side.
         flip: The probability of a left-right flip.
         brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
@@ -261,12 +271,12 @@ class TrifeatureAugmentation:
             )
         _, height, width, _ = images.shape
         # All parameters of an example in one draw; `noise` has a key of its own, so it changes none of them.
-        uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (8,), jnp.float32))(rngs)
-        flips = uniforms[:, 4] < self.flip
+        uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (CROP_DRAWS + 4,), jnp.float32))(rngs)
+        flips = uniforms[:, CROP_DRAWS] < self.flip
         uniforms = uniforms.astype(self.dtype)
-        boxes = random_resized_crop_boxes(uniforms[:, :4], height, width, self.crop_scale)
-        turn, brighter, stronger = (2 * uniforms[:, 5:] - 1).T
-        angles = np.deg2rad(self.rotation).item() * turn
+        boxes = random_resized_crop_boxes(uniforms[:, :CROP_DRAWS], height, width, self.crop_scale)
+        turn, brighter, stronger = (2 * uniforms[:, CROP_DRAWS + 1 :] - 1).T
+        angles = math.radians(self.rotation) * turn
 
         views = affine_warp(images, crop_matrices(boxes, angles, flips, height, width)) / 255
         if self.brightness:

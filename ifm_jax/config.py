@@ -115,8 +115,10 @@ class TrifeatureConfig:
       textures: how many of the ten textures.
       colors: how many of the ten colours.
       rotation: a shape is turned by up to so many degrees either way.
-      scale_min: smallest size of a shape, as a share of the image's side.
-      scale_max: largest size.
+      texture_rotation: its texture likewise, by an angle of its own; 180: any angle.
+      texture_period: one period of a texture, as a share of the image's side.
+      scale_min: smallest diameter of the circle around a shape, as a share of the image's side.
+      scale_max: largest diameter.
       noise: amplitude of the noise on the grey background, pixels in [0, 1].
       seed: of the images; apart from the run's, so that runs with other seeds see the same data.
     """
@@ -127,8 +129,10 @@ class TrifeatureConfig:
     textures: int = 10
     colors: int = 10
     rotation: float = 45.0
-    scale_min: float = 0.62
-    scale_max: float = 0.78
+    texture_rotation: float = 45.0
+    texture_period: float = 0.2
+    scale_min: float = 0.7
+    scale_max: float = 0.9
     noise: float = 0.06
     seed: int = 0
 
@@ -353,7 +357,9 @@ def _validate_data(data: DataConfig, check) -> None:
             check(2 <= getattr(tri, name) <= 10, f"data.trifeature.{name}", getattr(tri, name), "2 to 10")
         for name in ("train_size", "test_size"):
             check(getattr(tri, name) >= 1, f"data.trifeature.{name}", getattr(tri, name), "at least 1")
-        check(0 <= tri.rotation <= 180, "data.trifeature.rotation", tri.rotation, "0 to 180 degrees")
+        for name in ("rotation", "texture_rotation"):
+            check(0 <= getattr(tri, name) <= 180, f"data.trifeature.{name}", getattr(tri, name), "0 to 180 degrees")
+        check(0.1 <= tri.texture_period <= 1, "data.trifeature.texture_period", tri.texture_period, "0.1 to 1")
         check(0 <= tri.noise <= 0.3, "data.trifeature.noise", tri.noise, "0 to 0.3")
         check(tri.seed >= 0, "data.trifeature.seed", tri.seed, "at least 0")
         check(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Contrast(NamedTuple):
@@ -55,7 +56,7 @@ def contrast(query: jax.Array, key: jax.Array, queue: jax.Array, temperature: fl
         raise ValueError(
             f"query {query.shape} and key {key.shape} must both be (N, dim) and queue {queue.shape} (K, dim)"
         )
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = np.promote_types(query.dtype, jnp.float32)
     query, key, queue = query.astype(dtype), key.astype(dtype), queue.astype(dtype)
     positive = jnp.sum(query * key, axis=-1)
     negatives = jnp.matmul(query, queue.T, precision=jax.lax.Precision.HIGHEST)

@@ -127,7 +127,7 @@ class PretrainStep:
             "acc1": losses.contrast_accuracy(rank, 1),
             "acc5": losses.contrast_accuracy(rank, 5),
             "lr": lr,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
         }
         return state, metrics
 

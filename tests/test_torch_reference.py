@@ -54,7 +54,7 @@ def baseline(two_steps):
 
 
 def test_emulated_ranks_equal_two_processes(tmp_path):
-    # 64 pixels: at 32 BatchNorm over four values a channel amplifies a rounding by 1e5 within five steps.
+    # 64 pixels: at 32 BatchNorm over four values a channel makes 1e-8 of a rounding (1e-15) in five steps, at 64 1e-13.
     views = random_views(STEPS, BATCH, 64, world=2, seed=3)
     start, recorded, out = tmp_path / "start.pth.tar", tmp_path / "views.npz", tmp_path / "out.npz"
     reference = Reference(**MODEL, **TRAINING, world=2)

@@ -50,6 +50,8 @@ def open_source(data: DataConfig, split: str) -> Source:
             num_textures=tri.textures,
             num_colors=tri.colors,
             rotation=tri.rotation,
+            texture_rotation=tri.texture_rotation,
+            texture_period=tri.texture_period,
             scale=(tri.scale_min, tri.scale_max),
             noise=tri.noise,
         )

@@ -9,7 +9,7 @@ strength for every pattern, so that neither mean brightness nor hue tells the te
 How an image comes about: every random number is a hash of (seed, split, index, number of the draw), so an image depends
 on nothing else, whichever images are drawn beside it. A shape is a table of signed distances, a texture one periodic
 tile; both are sampled at the rotated, shifted pixel centres. Per pixel that takes additions, multiplications and two
-look-ups, all of them exact in IEEE arithmetic: the same bytes on every machine.
+look-ups, which IEEE arithmetic makes the same on every machine.
 """
 
 import dataclasses
@@ -47,7 +47,6 @@ _RGB = np.array(
 )
 _GREY = (90.0, 140.0)  # the background's level, one draw per image
 _LIGHT = (0.62, 0.3)  # mean and spread of every texture, relative to the colour
-_PERIOD = 0.2  # one texture period, relative to the image side: 6.4 pixels of 32
 _TILE_PERIODS = 4  # a texture tile spans so many periods, the least common span of all patterns
 _EXTENT = 1.25  # a shape table covers [-1.25, 1.25]^2; the shape lies within the unit circle
 _PIXELS_AT_ONCE = 1 << 18  # in one pass of the drawing loop: few calls, yet little memory
@@ -77,8 +76,9 @@ class Trifeature:
         num_shapes: The first so many of `SHAPES`, 2 to 10.
         num_textures: The first so many of `TEXTURES`, 2 to 10.
         num_colors: The first so many of `COLORS`, 2 to 10.
-        rotation: The shape is turned by a uniform angle of up to so many degrees to either side. The texture is turned
-            by any angle.
+        rotation: The shape is turned by a uniform angle of up to so many degrees to either side.
+        texture_rotation: The texture likewise, by an angle of its own; 180 is any angle.
+        texture_period: One period of a texture, relative to the image side.
         scale: Least and greatest diameter of the circle around the shape, relative to the image side. The shape always
             lies within the image.
         noise: Amplitude of the uniform noise on the grey background, relative to the full range of a pixel.
@@ -95,6 +95,8 @@ class Trifeature:
     num_textures: int = 10
     num_colors: int = 10
     rotation: float = 45.0
+    texture_rotation: float = 45.0
+    texture_period: float = 0.2
     scale: tuple[float, float] = (0.7, 0.9)
     noise: float = 0.06
 
@@ -106,7 +108,9 @@ class Trifeature:
         _require(0 <= self.seed < 2**64, "seed", self.seed, "0 to 2**64 - 1", "choose a non-negative integer")
         for name in ("num_shapes", "num_textures", "num_colors"):
             _require(2 <= getattr(self, name) <= 10, name, getattr(self, name), "2 to 10", "there are ten of each")
-        _require(0 <= self.rotation <= 180, "rotation", self.rotation, "0 to 180 degrees", "180 is any angle")
+        for name in ("rotation", "texture_rotation"):
+            _require(0 <= getattr(self, name) <= 180, name, getattr(self, name), "0 to 180 degrees", "180 is any angle")
+        _require(0.1 <= self.texture_period <= 1, "texture_period", self.texture_period, "0.1 to 1", "0.2 is the default")
         _require(
             len(self.scale) == 2 and 0.2 <= self.scale[0] <= self.scale[1] <= 1,
             "scale",
@@ -192,7 +196,7 @@ class Trifeature:
 
     def _open(self, path: pathlib.Path) -> np.ndarray | None:
         try:
-            images = np.load(path, mmap_mode="r")
+            images = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError):  # not there, not readable or not whole
             return None
         return images if images.shape == self._all_shape and images.dtype == np.uint8 else None
@@ -265,6 +269,7 @@ class Trifeature:
         center_x = radius + (1 - 2 * radius) * right
         center_y = radius + (1 - 2 * radius) * down
         angle = np.deg2rad(self.rotation) * (2 * turn - 1)
+        grain_angle = np.deg2rad(self.texture_rotation) * (2 * grain - 1)
 
         table = _shape_table(size)
         cells = table.shape[1] / (2 * _EXTENT)  # of the table, for a length of one radius
@@ -276,9 +281,9 @@ class Trifeature:
         # The share of the pixel inside the shape, to first order: one pixel from 0 to 1 across the outline.
         coverage = np.clip(np.float32(0.5) - distance * _per_image((radius * size).astype(np.float32)), 0, 1)
 
-        tile = _texture_tile(size)
+        tile = _texture_tile(size, self.texture_period)
         side = tile.shape[1]  # a power of two
-        column, row = _rotated_grid(size, center_x, center_y, 2 * np.pi * grain, side / (_PERIOD * _TILE_PERIODS))
+        column, row = _rotated_grid(size, center_x, center_y, grain_angle, side / (self.texture_period * _TILE_PERIODS))
         # Shifted by one tile or more, so that rounding towards zero rounds down.
         column = (column + _per_image((side * (2 + shift_u)).astype(np.float32))).astype(np.int32) & (side - 1)
         row = (row + _per_image((side * (2 + shift_v)).astype(np.float32))).astype(np.int32) & (side - 1)
@@ -408,7 +413,7 @@ def _polygon(x, y, corners):
 
 
 @functools.lru_cache(maxsize=4)
-def _texture_tile(image_size: int) -> np.ndarray:
+def _texture_tile(image_size: int, period: float) -> np.ndarray:
     """The light of `TEXTURES`, float32 `(10, T, T)` over `_TILE_PERIODS` periods, T a power of two.
 
     Blurred over one pixel, so that sampling at pixel centres does not alias; then all with the same mean and spread.
@@ -416,7 +421,7 @@ def _texture_tile(image_size: int) -> np.ndarray:
     per_period = 32 if image_size <= 96 else 64
     place = (np.arange(per_period * _TILE_PERIODS) + 0.5) / per_period
     u, v = np.meshgrid(place, place)
-    width = max(1, round(per_period / (_PERIOD * image_size)))
+    width = max(1, round(per_period / (period * image_size)))
     tiles = []
     for name in TEXTURES:
         tile = _wrapped_blur(globals()[f"_{name}"](u, v).astype(float), width)

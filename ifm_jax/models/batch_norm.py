@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 RunningStats = Literal["first_group", "mean"]
@@ -55,7 +56,7 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Normalises `x`, `(N, ..., C)`; the result has its dtype. With `train`, moves the running averages."""
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = np.promote_types(x.dtype, jnp.float32)
         scale, bias = self.scale[...].astype(dtype), self.bias[...].astype(dtype)
         if not train:
             multiplier = scale * jax.lax.rsqrt(self.var[...].astype(dtype) + self.epsilon)

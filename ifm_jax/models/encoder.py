@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ifm_jax.models import resnet
@@ -84,7 +85,7 @@ class Encoder:
         """
         module = self.bind(params, batch_stats)
         outputs = module(images, train=train)
-        outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        outputs = outputs.astype(np.promote_types(outputs.dtype, jnp.float32))
         # max under the root: the gradient at zero stays finite.
         square = jnp.sum(jnp.square(outputs), axis=-1, keepdims=True)
         embeddings = outputs * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ifm_jax.models import heads
@@ -41,8 +42,8 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
-    # Two stages of one block: for images of 32 px and processors without an accelerator.
-    "resnet6": Architecture(False, (1, 1), width=32),
+    # The smallest of He et al.'s CIFAR networks (section 4.2): three stages, 16 channels in the first.
+    "resnet8": Architecture(False, (1, 1, 1), width=16),
     "resnet18": Architecture(False, (2, 2, 2, 2)),
     "resnet34": Architecture(False, (3, 4, 6, 3)),
     "resnet50": Architecture(True, (3, 4, 6, 3)),
@@ -213,7 +214,7 @@ class ResNet(nnx.Module):
         for stage in range(len(self.arch.depths)):
             for block in getattr(self, f"layer{stage + 1}").values():
                 x = block(x, train=train)
-        return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
+        return jnp.mean(x, axis=(1, 2), dtype=np.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns `(N, num_classes)`, or the features where there is no head; arguments as for `features`."""
@@ -226,7 +227,7 @@ def create(arch: str, *, width: int = 0, **options) -> ResNet:
 
     Args:
       arch: one of `ARCHITECTURES`.
-      width: channels of the first stage; 0: the architecture's own (64; 32 for resnet6).
+      width: channels of the first stage; 0: the architecture's own (64; 16 for resnet8).
       **options: of `ResNet`.
 
     Raises:
@@ -249,7 +250,7 @@ def _factory(name: str) -> Callable[..., ResNet]:
     return build
 
 
-resnet6 = _factory("resnet6")
+resnet8 = _factory("resnet8")
 resnet18 = _factory("resnet18")
 resnet34 = _factory("resnet34")
 resnet50 = _factory("resnet50")

@@ -1,0 +1,46 @@
+# Everything from a fresh clone: each target makes .venv and installs what it needs, at the versions of requirements.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.txt
+
+.PHONY: demo test lint format lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python demo.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is too old: expected Python 3.11 or newer; make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml requirements.txt | $(BIN)/python
+	@echo "Installing into $(VENV) (about a minute) ..."
+	$(PIP) --editable .
+	@touch $@
+
+# torchvision without its dependencies: they would bring torch's CUDA build; its models and transforms need none of it.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the test environment into $(VENV) (torch among it) ..."
+	$(PIP) --editable '.[dev,torch]'
+	$(PIP) --no-deps torchvision
+	@touch $@
+
+# requirements.txt anew, from what is installed.
+lock: $(VENV)/.installed-dev
+	$(BIN)/python -m pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools \
+	  | sed 's/+cpu$$//' > requirements.txt
+
+clean:
+	rm -rf $(VENV) .cache build *.egg-info
