@@ -1,6 +1,7 @@
 """What the scripts have in common: flags, and endings said in one line."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -46,15 +47,44 @@ def define_config(default: str) -> Callable[[], Config]:
     Args:
       default: path of the recipe that is taken without the flag.
     """
-    holder = config_flags.DEFINE_config_file("config", default, "A recipe: a Python file with get_config().")
+    # The library looks at the command line's --config.field already here, where no one would catch a mistake.
+    try:
+        holder = config_flags.DEFINE_config_file("config", default, "A recipe: a Python file with get_config().")
+    except Exception as error:
+        _mistakes_at_definition.append(_config_mistake(error))
+        return Config
 
     def config() -> Config:
         value = holder.value
-        if not isinstance(value, Config):
-            raise UsageError(f"--config: get_config() returned a {type(value).__name__}, expected ifm_jax.config.Config")
-        return value
+        if isinstance(value, Config):
+            return value
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        # A file that could not be loaded gives an object that holds the error.
+        error = vars(value).get("_error") if hasattr(value, "__dict__") else None
+        if not os.path.exists(path):
+            raise UsageError(f"--config={path} is not there: expected a recipe, for example configs/trifeature.py")
+        if error is not None:
+            raise UsageError(f"--config={path} cannot be loaded: {type(error).__name__}: {error}")
+        raise UsageError(
+            f"--config={path}: get_config() returned a {type(value).__name__}, expected an ifm_jax.config.Config"
+        )
 
     return config
+
+
+_mistakes_at_definition: list[UsageError] = []
+
+
+def _config_mistake(error: Exception) -> UsageError:
+    """What the flags library raises for a --config.field=value, said so that it helps."""
+    if isinstance(error, KeyError):
+        field = re.match(r"Field (\S+) not found", str(error.args[0]))
+        name = repr(field[1]) if field else error.args[0]
+        given = next((a for a in sys.argv if field and a.startswith("--") and field[1] in a.split("=")[0]), "--config")
+        return UsageError(f"{given}: there is no config field {name}; ifm_jax/config.py lists the fields")
+    if isinstance(error, flags.Error):
+        return UsageError(f"{error}; --help lists the flags")
+    return UsageError(f"the config cannot be read: {type(error).__name__}: {error}")
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -92,22 +122,21 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses absl's flags; every kind of mistake becomes a `UsageError`."""
     if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
         _help(argv[0])
+    if _mistakes_at_definition:
+        raise _mistakes_at_definition[0]
     try:
-        # A recipe that is missing or broken raises whatever it raises, while the flags are parsed.
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UsageError(f"{error}; --help lists the flags") from None
-    except KeyError as error:
-        raise UsageError(f"{error.args[0]}; config.json of a run, or ifm_jax/config.py, lists the fields") from None
     except Exception as error:
-        raise UsageError(f"the config cannot be read: {type(error).__name__}: {error}") from None
+        raise _config_mistake(error) from None
 
 
 def _help(program: str) -> None:
     """Prints the script's docstring and its own flags, and ends the process."""
-    main = sys.modules["__main__"]
-    print((main.__doc__ or "").strip())
+    print((sys.modules["__main__"].__doc__ or "").strip())
     print("\nFlags:")
-    for flag in flags.FLAGS.get_key_flags_for_module(program) or flags.FLAGS.get_key_flags_for_module(main):
-        print(f"  --{flag.name}: {flag.help}")
+    own = {program, __name__}
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        for flag in defined if module in own else ():
+            print(f"  --{flag.name}: {flag.help}")
+    print("  --config.FIELD=VALUE: changes one field of the recipe; ifm_jax/config.py describes them.")
     sys.exit(0)

@@ -315,6 +315,12 @@ def validate(config: Config, devices: int = 1) -> None:
     check(0 <= opt.momentum < 1, "optim.momentum", opt.momentum, "a number from 0 to below 1")
     check(opt.weight_decay >= 0, "optim.weight_decay", opt.weight_decay, "a number of at least 0")
     check(
+        all(isinstance(m, int) and m > 0 for m in opt.milestones),
+        "optim.milestones",
+        opt.milestones,
+        "epochs above 0, for example 120,160",
+    )
+    check(
         0 <= opt.warmup_epochs <= config.epochs,
         "optim.warmup_epochs",
         opt.warmup_epochs,

@@ -46,7 +46,7 @@ _RGB = np.array(
     dtype=np.float32,
 )
 _GREY = (90.0, 140.0)  # the background's level, one draw per image
-_LIGHT = (0.62, 0.3)  # mean and spread of every texture, relative to the colour
+_LIGHT = (0.55, 0.42)  # mean and spread of every texture, relative to the colour
 _TILE_PERIODS = 4  # a texture tile spans so many periods, the least common span of all patterns
 _EXTENT = 1.25  # a shape table covers [-1.25, 1.25]^2; the shape lies within the unit circle
 _PIXELS_AT_ONCE = 1 << 18  # in one pass of the drawing loop: few calls, yet little memory

@@ -1,0 +1,234 @@
+"""A training state at rest: the arrays on the host, the config, and what is known of its past.
+
+One form for what a run has saved and for what a converted PyTorch checkpoint holds. A converted checkpoint is written
+as the working directory of a run, so that whatever reads a run reads it too:
+
+    DIR/config.json           the config; architecture, head, dim and K as the tensors have them
+    DIR/checkpoints/<step>/   Orbax
+    DIR/converted.json        the `Origin`: what a file says and a training state has no place for
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ifm_jax import config as configs
+from ifm_jax import metrics
+from ifm_jax.checkpoint import Checkpoints
+from ifm_jax.config import Config
+from ifm_jax.errors import UsageError
+from ifm_jax.state import TrainState
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+CONVERTED = "converted.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a converted checkpoint comes from.
+
+    Attributes:
+      file: name of the file, without its directory.
+      kind: "moco" (query encoder and more) or "torchvision" (one network, `fc` its classifier).
+      epoch: epochs done, as the file says.
+      step: updates done at conversion.
+      lr: the optimiser's last learning rate; None: the file holds no optimiser.
+      num_batches_tracked: PyTorch's counters at conversion, under their names; they move with `step`.
+    """
+
+    file: str
+    kind: str
+    epoch: int | None
+    step: int
+    lr: float | None
+    num_batches_tracked: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A training state on the host; `None` for each part that is not there.
+
+    Attributes:
+      config: of the run; of a PyTorch file: the defaults, with what can be read off its tensors.
+      state: NumPy arrays; `opt_state` as nested dicts.
+      origin: of a converted checkpoint.
+      steps_per_epoch: updates in an epoch, where that is known.
+      notes: what the reader of a file should be told, a sentence each.
+    """
+
+    config: Config
+    state: TrainState
+    origin: Origin | None = None
+    steps_per_epoch: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def epoch(self) -> int | None:
+        """Whole epochs done; None: not known."""
+        step = int(self.state.step)
+        if self.origin and self.origin.step == step and self.origin.epoch is not None:
+            return self.origin.epoch
+        if self.steps_per_epoch:
+            return step // self.steps_per_epoch
+        return 0 if step == 0 else None
+
+    @property
+    def missing(self) -> list[str]:
+        """The parts of a training state that are not there, in words."""
+        parts = {
+            "projection head": self.state.params.get("fc"),
+            "key encoder": self.state.key_params,
+            "queue": self.state.queue,
+            "optimiser state": self.state.opt_state,
+        }
+        return [name for name, part in parts.items() if part is None]
+
+
+def structure(config: Config) -> dict[str, Any]:
+    """Returns those fields of a config that the shapes of the tensors determine, by name."""
+    flat = configs.flatten(configs.to_dict(config))
+    names = ("model.arch", "model.stem", "model.width", "moco.dim", "moco.mlp", "moco.queue_size")
+    return {name: flat[name] for name in names}
+
+
+def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike) -> None:
+    """Checks that a config describes the tensors of a snapshot.
+
+    Raises:
+      UsageError: naming every field that does not.
+    """
+    given, found = structure(config), structure(snapshot.config)
+    unknown = {"moco.queue_size"} if snapshot.state.queue is None else set()
+    if snapshot.state.params.get("fc") is None:
+        unknown |= {"moco.dim", "moco.mlp"}
+    wrong = [f"{name}={given[name]!r}, there {found[name]!r}" for name in given if given[name] != found[name]]
+    wrong = [text for text in wrong if text.split("=")[0] not in unknown]
+    if wrong:
+        raise UsageError(
+            f"the config does not fit {path} ({'; '.join(wrong)}): correct these fields, or leave them out where they "
+            "can be read off the tensors"
+        )
+
+
+def read(path: str | os.PathLike) -> Snapshot:
+    """Returns the newest state of a run's working directory, or the state in one of its checkpoints.
+
+    Args:
+      path: the working directory, its `checkpoints`, or `checkpoints/<step>`.
+
+    Raises:
+      UsageError: if there is none, or it cannot be read.
+    """
+    step_dir = _find(pathlib.Path(path).absolute())
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        # Asked for as NumPy arrays, so that the devices it was saved from do not matter.
+        wanted = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(step_dir / "state").tree
+        )
+        values = handler.restore(step_dir / "state", args=ocp.args.PyTreeRestore(restore_args=wanted))
+        config = configs.from_dict(json.loads((step_dir / "config" / "metadata").read_text()))
+        state = TrainState(**values)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
+        raise UsageError(
+            f"{step_dir}: the checkpoint cannot be read ({type(error).__name__}: {_first_line(error)}): "
+            "delete it, so that the one before it is taken, or name another"
+        ) from None
+    workdir = step_dir.parent.parent
+    origin = _read_origin(workdir / CONVERTED)
+    return Snapshot(config, state, origin, _steps_per_epoch(workdir, origin))
+
+
+def _find(path: pathlib.Path) -> pathlib.Path:
+    """Returns the directory of the checkpoint that `path` stands for."""
+    if not path.exists():
+        raise UsageError(f"{path} is not there: expected the workdir of a run, one of its checkpoints, or a .pth.tar")
+    if (path / "state").is_dir() and (path / "config").is_dir():
+        return path
+    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    if directory.name == CHECKPOINTS:
+        # Orbax renames a checkpoint to its plain number once it is whole.
+        steps = [int(child.name) for child in directory.iterdir() if child.name.isdecimal()]
+        if not steps:
+            raise UsageError(f"{directory} holds no whole checkpoint yet: let the run reach its first")
+        return directory / str(max(steps))
+    raise UsageError(f"{path} holds no checkpoints: expected the workdir of a run, or one of its checkpoints")
+
+
+def _read_origin(path: pathlib.Path) -> Origin | None:
+    if not path.exists():
+        return None
+    try:
+        return Origin(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): convert the checkpoint again") from None
+
+
+def _steps_per_epoch(workdir: pathlib.Path, origin: Origin | None) -> int | None:
+    """What a run's metrics, or else the converted file, say about the length of an epoch."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError):
+        last = metrics.read(workdir / "metrics.jsonl")[-1]
+        return round(last["step"] / last["epoch"])
+    return steps_in_epoch(origin.epoch, origin.step) if origin else None
+
+
+def steps_in_epoch(epoch: int | None, step: int) -> int | None:
+    """Returns the updates in an epoch, if `step` updates are `epoch` whole ones."""
+    return step // epoch if epoch and step and step % epoch == 0 else None
+
+
+def write(snapshot: Snapshot, directory: str | os.PathLike, overwrite: bool = False) -> None:
+    """Writes a snapshot as the working directory of a run, under another name first.
+
+    Args:
+      snapshot: of which the parts that are `None` stay out.
+      directory: to make; an empty one may be there.
+      overwrite: replace a run that is there.
+
+    Raises:
+      UsageError: if something else is there, or it cannot be written.
+    """
+    directory = pathlib.Path(directory).absolute()
+    occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    if occupied and not overwrite:
+        raise UsageError(f"{directory} is there already: name another directory, or pass --overwrite")
+    if occupied and not (directory / CHECKPOINTS).is_dir():
+        raise UsageError(f"{directory} is no run's workdir, and is not overwritten: name another directory")
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        config = configs.to_dict(snapshot.config)
+        with Checkpoints(temporary / CHECKPOINTS) as checkpoints:
+            checkpoints.save(snapshot.state, config)
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if snapshot.origin:
+            (temporary / CONVERTED).write_text(json.dumps(dataclasses.asdict(snapshot.origin), indent=2) + "\n")
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+            directory.rename(old)
+            temporary.rename(directory)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(directory)
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be written ({error.strerror or error}): name a directory that can"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

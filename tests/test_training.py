@@ -1,0 +1,162 @@
+"""The loop: what a run leaves, exact resume, and how it ends badly."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from ifm_jax import metrics, training
+from ifm_jax.checkpoint import Checkpoints, abstract_state
+from ifm_jax.errors import RunError, UsageError
+from tests import small
+
+
+def final_state(workdir):
+    config = training.read_config(workdir)
+    placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        return checkpoints.restore(step, abstract_state(training.state_creator(config), placement))
+
+
+def train(config, workdir, devices=1):
+    return training.train(config, workdir, devices=jax.devices()[:devices], quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of eight steps, not interrupted."""
+    workdir = tmp_path_factory.mktemp("run")
+    result = train(small.config(), workdir)
+    assert (result.step, result.total_steps, result.stopped_by) == (8, 8, None)
+    return workdir
+
+
+def test_what_a_run_leaves(finished):
+    records = metrics.read(finished / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert list(records[0]) == [
+        "step", "epoch", "loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm", "images_per_sec",
+    ]  # fmt: skip
+    assert [r["epoch"] for r in records] == [s / 4 for s in range(1, 9)]
+    for r in records:
+        assert r["loss"] == pytest.approx((r["loss_clean"] + r["loss_ifm"]) / 2, rel=1e-6)
+        assert r["loss_ifm"] > r["loss_clean"]
+    # The rate changes once an epoch: e = 0, 1 of 2.
+    assert [r["lr"] for r in records] == pytest.approx([0.03] * 4 + [0.015] * 4)
+    assert json.loads((finished / "config.json").read_text())["moco"]["queue_size"] == 64
+    assert (finished / "curves.png").stat().st_size > 10_000
+    assert list((finished / "tensorboard").iterdir())
+    state = final_state(finished)
+    assert int(state.step) == 8
+    assert int(state.queue_ptr) == 8 * 16 % 64
+
+
+def test_training_learns(tmp_path):
+    """The loss falls well below chance, log(K + 1)."""
+    config = small.config(moco__queue_size=32, moco__temperature=0.1, epochs=40, optim__name="adamw", optim__lr=0.01)
+    config.checkpoint_every = config.log_every = 10
+    with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction is decay ** count
+        train(config, tmp_path)
+    losses = [r["loss_clean"] for r in metrics.read(tmp_path / "metrics.jsonl")]
+    assert np.mean(losses[-3:]) < 0.9 * math.log(33)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, stop):
+    """Bit for bit: the remaining lines of metrics.jsonl and the whole final state; at a checkpoint and between two."""
+    first = train(small.config(steps=stop), tmp_path)
+    assert first.step == stop
+    # A run killed later than its last checkpoint leaves lines that will be written again.
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 0.0}\n{"step": 8, "lo')
+    second = train(small.config(), tmp_path)
+    assert second.step == 8
+    ours, theirs = (small.without_speed(metrics.read(d / "metrics.jsonl")) for d in (tmp_path, finished))
+    assert ours == theirs
+    small.assert_same(final_state(tmp_path), final_state(finished))
+
+
+@pytest.mark.usefixtures("x64")
+def test_resumed_on_another_number_of_devices(tmp_path):
+    double = {"model__compute_dtype": "float64", "steps": 6}
+    train(small.config(**double), tmp_path / "whole", devices=1)
+    train(small.config(**double | {"steps": 3}), tmp_path / "parts", devices=8)
+    train(small.config(**double), tmp_path / "parts", devices=2)
+    whole, parts = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(whole, parts, strict=True):
+        for name in ("loss", "loss_clean", "loss_ifm", "grad_norm", "acc1"):
+            assert b[name] == pytest.approx(a[name], rel=1e-10), (name, a["step"])
+
+
+def test_a_finished_run_is_left_alone(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    result = training.train(small.config(), finished, devices=jax.devices()[:1])
+    assert result.step == 8
+    assert "Nothing to do" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_workdir_of_another_config_is_refused(finished):
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(UsageError, match=r"belongs to a run with another config \(ifm.epsilon: 0.3, not 0.1\): pass an"):
+        train(small.config(ifm__epsilon=0.3), finished)
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file/run cannot be written to \(Not a directory\)"):
+        train(small.config(), tmp_path / "file" / "run")
+
+
+def test_a_broken_config_file_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="config.json cannot be read"):
+        train(small.config(), tmp_path)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    # Steps 1 to 4 at a rate that does no harm; then one that does: lr is checked nowhere else.
+    config = small.config(optim__lr=1e30, optim__warmup_epochs=1.0, checkpoint_every=1, log_every=100)
+    with pytest.raises(RunError, match=r"is (nan|inf) at step (\d+): stopped") as caught:
+        train(config, tmp_path)
+    step = int(str(caught.value).split("at step ")[1].split(":")[0])
+    assert step >= 2
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest_step() == step - 1
+    state = final_state(tmp_path)
+    assert np.isfinite(np.asarray(state.queue)).all()
+
+
+def test_limit_shortens_the_epoch(tmp_path):
+    result = train(small.config(data__limit=33, steps=1), tmp_path)
+    assert result.total_steps == 1
+    assert metrics.read(tmp_path / "metrics.jsonl")[0]["epoch"] == 0.5
+
+
+def test_auto_dtype_is_settled_by_the_machine_then_by_the_run():
+    auto = small.config(model__compute_dtype="auto")
+    assert training.resolve(auto).model.compute_dtype == "float32"
+    assert training.resolve(auto, stored=small.config(model__compute_dtype="bfloat16")).model.compute_dtype == "bfloat16"
+
+
+def test_the_step_compiles_once(tmp_path):
+    """Nothing is compiled while the loop runs: neither the step again, nor anything beside it."""
+    config = small.config(epochs=3, checkpoint_every=4)
+    events = []
+
+    def note(name, *_, **__):
+        if "backend_compile" in name:
+            events.append(len(metrics.read(tmp_path / "metrics.jsonl")) if (tmp_path / "metrics.jsonl").exists() else 0)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        train(config, tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert events  # the listener works
+    assert not [count for count in events if count > 1]
