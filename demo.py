@@ -3,7 +3,7 @@
     make demo                       one seed, a few minutes on two CPU cores
     python demo.py --seeds=5        the study: five seeds of each run, mean and standard error
 
-Writes runs/demo/: a workdir for each run, results.json, readouts.png, samples.png. Runs that are there are not repeated.
+Writes runs/demo/: a workdir for each run, results.json, readouts.png, samples.png. A run that is there is not repeated.
 """
 
 import json
@@ -56,8 +56,7 @@ def main(arguments: list[str]) -> int:
             print(f"\n{name}, seed {seed} ({directory})")
             result = training.train(config, directory)
             if result.stopped_by is not None:
-                print(f"Stopped after step {result.step} of {result.total_steps}, saved. The same command goes on from there.")
-                return 128 + result.stopped_by
+                return command.say_stopped(result, directory)
             results.setdefault(name, []).append(suppression.read_out_workdir(directory, name))
 
     means = [_mean(name, rows) for name, rows in results.items()]

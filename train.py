@@ -26,13 +26,7 @@ def main(arguments: list[str]) -> int:
     workdir = _WORKDIR.value or pathlib.Path("runs") / command.recipe_name()
     _JOIN_HOSTS()
     result = training.train(config, workdir)
-    if result.stopped_by is not None:
-        print(
-            f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
-            "The same command goes on from there."
-        )
-        return 128 + result.stopped_by
-    return 0
+    return command.say_stopped(result, workdir) if result.stopped_by is not None else 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,12 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         if read_only and not self.directory.is_dir():
             raise UsageError(f"{self.directory}: no checkpoints there; expected the workdir of a training run")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, create=not read_only)
+        # A reader has nothing to keep or to make; Orbax warns of each such option.
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=keep)
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
@@ -87,6 +92,4 @@ class Checkpoints:
 
 def abstract_state(create, placement: jax.sharding.Sharding) -> TrainState:
     """Returns the shapes and dtypes of the state that `create()` would return, placed, without making it."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), jax.eval_shape(create)
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), jax.eval_shape(create))

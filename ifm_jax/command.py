@@ -1,5 +1,6 @@
 """What the scripts have in common: flags, and endings said in one line."""
 
+import logging
 import os
 import re
 import signal
@@ -14,8 +15,17 @@ from ifm_jax.config import Config
 from ifm_jax.errors import RunError, UsageError
 
 
+def say_stopped(result, workdir: str | os.PathLike) -> int:
+    """Says how to go on with a run that a signal stopped; returns the exit status."""
+    print(
+        f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
+        "The same command goes on from there."
+    )
+    return 128 + result.stopped_by
+
+
 def define_hosts() -> Callable[[], None]:
-    """Defines --coordinator, --num_processes and --process_id; returns the function that joins the hosts once parsed."""
+    """Defines --coordinator, --num_processes and --process_id; returns the function that joins the hosts."""
     coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where a cluster is not recognised.")
     num_processes = flags.DEFINE_integer("num_processes", None, "How many processes take part, with --coordinator.")
     process_id = flags.DEFINE_integer("process_id", None, "Which of them this is, with --coordinator.")
@@ -99,6 +109,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     """
     argv = sys.argv if argv is None else argv
     name = os.path.basename(argv[0])
+    # The libraries' own remarks are for their authors; what concerns the user is raised.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         status = main(_parse(argv)[1:])
     except UsageError as error:

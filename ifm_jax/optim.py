@@ -23,7 +23,9 @@ def sgd(momentum: float = 0.9, weight_decay: float = 0.0) -> optax.GradientTrans
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum))
 
 
-def lars(momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3) -> optax.GradientTransformation:
+def lars(
+    momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3
+) -> optax.GradientTransformation:
     """LARS (You et al. 2017) for large batches, in the form of MoCo-v3's pre-training.
 
     Weight decay and the trust ratio `trust_coefficient * |p| / |gradient|` act on matrices and kernels only, not on

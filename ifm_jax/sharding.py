@@ -46,7 +46,7 @@ def _in_cluster() -> bool:
     return (
         "JAX_COORDINATOR_ADDRESS" in env
         or len(env.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-        or int(env.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in env
+        or (int(env.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in env)
         or int(env.get("OMPI_COMM_WORLD_SIZE", "1") or 1) > 1
     )
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ifm_jax import config as configs
 from ifm_jax import metrics, optim, sharding, state
@@ -107,9 +106,7 @@ def make_augmentation(config: Config):
       UsageError: if it is not in this version.
     """
     if config.data.augmentation != "trifeature":
-        raise UsageError(
-            f"data.augmentation={config.data.augmentation!r} is not in this version: expected trifeature"
-        )
+        raise UsageError(f"data.augmentation={config.data.augmentation!r} is not in this version: expected trifeature")
     strength = config.data.augment
     return TrifeatureAugmentation(
         crop_scale=(strength.crop_min, 1.0),
@@ -241,7 +238,9 @@ def train(
         batch = sharding.put_batch(mesh, next(batches))
 
         devices_text = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.size > 1 else ''}"
-        progress.message(f"Compiling the training step ({config.model.arch}, batch {config.batch_size}, {devices_text})")
+        progress.message(
+            f"Compiling the training step ({config.model.arch}, batch {config.batch_size}, {devices_text})"
+        )
         begun = time.perf_counter()
         step_fn = make_step(config, mesh, epoch_steps).jit().lower(train_state, batch).compile()
         progress.message(f"Compiled in {time.perf_counter() - begun:.1f} s.")

@@ -21,7 +21,9 @@ def torch_groups(x, groups, steps, scale, bias):
     outputs = []
     for step in range(steps):
         pieces = torch.tensor(x[step]).permute(0, 3, 1, 2).chunk(groups)
-        outputs.append(torch.cat([m(p) for m, p in zip(modules, pieces, strict=True)]).permute(0, 2, 3, 1).detach().numpy())
+        outputs.append(
+            torch.cat([m(p) for m, p in zip(modules, pieces, strict=True)]).permute(0, 2, 3, 1).detach().numpy()
+        )
     return outputs, modules
 
 

@@ -24,36 +24,39 @@ def test_the_defaults_are_the_original_s():
     """The table of flags that others rely on."""
     config = configs.Config()
     configs.validate(config, devices=8)
-    assert configs.flatten(configs.to_dict(config)).items() >= {
-        "model.arch": "resnet50",
-        "optim.lr": 0.03,
-        "optim.momentum": 0.9,
-        "optim.weight_decay": 1e-4,
-        "optim.milestones": [120, 160],
-        "optim.schedule": "cosine",
-        "epochs": 200,
-        "batch_size": 256,
-        "moco.dim": 128,
-        "moco.queue_size": 65536,
-        "moco.momentum": 0.999,
-        "moco.temperature": 0.2,
-        "moco.mlp": True,
-        "ifm.method": "ifm",
-        "ifm.epsilon": 0.1,
-        "ifm.alpha": 1.0,
-        "data.augmentation": "moco_v2",
-        "data.source": "trifeature",
-        "model.bn_groups": 8,
-        "moco.shuffle_bn": True,
-        "model.running_stats": "first_group",
-        "seed": 0,
-        "log_every": 10,
-        "checkpoint_every": 1000,
-        "steps": 0,
-        "data.image_size": 224,
-        "data.limit": 0,
-        "data.workers": 0,
-    }.items()
+    assert (
+        configs.flatten(configs.to_dict(config)).items()
+        >= {
+            "model.arch": "resnet50",
+            "optim.lr": 0.03,
+            "optim.momentum": 0.9,
+            "optim.weight_decay": 1e-4,
+            "optim.milestones": [120, 160],
+            "optim.schedule": "cosine",
+            "epochs": 200,
+            "batch_size": 256,
+            "moco.dim": 128,
+            "moco.queue_size": 65536,
+            "moco.momentum": 0.999,
+            "moco.temperature": 0.2,
+            "moco.mlp": True,
+            "ifm.method": "ifm",
+            "ifm.epsilon": 0.1,
+            "ifm.alpha": 1.0,
+            "data.augmentation": "moco_v2",
+            "data.source": "trifeature",
+            "model.bn_groups": 8,
+            "moco.shuffle_bn": True,
+            "model.running_stats": "first_group",
+            "seed": 0,
+            "log_every": 10,
+            "checkpoint_every": 1000,
+            "steps": 0,
+            "data.image_size": 224,
+            "data.limit": 0,
+            "data.workers": 0,
+        }.items()
+    )
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,13 @@ def test_same_outputs_as_torchvision(name, bits, tolerance):
         np.testing.assert_allclose(evaluated, expected_evaluated, rtol=0, atol=tolerance * scale)
         # At 64 px the last stage is 2x2: with 8 values a statistic, rounding grows; float64 shows the arithmetic.
         if bits == 64:
-            np.testing.assert_allclose(trained, expected_trained, rtol=0, atol=tolerance * np.abs(expected_trained).max())
+            np.testing.assert_allclose(
+                trained, expected_trained, rtol=0, atol=tolerance * np.abs(expected_trained).max()
+            )
             expected_stats = from_torch(shapes[1], peer.state_dict(), dtype)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), new_stats, expected_stats)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), new_stats, expected_stats
+            )
 
 
 def test_initial_distributions_are_torchvision_s():

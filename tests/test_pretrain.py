@@ -173,7 +173,9 @@ def test_epsilon_zero_trains_as_moco():
 def test_given_permutation_is_used():
     step = make(mesh=False)
     batch = {"query": jnp.asarray(images()[0])}
-    drawn = jax.random.permutation(jax.random.split(jax.random.fold_in(step.rng, 0), 3)[2], jnp.arange(N, dtype=jnp.int32))
+    drawn = jax.random.permutation(
+        jax.random.split(jax.random.fold_in(step.rng, 0), 3)[2], jnp.arange(N, dtype=jnp.int32)
+    )
     compiled = jax.jit(step.__call__)
     own = compiled(fresh_state(step), batch)[1]["loss"]
     given = compiled(fresh_state(step), batch | {"permutation": drawn})[1]["loss"]
@@ -188,7 +190,9 @@ def test_a_new_step_draws_anew():
     losses_seen = []
     compiled = None
     for number in range(2):
-        start = jax.device_put(fresh_state(step)._replace(step=jnp.asarray(number, jnp.int32)), sharding.replicated(step.mesh))
+        start = jax.device_put(
+            fresh_state(step)._replace(step=jnp.asarray(number, jnp.int32)), sharding.replicated(step.mesh)
+        )
         placed = sharding.put_batch(step.mesh, {"query": batch})
         compiled = compiled or step.jit().lower(start, placed).compile()
         losses_seen.append(float(compiled(start, placed)[1]["loss"]))

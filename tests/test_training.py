@@ -102,7 +102,9 @@ def test_a_finished_run_is_left_alone(finished, capsys):
 
 def test_the_workdir_of_another_config_is_refused(finished):
     before = (finished / "config.json").read_bytes()
-    with pytest.raises(UsageError, match=r"belongs to a run with another config \(ifm.epsilon: 0.3, not 0.1\): pass an"):
+    with pytest.raises(
+        UsageError, match=r"belongs to a run with another config \(ifm.epsilon: 0.3, not 0.1\): pass an"
+    ):
         train(small.config(ifm__epsilon=0.3), finished)
     assert (finished / "config.json").read_bytes() == before
 
@@ -115,7 +117,7 @@ def test_an_unwritable_workdir_is_refused(tmp_path):
 
 def test_a_broken_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UsageError, match="config.json cannot be read"):
+    with pytest.raises(UsageError, match=r"config\.json cannot be read"):
         train(small.config(), tmp_path)
 
 
@@ -141,7 +143,9 @@ def test_limit_shortens_the_epoch(tmp_path):
 def test_auto_dtype_is_settled_by_the_machine_then_by_the_run():
     auto = small.config(model__compute_dtype="auto")
     assert training.resolve(auto).model.compute_dtype == "float32"
-    assert training.resolve(auto, stored=small.config(model__compute_dtype="bfloat16")).model.compute_dtype == "bfloat16"
+    assert (
+        training.resolve(auto, stored=small.config(model__compute_dtype="bfloat16")).model.compute_dtype == "bfloat16"
+    )
 
 
 def test_the_step_compiles_once(tmp_path):

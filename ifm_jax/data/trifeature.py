@@ -110,7 +110,9 @@ class Trifeature:
             _require(2 <= getattr(self, name) <= 10, name, getattr(self, name), "2 to 10", "there are ten of each")
         for name in ("rotation", "texture_rotation"):
             _require(0 <= getattr(self, name) <= 180, name, getattr(self, name), "0 to 180 degrees", "180 is any angle")
-        _require(0.1 <= self.texture_period <= 1, "texture_period", self.texture_period, "0.1 to 1", "0.2 is the default")
+        _require(
+            0.1 <= self.texture_period <= 1, "texture_period", self.texture_period, "0.1 to 1", "0.2 is the default"
+        )
         _require(
             len(self.scale) == 2 and 0.2 <= self.scale[0] <= self.scale[1] <= 1,
             "scale",

@@ -39,7 +39,7 @@ def extract(function: Callable, source: Source, batch_size: int = 256) -> np.nda
     Args:
       function: from `backbone`.
       source: of images.
-      batch_size: images at a time; the last batch is filled up, so that one program serves all, and the filling dropped.
+      batch_size: images at a time; the last batch is filled up, so that one program serves all.
     """
     parts = []
     for begin in range(0, len(source), batch_size):

@@ -43,11 +43,15 @@ def draw_readouts(rows: Sequence[Readouts], path: str | os.PathLike, chance: dic
     places = np.arange(len(labels))
     for i, row in enumerate(rows):
         left = places + (i - (len(rows) - 1) / 2) * width
-        bars = axes.bar(left, [row.accuracy[label] for label in labels], 0.94 * width, color=colors[i % 6], label=row.name)
+        bars = axes.bar(
+            left, [row.accuracy[label] for label in labels], 0.94 * width, color=colors[i % 6], label=row.name
+        )
         axes.bar_label(bars, fmt="%.0f", padding=1, fontsize=9)
     for place, label in zip(places, labels, strict=True):
         if chance:
-            line = axes.hlines(chance[label], place - 0.46, place + 0.46, colors="black", linestyles="dashed", linewidth=1)
+            line = axes.hlines(
+                chance[label], place - 0.46, place + 0.46, colors="black", linestyles="dashed", linewidth=1
+            )
             line.set_label("chance" if place == 0 else None)
     axes.set_xticks(places, labels, fontsize=11)
     axes.set_ylim(0, 112)

@@ -21,7 +21,7 @@ class BatchNorm(nnx.Module):
     Training normalises group g with the mean and the biased variance of its own N/G samples (all positions), computed
     in float32 or better, and moves the running averages by `(1 - momentum)`: towards the mean and the *unbiased*
     variance of group 0 (`running_stats="first_group"`: what a DistributedDataParallel run of G processes saves, since
-    it broadcasts rank 0's buffers), or towards the mean of all groups' (`"mean"`). Evaluation uses the running averages.
+    it broadcasts rank 0's buffers), or towards the mean of all groups' (`"mean"`). Evaluation uses these averages.
 
     Args:
       num_features: C.

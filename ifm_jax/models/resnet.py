@@ -93,7 +93,9 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable):
+    def __init__(
+        self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable
+    ):
         if arch.groups != 1 or arch.width_per_group != 64:
             raise ValueError("a basic block has one group and width_per_group 64; take a bottleneck for others")
         self.conv1 = conv(in_features, features, 3, stride=stride)
@@ -105,6 +107,7 @@ class BasicBlock(nnx.Module):
             self.downsample = _Downsample(conv(in_features, features, 1, stride=stride), norm(features))
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `(N, H, W, in)` to `(N, H / stride, W / stride, features * expansion)`."""
         shortcut = x if self.downsample is None else self.downsample(x, train=train)
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.conv2(y), train=train)
@@ -116,7 +119,9 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable):
+    def __init__(
+        self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable
+    ):
         width = features * arch.width_per_group // 64 * arch.groups
         out_features = features * self.expansion
         self.conv1 = conv(in_features, width, 1)
@@ -130,6 +135,7 @@ class Bottleneck(nnx.Module):
             self.downsample = _Downsample(conv(in_features, out_features, 1, stride=stride), norm(out_features))
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `(N, H, W, in)` to `(N, H / stride, W / stride, features * expansion)`."""
         shortcut = x if self.downsample is None else self.downsample(x, train=train)
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = nnx.relu(self.bn2(self.conv2(y), train=train))
