@@ -147,7 +147,7 @@ def test_a_train_step_needs_no_more_than_jax_flax_optax_numpy():
     """So that it can be benchmarked where nothing else is installed."""
     code = """
 import sys
-for name in ("grain", "orbax", "cv2", "ml_collections", "rich", "tensorboardX", "matplotlib", "sklearn"):
+for name in ("grain", "orbax", "cv2", "ml_collections", "tensorboardX", "matplotlib", "sklearn"):
     sys.modules[name] = None
 import ifm_jax, ifm_jax.pretrain, ifm_jax.state, ifm_jax.augment, ifm_jax.config
 """

@@ -35,7 +35,7 @@ def from_torch(tree, state_dict, dtype):
         elif value.ndim == 2:
             value = value.T
         assert value.shape == leaf.shape
-        return jnp.asarray(value, dtype)
+        return jnp.array(value, dtype)  # a copy: PyTorch goes on writing into its own
 
     return jax.tree_util.tree_map_with_path(fill, tree)
 

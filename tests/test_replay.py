@@ -1,0 +1,283 @@
+"""Whole trajectories against PyTorch's, step for step; and what `python -m ifm_jax.replay` says and refuses."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from ifm_jax import replay, snapshot, torch_checkpoint
+from ifm_jax.config import Config
+from ifm_jax.errors import UsageError
+from tests.torch_reference import MUTATIONS, Reference, learning_rate, random_views
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Relative to each quantity's largest magnitude, in float64, and nothing absolute besides.
+RTOL = 1e-9
+# A wrong variant has to be seen from much further away than a right one is allowed to be.
+VISIBLE = 1e-6
+
+BATCH, SIZE, DIM, QUEUE = 8, 64, 128, 24  # three batches fill the queue: five steps wrap
+BASE_LR, EPOCHS, MILESTONES, EPOCH_STEPS = 0.03, 4, (1, 2), 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A trajectory: what is trained, on how many devices, and from where."""
+
+    method: str
+    epsilon: float = 0.1
+    alpha: float = 1.0
+    groups: int = 1
+    devices: int = 1
+    schedule: str = "cosine"
+    weight_decay: float = 1e-4
+    resumed: bool = False
+    mlp: bool = True
+    momentum: float = 0.99
+
+    def reference(self, **options) -> Reference:
+        """The peer."""
+        return Reference(
+            dim=DIM,
+            queue_size=QUEUE,
+            mlp=self.mlp,
+            world=self.groups,
+            method=self.method,
+            epsilon=self.epsilon,
+            alpha=self.alpha,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            **options,
+        )
+
+    def config(self, start: snapshot.Snapshot) -> Config:
+        """Our recipe."""
+        config = start.config
+        config.model.bn_groups = self.groups
+        config.moco.momentum = self.momentum
+        config.ifm.method, config.ifm.epsilon, config.ifm.alpha = self.method, self.epsilon, self.alpha
+        config.optim.weight_decay = self.weight_decay
+        config.optim.lr, config.optim.schedule, config.optim.milestones = BASE_LR, self.schedule, MILESTONES
+        config.epochs = EPOCHS
+        return config
+
+
+# Every value that the issue names is in at least one of them; the full product is benchmarks/parity_sweep.py's.
+CASES = {
+    "moco": Case("moco", mlp=False),
+    "ifm": Case("ifm", groups=2, devices=4, schedule="step", weight_decay=0.05, resumed=True),
+    "ifm_weighted": Case("ifm", epsilon=0.05, alpha=0.5, groups=4, devices=8, schedule="step"),
+    "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=2, resumed=True),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on shared cores wait for each other more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def worst(comparisons):
+    return max(comparisons, key=lambda c: c.max_rel)
+
+
+def begin(case, path, **options):
+    """The peer at the start of a case, and the start read from its checkpoint."""
+    reference = case.reference(**options)
+    epoch = 0
+    if case.resumed:  # two steps are an epoch; the checkpoint then holds momentum buffers and a moved queue
+        epoch = 1
+        reference.run(random_views(EPOCH_STEPS, BATCH, SIZE, world=case.groups, seed=7), BASE_LR)
+    reference.save_checkpoint(path, epoch)
+    return reference, torch_checkpoint.read(path), epoch
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trajectory(name, tmp_path):
+    case = CASES[name]
+    reference, start, epoch = begin(case, tmp_path / "start.pth.tar")
+    views = random_views(5, BATCH, SIZE, world=case.groups, seed=1)
+    rates = [learning_rate(BASE_LR, epoch + i // EPOCH_STEPS, EPOCHS, case.schedule, MILESTONES) for i in range(5)]
+    expected = reference.run(views, rates)
+    assert len(set(rates)) > 1
+
+    # Through an Orbax checkpoint where the start is resumed, from the file itself otherwise.
+    if case.resumed:
+        snapshot.write(start, tmp_path / "converted")
+        start = torch_checkpoint.read(tmp_path / "converted")
+        assert (start.epoch, start.steps_per_epoch) == (1, EPOCH_STEPS)
+    devices = jax.devices()[: case.devices]
+    found = replay.replay(case.config(start), start, views, steps_per_epoch=EPOCH_STEPS, devices=devices)
+
+    assert found.keys() == expected.keys()
+    comparisons = replay.compare(found, expected, rtol=RTOL, atol=0.0)
+    assert [c for c in comparisons if not c.holds] == []
+    print(f"{name}: worst {worst(comparisons)}")
+
+
+class TestMutations:
+    """The comparison sees every wrong variant of the step: two steps of ours against the mutated peer's."""
+
+    CASE = dataclasses.replace(CASES["ifm"], alpha=0.5, resumed=False)
+    LR = 0.03
+
+    @pytest.fixture(scope="class")
+    def views(self):
+        return random_views(2, BATCH, SIZE, world=2, seed=2) | {"lr": np.full(2, self.LR)}
+
+    @pytest.fixture(scope="class")
+    def found(self, views, tmp_path_factory):
+        _, start, _ = begin(self.CASE, tmp_path_factory.mktemp("mutations") / "start.pth.tar")
+        return replay.replay(self.CASE.config(start), start, views, devices=jax.devices()[:1])
+
+    def test_right_variant_holds(self, found, views):
+        expected = self.CASE.reference().run(views)
+        assert [c for c in replay.compare(found, expected, rtol=RTOL, atol=0.0) if not c.holds] == []
+
+    @pytest.mark.parametrize("mutation", sorted(MUTATIONS))
+    def test_wrong_variant_is_seen(self, mutation, found, views):
+        mutated = self.CASE.reference(mutations=frozenset({mutation})).run(views)
+        comparisons = replay.compare(found, mutated, rtol=VISIBLE, atol=0.0)
+        assert not all(c.holds for c in comparisons if "num_batches_tracked" not in c.name)
+
+    def test_cosine_per_step_is_seen(self, found, views):
+        rates = [learning_rate(self.LR, step / EPOCH_STEPS, EPOCHS) for step in range(2)]
+        comparisons = replay.compare(found, self.CASE.reference().run(views, rates), rtol=VISIBLE, atol=0.0)
+        assert not all(c.holds for c in comparisons)
+
+
+def test_float32_first_step(tmp_path):
+    case = CASES["ifm"]
+    case = dataclasses.replace(case, resumed=False)
+    reference, start, _ = begin(case, tmp_path / "start.pth.tar", dtype=torch.float32)
+    views = random_views(1, BATCH, SIZE, world=case.groups, seed=3) | {"lr": np.full(1, BASE_LR)}
+    expected = reference.run(views)
+    found = replay.replay(case.config(start), start, views, dtype="float32", devices=jax.devices()[:1])
+    assert found["final/queue"].dtype == np.float32
+    first = {name: expected[name] for name in ("loss", "loss_clean", "loss_ifm", "first/query", "first/key")}
+    assert [c for c in replay.compare(found, first, rtol=1e-5, atol=0.0) if not c.holds] == []
+    rough = {name: expected[name] for name in ("grad_norm",)}
+    assert [c for c in replay.compare(found, rough, rtol=2e-2, atol=0.0) if not c.holds] == []
+
+
+# --- The parts of a replay, without training -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A start and views, small; the names of files made of them."""
+    folder = tmp_path_factory.mktemp("replay")
+    Reference(dim=16, queue_size=16).save_checkpoint(folder / "start.pth.tar")
+    np.savez(folder / "views.npz", **random_views(1, 8, 16))
+    return folder
+
+
+def test_a_nan_does_not_hold():
+    ours, theirs = {"loss": np.array([1.0, np.nan])}, {"loss": np.array([1.0, 2.0])}
+    assert not replay.compare(ours, theirs, rtol=1.0, atol=1.0)[0].holds
+    assert not replay.compare(theirs, ours, rtol=1.0, atol=1.0)[0].holds
+
+
+def test_tolerances_add_up():
+    ours, theirs = {"x": np.array([0.0, 100.5])}, {"x": np.array([1e-3, 100.0])}
+    (comparison,) = replay.compare(ours, theirs, rtol=4e-3, atol=0.1)
+    assert comparison == ("x", 0.5, 0.005, True)
+    assert not replay.compare(ours, theirs, rtol=4e-3, atol=0.05)[0].holds
+
+
+def test_references_that_do_not_fit_are_listed():
+    with pytest.raises(UsageError, match=r"final/typo \(unknown\), loss \(3,\), here \(2,\)"):
+        replay.compare({"loss": np.zeros(2)}, {"final/typo": np.zeros(1), "loss": np.zeros(3)}, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": None}, "expected query and key"),
+        ({"query": np.zeros((1, 8, 16, 16, 3), np.uint8)}, "uint8"),
+        ({"key": np.zeros((2, 8, 16, 16, 3))}, "as many steps"),
+        ({"permutation": np.zeros((1, 8), np.int64)}, "every number from 0 to 7"),
+        ({"lr": np.zeros(3)}, "lr is"),
+    ],
+)
+def test_bad_views_are_named(files, change, message):
+    views = replay.load_npz(files / "views.npz", "views") | change
+    with pytest.raises(UsageError, match=message):
+        replay.check_views({name: value for name, value in views.items() if value is not None})
+
+
+def test_learning_rate_that_is_not_determined(files):
+    start = torch_checkpoint.read(files / "start.pth.tar", step=3)
+    views = replay.load_npz(files / "views.npz", "views")
+    with pytest.raises(UsageError, match="--steps_per_epoch"):
+        replay.replay(start.config, dataclasses.replace(start, origin=None), views, devices=jax.devices()[:1])
+
+
+def test_stripped_start_is_refused(tmp_path):
+    reference = Reference(dim=16, queue_size=16)
+    state = {f"module.encoder_q.{name}": value for name, value in reference.model.encoder_q.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "stripped.pth.tar")
+    start = torch_checkpoint.read(tmp_path / "stripped.pth.tar")
+    with pytest.raises(UsageError, match="no key encoder, queue"):
+        replay.replay(start.config, start, random_views(1, 8, 16), devices=jax.devices()[:1])
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "ifm_jax.replay", *map(str, arguments)]
+    # One device, and the suite's compilation cache.
+    environment = {"PATH": "", "JAX_PLATFORMS": "cpu", "COLUMNS": "120", "HOME": str(ROOT)}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "xla-tests")
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--start is missing"),
+        (["--start=start.pth.tar", "--views=none.npz"], "none.npz is not there"),
+        (["--start=start.pth.tar", "--views=start.pth.tar"], "expected query and key"),
+        (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "there 16"),
+        (["--start=start.pth.tar", "--views=views.npz", "--config.model.bn_groups=3"], "model.bn_groups=3"),
+        (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory is not there"),
+        (["--start=start.pth.tar", "--views=views.npz", "--dtype=float16"], "float16"),
+    ],
+)
+def test_mistakes_end_with_status_2(files, arguments, message):
+    done = run(*(a.replace("=start", f"={files}/start").replace("=views", f"={files}/views") for a in arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_command_compares_with_its_own_output(files, tmp_path):
+    common = [f"--start={files}/start.pth.tar", f"--views={files}/views.npz", "--config.model.bn_groups=1"]
+    first = run(*common, f"--out={tmp_path}/out.npz")
+    assert first.returncode == 0, first.stderr
+    second = run(*common, f"--reference={tmp_path}/out.npz", f"--json={tmp_path}/report.json", "--rtol=0", "--atol=0")
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "Everything holds" in second.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["holds"]
+    assert {row["max_abs"] for row in report["quantities"]} == {0.0}
+
+    reference = replay.load_npz(tmp_path / "out.npz", "a reference")
+    reference["final/encoder_q.conv1.weight"][0, 0, 0, 0] += 1e-3
+    np.savez(tmp_path / "other.npz", **reference)
+    third = run(*common, f"--reference={tmp_path}/other.npz")
+    assert third.returncode == 1, third.stderr
+    assert "DIFFERS" in third.stdout
+    assert "1 of " in third.stdout
