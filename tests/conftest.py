@@ -25,3 +25,10 @@ def x64():
     """Float64 on for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """A run in float64 turns 64-bit types on for its process; the next test starts without."""
+    yield
+    jax.config.update("jax_enable_x64", False)
