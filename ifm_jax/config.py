@@ -164,11 +164,11 @@ class DataConfig:
 
     Attributes:
       source: "trifeature", "folder:PATH" or "tfds:NAME".
-      classes: a file of class names to keep, one a line; empty: all.
+      classes: a file of class names to keep, one a line, # for comments; empty: all.
       augmentation: "trifeature", "moco_v1" or "moco_v2" (original: --aug-plus).
       image_size: side of a view in pixels.
       limit: the first so many training images only; 0: all.
-      workers: reading threads; 0: automatic.
+      workers: threads that read images; 0: automatic.
       trifeature: the embedded images.
       augment: strengths of the "trifeature" augmentation.
     """
@@ -354,10 +354,13 @@ def validate(config: Config, devices: int = 1) -> None:
 def _validate_data(data: DataConfig, check) -> None:
     """Checks the data source's own fields."""
     kind, _, rest = data.source.partition(":")
+    if data.source == "folder:":
+        raise UsageError("data.source='folder:' names no folder: expected --config.data.source=folder:PATH of images")
     if data.source != "trifeature" and (kind not in ("folder", "tfds") or not rest):
         raise UsageError(f"data.source={data.source!r}: expected trifeature, folder:PATH or tfds:NAME")
     tri, aug = data.trifeature, data.augment
     if data.source == "trifeature":
+        check(not data.classes, "data.classes", data.classes, "none with trifeature")
         check(32 <= data.image_size <= 224, "data.image_size", data.image_size, "32 to 224 with trifeature")
         for name in ("shapes", "textures", "colors"):
             check(2 <= getattr(tri, name) <= 10, f"data.trifeature.{name}", getattr(tri, name), "2 to 10")

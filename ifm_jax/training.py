@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ifm_jax import config as configs
 from ifm_jax import metrics, optim, sharding, state
-from ifm_jax.augment import TrifeatureAugmentation
+from ifm_jax.augment import MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
@@ -102,11 +102,19 @@ def make_encoder(config: Config) -> Encoder:
 def make_augmentation(config: Config):
     """Returns the augmentation that the config names, `(rngs (N,), images (N, H, W, 3)) -> views`.
 
+    Of MoCo's, it is what comes after the crop: they take the crops of a `ViewSource`.
+
     Raises:
-      UsageError: if it is not in this version.
+      UsageError: if it is not for the config's source.
     """
-    if config.data.augmentation != "trifeature":
-        raise UsageError(f"data.augmentation={config.data.augmentation!r} is not in this version: expected trifeature")
+    name, dtype = config.data.augmentation, jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
+    if name != "trifeature":
+        return {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation}[name](dtype=dtype)
+    if config.data.source != "trifeature":
+        raise UsageError(
+            f"data.augmentation='trifeature' is not for data.source={config.data.source!r}: expected moco_v2 or "
+            "moco_v1, as in configs/ifm_own_images.py"
+        )
     strength = config.data.augment
     return TrifeatureAugmentation(
         crop_scale=(strength.crop_min, 1.0),
@@ -115,7 +123,7 @@ def make_augmentation(config: Config):
         brightness=strength.brightness,
         contrast=strength.contrast,
         noise=strength.noise,
-        dtype=jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32,
+        dtype=dtype,
     )
 
 
@@ -191,12 +199,12 @@ def train(
     config = resolve(config, read_config(workdir) if (workdir / CONFIG).exists() else None)
     configure_jax(config.model.compute_dtype)
     make_augmentation(config)
-    _open_workdir(workdir, config)
-    primary = jax.process_index() == 0
-
+    # The images before the workdir: one made for a mistaken folder would refuse the right one.
     source = open_source(config.data, "train")
     size = min(config.data.limit, len(source)) if config.data.limit else len(source)
     epoch_steps = steps_per_epoch(size, config.batch_size)
+    _open_workdir(workdir, config)
+    primary = jax.process_index() == 0
     total_steps = config.epochs * epoch_steps
     last_step = min(config.steps, total_steps) if config.steps else total_steps
 
@@ -233,7 +241,7 @@ def train(
             size=size,
             host=jax.process_index(),
             hosts=jax.process_count(),
-            threads=config.data.workers or 2,
+            threads=config.data.workers,
         )
         batch = sharding.put_batch(mesh, next(batches))
 

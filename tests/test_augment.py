@@ -6,11 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.stats
 import torch
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
 
 from ifm_jax import augment
-from ifm_jax.augment import TrifeatureAugmentation, example_rngs
+from ifm_jax.augment import MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation, example_rngs
 from tests.torchvision_peer import torchvision
 
 # Compiled: one operation at a time takes longer, for every operation compiles by itself.
@@ -284,3 +287,229 @@ def test_noise_is_normal_and_each_examples_own():
     assert noise.mean() == pytest.approx(0, abs=0.002)
     assert noise.std() == pytest.approx(0.05, rel=0.03)
     assert np.abs(np.corrcoef(noise.reshape(8, -1)) - np.eye(8)).max() < 0.08
+
+
+# MoCo's views: torchvision on photographs, as PIL images where the original has them so.
+
+FUNCTIONAL = torchvision.transforms.functional
+JITTER = ("brightness", "contrast", "saturation", "hue")
+
+adjust_hue = jax.jit(augment.adjust_hue)
+color_jitter = jax.jit(augment.color_jitter)
+gaussian_blur = jax.jit(lambda images, sigmas: augment.gaussian_blur(images, augment.blur_weights(sigmas, 2.0)))
+luma = jax.jit(augment.luma)
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Eight crops of two photographs, uint8 `(8, 96, 96, 3)`."""
+    crops = [
+        cv2.resize(photograph[top : top + 200, left : left + 200], (96, 96), interpolation=cv2.INTER_AREA)
+        for photograph in load_sample_images().images
+        for top, left in ((0, 0), (200, 50), (100, 300), (220, 430))
+    ]
+    return np.stack(crops)
+
+
+def jitter_factors(count=8, seed=0):
+    """As drawn for MoCo, the ends included: brightness, contrast, saturation and hue, float32 `(count, 4)`."""
+    factors = np.random.default_rng(seed).uniform([0.6, 0.6, 0.6, -0.4], [1.4, 1.4, 1.4, 0.4], (count, 4))
+    factors[0], factors[1] = (0.6, 0.6, 0.6, -0.4), (1.4, 1.4, 1.4, 0.4)
+    return factors.astype(np.float32)
+
+
+def assert_near(ours, theirs, mean=2.0, percentile=4.0):
+    """Asserts that images in [0, 1] are near uint8 ones, in levels of 255."""
+    error = np.abs(255 * np.asarray(ours, np.float64) - np.stack(theirs).astype(np.float64))
+    assert error.mean() < mean
+    assert np.percentile(error, 99) <= percentile
+
+
+@pytest.mark.parametrize("name", JITTER)
+def test_jitter_operations_equal_torchvisions(photographs, name):
+    values = jitter_factors()[:, JITTER.index(name)]
+    images = photographs.astype(np.float32) / 255
+    peer = getattr(FUNCTIONAL, f"adjust_{name}")
+    ours = np.asarray(jax.jit(getattr(augment, f"adjust_{name}"))(images, values))
+    as_tensors = [
+        peer(torch.from_numpy(image).permute(2, 0, 1), float(value)).permute(1, 2, 0).numpy()
+        for image, value in zip(images, values, strict=True)
+    ]
+    # In float32 a hue of almost no chroma is lost in rounding; nothing else is.
+    np.testing.assert_allclose(ours, np.stack(as_tensors), rtol=0, atol=1e-4 if name == "hue" else 1e-5)
+    as_pil = [
+        np.asarray(peer(Image.fromarray(image), float(value))) for image, value in zip(photographs, values, strict=True)
+    ]
+    assert_near(ours, as_pil)
+
+
+def test_hue_of_pure_colors():
+    """Grey, black, white, the primaries and the ties between two channels."""
+    colors = np.array(np.meshgrid([0, 0.5, 1], [0, 0.5, 1], [0, 0.5, 1]), np.float32).reshape(3, -1).T[None, :, None]
+    for shift in (-0.5, -0.1, 0.0, 0.25, 0.5):
+        theirs = FUNCTIONAL.adjust_hue(torch.from_numpy(colors).permute(0, 3, 1, 2), shift).permute(0, 2, 3, 1)
+        np.testing.assert_allclose(adjust_hue(colors, np.full((1,), shift, np.float32)), theirs, rtol=0, atol=1e-6)
+
+
+def test_greyscale_equals_torchvisions(photographs):
+    ours = np.broadcast_to(luma(photographs.astype(np.float32) / 255), photographs.shape)
+    grey = [np.asarray(FUNCTIONAL.to_grayscale(Image.fromarray(image), 3)) for image in photographs]
+    assert_near(ours, grey, mean=1.0, percentile=1.0)
+
+
+def test_jitter_in_all_orders_equals_torchvisions(photographs):
+    """All 24 orders in one batch, against torchvision one image after the other."""
+    orders = np.array(augment._ORDERS, np.int32)
+    assert sorted(map(tuple, orders)) == sorted(set(map(tuple, orders)))
+    assert len(orders) == 24
+    images, factors = np.tile(photographs, (3, 1, 1, 1)), jitter_factors(24)
+    ours = np.asarray(color_jitter(images.astype(np.float32) / 255, orders, factors))
+    as_tensors, as_pil = [], []
+    for image, order, values in zip(images, orders, factors, strict=True):
+        tensor, pil = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1), Image.fromarray(image)
+        for operation in order:
+            peer = getattr(FUNCTIONAL, f"adjust_{JITTER[operation]}")
+            tensor, pil = peer(tensor, float(values[operation])), peer(pil, float(values[operation]))
+        as_tensors.append(tensor.permute(1, 2, 0).numpy())
+        as_pil.append(np.asarray(pil))
+    np.testing.assert_allclose(ours, np.stack(as_tensors), rtol=0, atol=1e-3)
+    # PIL rounds to whole levels after each of the four; the tolerance at the 99th percentile is for one.
+    assert_near(ours, as_pil, percentile=2 * 4.0)
+
+
+def test_neutral_factors_change_nothing(photographs):
+    images = photographs.astype(np.float32) / 255
+    neutral = np.tile(np.float32([1, 1, 1, 0]), (8, 1))
+    ours = color_jitter(images, np.array(augment._ORDERS, np.int32)[::3], neutral)
+    np.testing.assert_allclose(ours, images, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.4, 0.8, 1.2, 1.6, 2.0])
+def test_blur_equals_pils(photographs, sigma):
+    ours = gaussian_blur(photographs.astype(np.float32) / 255, np.full((8,), sigma, np.float32))
+    theirs = [np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))) for image in photographs]
+    # Far within the 3 levels asked for: the same weights, which PIL applies to bytes.
+    assert_near(ours, theirs, mean=0.6, percentile=2.0)
+
+
+def test_blur_weights(x64):
+    """They sum to 1, are symmetric and have the variance asked for; those of no blur leave the image alone."""
+    for largest, taps in ((0.5, 7), (1.0, 7), (2.0, 13), (5.0, 31)):
+        sigmas = jnp.linspace(0.0, largest, 21)
+        weights = np.asarray(augment.blur_weights(sigmas, largest))
+        assert weights.shape == (21, taps)
+        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-12)
+        np.testing.assert_allclose(weights, weights[:, ::-1], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(weights @ (np.arange(taps) - taps // 2) ** 2, sigmas**2, rtol=0, atol=1e-9)
+    images = random_images() / 255.0
+    np.testing.assert_array_equal(gaussian_blur(images, np.zeros(4)), images)
+
+
+def test_blur_is_separable_and_repeats_the_border(x64):
+    images, sigmas = random_images() / 255.0, np.array([0.3, 0.9, 1.5, 2.0])
+    ours = gaussian_blur(images, sigmas)
+    assert ours.dtype == jnp.float64
+    for our, image, weights in zip(ours, images, np.asarray(augment.blur_weights(sigmas, 2.0)), strict=True):
+        peer = scipy.ndimage.correlate1d(image, weights, axis=0, mode="nearest")
+        peer = scipy.ndimage.correlate1d(peer, weights, axis=1, mode="nearest")
+        np.testing.assert_allclose(our, peer, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
+def test_moco_views_equal_torchvisions(photographs, name):
+    """The whole, with the parameters drawn, against PIL images taken through the original's transforms one by one."""
+    augmentation = {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation}[name]()
+    images = np.tile(photographs, (4, 1, 1, 1))
+    views = np.asarray(jax.jit(augmentation)(keys(32), images))
+    drawn = {name: np.asarray(value) for name, value in jax.jit(augmentation.parameters)(keys(32)).items()}
+
+    def grey(image, i):
+        return FUNCTIONAL.to_grayscale(image, 3) if drawn["greyscale"][i] else image
+
+    def jitter(image, i):
+        for operation in drawn["order"][i]:
+            image = getattr(FUNCTIONAL, f"adjust_{JITTER[operation]}")(image, float(drawn["factors"][i, operation]))
+        return image
+
+    def blur(image, i):
+        return image.filter(ImageFilter.GaussianBlur(float(drawn["sigma"][i]))) if drawn["sigma"][i] else image
+
+    def flip(image, i):
+        return FUNCTIONAL.hflip(image) if drawn["flip"][i] else image
+
+    theirs = []
+    for i, image in enumerate(map(Image.fromarray, images)):
+        for operation in {"moco_v1": (grey, jitter, flip), "moco_v2": (jitter, grey, blur, flip)}[name]:
+            image = operation(image, i)
+        theirs.append(np.asarray(image))
+    # Six operations at most, each of which PIL rounds to whole levels; the tolerance at the 99th percentile is for one.
+    assert_near(views * np.array(augment.IMAGENET_STD) + np.array(augment.IMAGENET_MEAN), theirs, percentile=2 * 4.0)
+    assert 4 < drawn["flip"].sum() < 28
+    assert 0 < drawn["greyscale"].sum() < 16
+
+
+def test_moco_parameters_are_distributed_as_torchvisions():
+    count = 20_000
+    torch.manual_seed(0)
+    v1, v2 = (
+        {name: np.asarray(value) for name, value in jax.jit(augmentation.parameters)(keys(count, seed=5)).items()}
+        for augmentation in (MoCoV1Augmentation(), MoCoV2Augmentation())
+    )
+    jittered = v2["jitter"]
+    assert (v2["factors"][~jittered] == [1, 1, 1, 0]).all()
+    for drawn, where, hue in ((v1, np.ones(count, bool), 0.4), (v2, jittered, 0.1)):
+        transform = torchvision.transforms.ColorJitter(0.4, 0.4, 0.4, hue)
+        ranges = [getattr(transform, name) for name in JITTER]
+        draws = [transform.get_params(*ranges) for _ in range(count)]
+        orders, theirs = np.array([draw[0].numpy() for draw in draws]), np.array([draw[1:] for draw in draws])
+        for place, name in enumerate(JITTER):
+            assert scipy.stats.ks_2samp(drawn["factors"][where, place], theirs[:, place]).pvalue > 0.001, name
+        powers = np.array([64, 16, 4, 1])
+        table = [np.unique(order @ powers, return_counts=True)[1] for order in (drawn["order"], orders)]
+        assert scipy.stats.chi2_contingency(table).pvalue > 0.001
+        # One parameter tells nothing about another.
+        parts = [*drawn["factors"][where].T, (drawn["order"] @ powers)[where], drawn["flip"][where]]
+        correlation = np.corrcoef(np.stack([*parts, drawn["greyscale"][where]]))
+        assert np.abs(correlation - np.eye(7)).max() < 5 / count**0.5 / 0.8
+    blurred = v2["sigma"] > 0
+    assert scipy.stats.kstest(v2["sigma"][blurred], scipy.stats.uniform(0.1, 1.9).cdf).pvalue > 0.001
+    chances = {"jitter": (jittered, 0.8), "blur": (blurred, 0.5), "flip": (v2["flip"], 0.5)}
+    chances |= {"greyscale": (v2["greyscale"], 0.2), "v1 greyscale": (v1["greyscale"], 0.2), "v1": (v1["flip"], 0.5)}
+    for name, (happened, chance) in chances.items():
+        assert scipy.stats.binomtest(int(happened.sum()), count, chance).pvalue > 0.001, name
+
+
+def test_moco_views_depend_on_key_and_image_only(photographs):
+    """Elsewhere in the batch, in another batch, on eight devices: the same view, and nothing said between them."""
+    images = np.tile(photographs[:, :32, :32], (2, 1, 1, 1))
+    augmentation = jax.jit(lambda rng, place, images: MoCoV2Augmentation()(example_rngs(rng, place), images))
+    place, rng = jnp.arange(16), jax.random.key(7)
+    views = augmentation(rng, place, images)
+    some = augmentation(rng, jnp.asarray([5, 0, 11]), images[[5, 0, 11]])
+    np.testing.assert_allclose(some, views[jnp.asarray([5, 0, 11])], rtol=0, atol=1e-5)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    arguments = (rng, jax.device_put(place, sharding), jax.device_put(images, sharding))
+    np.testing.assert_allclose(augmentation(*arguments), views, rtol=0, atol=1e-5)
+    compiled = augmentation.lower(*arguments).compile().as_text()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in compiled
+
+
+def test_moco_in_float64_sees_the_same_draws(photographs, x64):
+    images = photographs[:, :32, :32]
+    for augmentation in (MoCoV1Augmentation, MoCoV2Augmentation):
+        single, double = (jax.jit(augmentation(dtype=dtype))(keys(8), images) for dtype in (jnp.float32, jnp.float64))
+        assert (single.dtype, double.dtype) == (jnp.float32, jnp.float64)
+        np.testing.assert_allclose(single, double, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("jitter", 1.5), ("hue", 0.6), ("greyscale", -0.1), ("blur_sigma", (0.0, 2.0)), ("blur_sigma", (2.0, 1.0))],
+)
+def test_bad_strength_of_moco_is_named(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} is .*expected .*; "):
+        MoCoV2Augmentation(**{field: value})
+    with pytest.raises(ValueError, match="expected uint8 of shape"):
+        MoCoV1Augmentation()(keys(2), np.zeros((2, 8, 8, 1), np.uint8))

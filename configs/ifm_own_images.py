@@ -1,0 +1,38 @@
+"""IFM on a folder of your own images; MoCo-v2's views.
+
+    python train.py --config=configs/ifm_own_images.py --config.data.source=folder:PATH --workdir=runs/own
+
+PATH holds the images (JPEG, PNG, WebP, BMP), or one folder of them for each class, or `train` and `val` with either in
+them. Training uses no labels. With classes in both `train` and `val`, the result is read out with
+
+    python eval_linear.py --workdir=runs/own
+
+Hardware: one GPU with 16 GB, and processors that decode as fast as it trains (data.workers; automatic: all of them).
+On a CPU, for a look at whether it runs and learns at all, add
+
+    --config.data.image_size=64 --config.model.arch=resnet8 --config.model.stem=small_stride2
+    --config.batch_size=64 --config.model.bn_groups=2 --config.moco.queue_size=2048
+
+Expected: no figure yet; these settings are the original's, scaled to a smaller network and images, and untested at
+scale. Ten thousand images or more are wanted. With few of them keep moco.queue_size, a multiple of batch_size, below
+their number, so that no image is its own negative. Compare with --config.ifm.method=moco before you rely on IFM.
+"""
+
+from ifm_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the recipe."""
+    config = Config()
+
+    config.model.arch = "resnet18"
+    config.moco.queue_size = 8192
+    config.moco.momentum = 0.99
+
+    config.data.source = "folder:"  # given on the command line
+    config.data.image_size = 128
+    config.data.augmentation = "moco_v2"
+
+    config.batch_size = 256
+    config.epochs = 200
+    return config

@@ -1,0 +1,192 @@
+"""Views cut on the host: random resized crops for training, the central view for evaluation.
+
+Where to cut is torchvision's `RandomResizedCrop`, from given random numbers; what is cut is resampled with OpenCV to
+within 3/255 of PIL's antialiased bilinear filter, on average over each view of a photograph, in a fraction of its time.
+"""
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+SCALE = (0.2, 1.0)  # least and greatest area of a crop, relative to the image's: MoCo v1 and v2
+RATIO = (3 / 4, 4 / 3)  # least and greatest width over height
+DRAWS = 22  # random numbers that a crop takes: ten areas, ten aspect ratios, the place
+
+_ATTEMPTS = 10
+_LINEAR_UP_TO = 2.2  # pixels to one of the result, beyond which interpolation would skip some
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def random_box(
+    uniforms: Sequence[float],
+    height: int,
+    width: int,
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+) -> Box:
+    """Chooses a crop as torchvision's `RandomResizedCrop` does.
+
+    The area is uniform and so is the logarithm of the aspect ratio; of ten such draws the first that fits in the image
+    is taken, at a uniform place. If none fits, the largest central box is, whose aspect ratio is in range.
+
+    Args:
+      uniforms: `DRAWS` numbers in [0, 1).
+      height: of the image in pixels.
+      width: of the image in pixels.
+      scale: least and greatest area, relative to the image's.
+      ratio: least and greatest width over height.
+
+    Returns:
+      top, left, height and width in whole pixels.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for attempt in range(_ATTEMPTS):
+        area = (scale[0] + (scale[1] - scale[0]) * uniforms[attempt]) * height * width
+        aspect = math.exp(low + (high - low) * uniforms[_ATTEMPTS + attempt])
+        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(uniforms[2 * _ATTEMPTS] * (height - box_height + 1))
+            left = int(uniforms[2 * _ATTEMPTS + 1] * (width - box_width + 1))
+            return top, left, box_height, box_width
+    box_height = min(height, round(width / ratio[0]))
+    box_width = min(width, round(height * ratio[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def two_random_boxes(number: int, height: int, width: int, scale: tuple[float, float] = SCALE) -> tuple[Box, Box]:
+    """Returns the boxes of query and key, independent of each other, that a random number stands for.
+
+    Args:
+      number: 0 to 2**63 - 1; the same number gives the same boxes.
+      height: of the image in pixels.
+      width: of the image in pixels.
+      scale: least and greatest area, relative to the image's.
+    """
+    uniforms = np.random.Generator(np.random.Philox(key=number)).random(2 * DRAWS).tolist()
+    return random_box(uniforms[:DRAWS], height, width, scale), random_box(uniforms[DRAWS:], height, width, scale)
+
+
+def reduced_box(box: Box, reduction: int, height: int, width: int) -> Box:
+    """Returns a box in the pixels of a reduced image, rounded to whole ones.
+
+    Args:
+      box: in the whole image.
+      reduction: so many of its pixels are one of the reduced image's.
+      height: of the reduced image.
+      width: of the reduced image.
+    """
+    box_height, box_width = (
+        min(max(1, round(side / reduction)), whole) for side, whole in zip(box[2:], (height, width), strict=True)
+    )
+    return (
+        min(box[0] // reduction, height - box_height),
+        min(box[1] // reduction, width - box_width),
+        box_height,
+        box_width,
+    )
+
+
+def cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
+    """Cuts a box out and resizes it to a square.
+
+    Args:
+      image: uint8 `(H, W, 3)`.
+      box: within the image.
+      size: of the square in pixels.
+
+    Returns:
+      uint8 `(size, size, 3)`.
+    """
+    top, left, height, width = box
+    return resize(image[top : top + height, left : left + width], size, size)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes an image close to PIL's `resize(..., BILINEAR)`, which averages over a triangle when it shrinks.
+
+    Args:
+      image: uint8 `(H, W, 3)`.
+      height: wanted, in pixels.
+      width: wanted, in pixels.
+
+    Returns:
+      uint8 `(height, width, 3)`.
+    """
+    shrinks = image.shape[0] / height, image.shape[1] / width
+    if shrinks == (1, 1):
+        return image
+    # PIL averages over a triangle as wide as two pixels of the result: s^2 / 6 of variance in pixels of the source, if
+    # s of them become one. Both ways come close with what OpenCV does fast, and three taps for the variance it lacks.
+    if max(shrinks) <= _LINEAR_UP_TO:
+        # Interpolation has 1/6, on average over where it falls; the taps supply (s^2 - 1) / 6 before it.
+        image = _three_taps(image, [max(0.0, shrink * shrink - 1) / 12 for shrink in shrinks])
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    # The mean over a pixel's area has (s^2 + 1) / 12; the taps after it supply (1 - 1 / s^2) / 12 of the result's.
+    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return _three_taps(small, [max(0.0, 1 - 1 / (shrink * shrink)) / 24 for shrink in shrinks])
+
+
+def _three_taps(image: np.ndarray, sides: Sequence[float]) -> np.ndarray:
+    """Averages each pixel with its neighbours, which weigh `sides` down and across; the border is repeated outwards."""
+    if not any(sides):
+        return image
+    down, across = (np.array([side, 1 - 2 * side, side], np.float32) for side in sides)
+    # Isolated: a crop's neighbours in the image it is cut from are not its own.
+    return cv2.sepFilter2D(image, -1, across, down, borderType=cv2.BORDER_REPLICATE | cv2.BORDER_ISOLATED)
+
+
+def central_view(image: np.ndarray, size: int) -> np.ndarray:
+    """Makes the view that is evaluated: the shorter side resized to 256/224 of `size`, the central square cut out.
+
+    As torchvision's `Resize` and `CenterCrop`, with ImageNet's 256 and 224 scaled to `size`.
+
+    Args:
+      image: uint8 `(H, W, 3)`.
+      size: of the square in pixels.
+
+    Returns:
+      uint8 `(size, size, 3)`.
+    """
+    height, width = central_size(image.shape[0], image.shape[1], size)
+    whole = resize(image, height, width)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return whole[top : top + size, left : left + size]
+
+
+def central_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """Returns the height and width to which `central_view` resizes an image before it cuts the square out."""
+    short = round(size * 256 / 224)
+    return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+
+
+class Cropped:
+    """A source of images held in memory, whose views are cut on the host at random.
+
+    Attributes:
+      source: of images; what is read in whole, for readouts, is as it has it.
+      label_names: the source's.
+    """
+
+    def __init__(self, source):
+        self.source, self.label_names = source, source.label_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns whole images and their labels, the source's own."""
+        return self.source.batch(indices)
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """Returns the labels of all images."""
+        return self.source.labels()
+
+    def views(self, index: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cuts both views of an image; see `ViewSource`."""
+        image = self.source.batch(np.array([index]))["image"][0]
+        height, width, _ = image.shape
+        query, key = (cut(image, box, height) for box in two_random_boxes(number, height, width))
+        return query, key

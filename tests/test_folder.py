@@ -1,0 +1,384 @@
+"""Images in folders: PIL's pixels, torchvision's classes and crops, the same batches wherever they are read."""
+
+import io
+import itertools
+import pathlib
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ifm_jax import augment, metrics, training
+from ifm_jax.config import DataConfig
+from ifm_jax.data import ViewSource, crops, folder, open_source, training_batches
+from ifm_jax.errors import RunError, UsageError
+from tests import small
+from tests.torchvision_peer import torchvision
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return load_sample_images().images
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, photographs):
+    """Forty small pieces of photographs in the classes a, b and c, of train and val, some in subfolders."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        part = root / ("train" if number < 30 else "val") / "cab"[number % 3] / ("sub" if number % 4 == 0 else "")
+        part.mkdir(parents=True, exist_ok=True)
+        height, width = rng.integers(40, 90, 2)
+        top, left = rng.integers(0, 300, 2)
+        piece = Image.fromarray(photographs[number % 2][top : top + height, left : left + width])
+        piece.save(part / f"{number:02}{('.jpg', '.JPEG', '.png', '.webp', '.bmp')[number % 5]}")
+    return root
+
+
+def source(root, split="train", size=32, **options):
+    return folder.open_folder(str(root), split, image_size=size, **options)
+
+
+def batches(root, count, **options):
+    return list(itertools.islice(training_batches(source(root), 8, **({"seed": 0} | options)), count))
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() == {"query", "key"}
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+# Which images.
+
+
+@pytest.mark.parametrize(("split", "part"), [("train", "train"), ("test", "val")])
+def test_files_and_labels_are_torchvisions(root, split, part):
+    ours, theirs = source(root, split), torchvision.datasets.ImageFolder(root / part)
+    assert list(zip(ours.paths, ours.labels()["class"], strict=True)) == theirs.samples
+    assert ours.label_names == {"class": ("a", "b", "c")}
+    assert len(ours) == (30 if split == "train" else 10)
+    assert isinstance(ours, ViewSource)
+
+
+def test_a_folder_without_parts_is_for_training(root):
+    assert source(root / "train").paths == source(root).paths
+    with pytest.raises(UsageError, match=r"has no held-out images: expected .*train and .*val \(or test\)"):
+        source(root / "train", "test")
+
+
+def test_a_flat_folder_has_no_labels(root):
+    flat = source(root / "val" / "a" / "..", "train"), source(root / "train" / "b" / "sub")
+    assert [bool(each.label_names) for each in flat] == [True, False]
+    assert flat[1].labels() == {}
+    assert flat[1].batch(np.array([0, 1])).keys() == {"image"}
+
+
+def test_chosen_classes(root, tmp_path):
+    (tmp_path / "names").write_text("# Two of three\nc\n\na  # the first\n")
+    for split in ("train", "test"):
+        chosen, whole = source(root, split, classes=str(tmp_path / "names")), source(root, split)
+        assert chosen.label_names == {"class": ("a", "c")}
+        assert chosen.paths == [path for path in whole.paths if "/b/" not in path]
+        assert set(chosen.labels()["class"][np.array(["/c/" in path for path in chosen.paths])]) == {1}
+
+
+def test_held_out_images_are_numbered_as_the_training_images(root, tmp_path):
+    """Where the held-out part lacks a class, torchvision would number the others anew."""
+    (tmp_path / "train").symlink_to(root / "train")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "c").symlink_to(root / "val" / "c")
+    assert set(source(tmp_path, "test").labels()["class"]) == {2}
+
+
+def make(path, *names):
+    for name in names:
+        target = path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(target) if target.suffix else target.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "message"),
+    [
+        (None, "", "is not there; expected a folder of images"),
+        (["x.png"], "", "x.png is not a folder; expected"),
+        ([], "", "no images in .*; expected .jpg, "),
+        (["a/1.png", "b"], "", "class folder .*b holds no images: expected .jpg"),
+        (["a/1.png", "2.png"], "", r"holds both images \(2.png, ...\) and folders of images \(a, ...\)"),
+        (["train/a/1.png", "val/b/1.png"], "", "val holds the class 'b', which .*train does not"),
+        (
+            ["a/1.png", "b/1.png"],
+            "a\nd\n",
+            "data.classes=.*: 'd' is not among the 2 class folders of .* \\('a', 'b'\\)",
+        ),
+        (["1.png"], "a\n", "has no class folders to choose from"),
+        (["a/1.png"], "# none\n", "names no class"),
+        (["a/1.png"], None, r"data.classes=.* cannot be read \(No such file"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, names, classes, message):
+    path = tmp_path / "images"
+    if names is not None:
+        path.mkdir()
+        make(path, *names)
+    if names == ["x.png"]:
+        path /= "x.png"
+    if classes:
+        (tmp_path / "names").write_text(classes)
+    with pytest.raises(UsageError, match=message) as caught:
+        source(
+            path, "test" if "which" in message else "train", classes="" if classes == "" else str(tmp_path / "names")
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_the_files_of_other_programs_are_passed_over(tmp_path):
+    make(tmp_path, "a/1.png", ".cache/2.png")
+    for name in ("a/._1.png", "a/Thumbs.db", "notes.txt"):
+        (tmp_path / name).write_text("")
+    assert [pathlib.Path(path).name for path in source(tmp_path).paths] == ["1.png"]
+    # Beside the images of a flat folder, a folder without any is no class.
+    make(tmp_path / "a", "labels")
+    assert len(source(tmp_path / "a")) == 1
+
+
+# Pixels.
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def image_files(photograph):
+    image = Image.fromarray(photograph).resize((100, 75))
+    translucent = image.copy()
+    translucent.putalpha(image.convert("L"))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    deep = cv2.imencode(".png", np.random.default_rng(0).integers(0, 65536, (50, 60, 3)).astype(np.uint16))[1]
+    return {
+        "jpeg": encoded(image, "JPEG"),
+        "progressive": encoded(image, "JPEG", progressive=True, subsampling=0),
+        "grey jpeg": encoded(image.convert("L"), "JPEG"),
+        "cmyk": encoded(image.convert("CMYK"), "JPEG"),
+        "rotated": encoded(image, "JPEG", exif=rotated),
+        "png": encoded(image, "PNG"),
+        "grey png": encoded(image.convert("L"), "PNG"),
+        "translucent": encoded(translucent, "PNG"),
+        "translucent grey": encoded(translucent.convert("LA"), "PNG"),
+        "palette": encoded(image.quantize(64), "PNG", transparency=3),
+        "bits": encoded(image.convert("1"), "PNG"),
+        "16 bits": deep.tobytes(),
+        "webp": encoded(image, "WEBP"),
+        "translucent webp": encoded(translucent, "WEBP", lossless=True),
+        "bmp": encoded(image, "BMP"),
+    }
+
+
+def test_pixels_are_pils(photographs):
+    for name, data in image_files(photographs[0]).items():
+        ours = folder.decode(name, np.frombuffer(data, np.uint8))[..., ::-1].astype(int)
+        theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+        assert ours.shape == theirs.shape, name
+        # Another rounding of the four inks; otherwise the same pixels.
+        assert np.abs(ours - theirs).max() <= (1 if name == "cmyk" else 0), name
+        is_jpeg = name in ("jpeg", "progressive", "grey jpeg", "cmyk", "rotated")
+        assert folder.jpeg_size(np.frombuffer(data, np.uint8)) == (ours.shape[:2] if is_jpeg else None), name
+
+
+@pytest.mark.parametrize("size", [32, 96, 128, 224])
+def test_crops_are_pils(photographs, tmp_path, size):
+    """Within 3/255 on average, every one of them, from enlarged ones to those decoded at a quarter of the size."""
+    for number, photograph in enumerate(photographs):
+        path = tmp_path / f"{number}.jpg"
+        Image.fromarray(photograph).save(path, quality=92)
+        views = source(tmp_path, size=size).views
+        whole = Image.open(path).convert("RGB")
+        for draw in range(12):
+            for view, box in zip(views(number, draw), crops.two_random_boxes(draw, *photograph.shape[:2]), strict=True):
+                top, left, height, width = snapped(draw, box, photograph.shape[:2], size)
+                peer = whole.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR)
+                error = np.abs(view.astype(float) - np.asarray(peer)).mean()
+                assert error < 3, (number, draw, box)
+
+
+def snapped(draw, box, shape, size):
+    """The box in whole pixels of the reduced image, where one is decoded; half a pixel of the view at most."""
+    shrink = min(min(other[2:]) for other in crops.two_random_boxes(draw, *shape)) / size
+    reduction = max(r for r in (1, 2, 4, 8) if r == 1 or 1.5 * r <= shrink)
+    reduced = crops.reduced_box(box, reduction, *(-(-side // reduction) for side in shape))
+    moved = [reduction * side for side in reduced]
+    assert max(abs(a - b) for a, b in zip(moved, box, strict=True)) <= reduction <= max(1, shrink / 1.5)
+    return moved
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_the_evaluated_view_is_torchvisions(photographs, tmp_path, size):
+    for number, photograph in enumerate(photographs):
+        Image.fromarray(np.rot90(photograph) if number else photograph).save(tmp_path / f"{number}.png")
+    views = source(tmp_path, size=size).batch(np.array([1, 0]))["image"]
+    assert views.dtype == np.uint8
+    assert views.shape == (2, size, size, 3)
+    transform = torchvision.transforms.Compose(
+        [torchvision.transforms.Resize(round(size * 256 / 224)), torchvision.transforms.CenterCrop(size)]
+    )
+    for number, view in zip((1, 0), views, strict=True):
+        peer = transform(Image.open(tmp_path / f"{number}.png"))
+        assert np.abs(view.astype(float) - np.asarray(peer)).mean() < 3
+
+
+def test_equal_sizes_are_left_alone(photographs):
+    piece = photographs[0][:48, :48]
+    np.testing.assert_array_equal(crops.resize(piece, 48, 48), piece)
+    np.testing.assert_array_equal(crops.cut(photographs[0], (5, 7, 32, 32), 32), photographs[0][5:37, 7:39])
+
+
+# Which crops.
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (60, 200)])
+def test_boxes_are_distributed_as_torchvisions(height, width):
+    """In the second case, more than three times as wide as high, some find none that fits."""
+    count = 20_000 if width == 500 else 5_000
+    ours = np.array([crops.two_random_boxes(number, height, width) for number in range(count // 2)]).reshape(-1, 4)
+    torch.manual_seed(0)
+    image = torch.zeros(3, 1, 1).expand(3, height, width)
+    get_params = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
+    for name, our, their in zip(("top", "left", "height", "width"), ours.T, theirs.T, strict=True):
+        assert scipy.stats.ks_2samp(our, their).pvalue > 0.001, name
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
+
+
+def test_the_two_boxes_are_independent():
+    query, key = np.array([crops.two_random_boxes(number, 375, 500) for number in range(4000)]).transpose(1, 2, 0)
+    assert np.abs(np.corrcoef(query, key)[:4, 4:]).max() < 0.08
+
+
+def test_the_box_that_never_fits_is_central():
+    for (height, width), box in {
+        (32, 32): (0, 0, 32, 32),
+        (30, 60): (0, 10, 30, 40),
+        (60, 30): (10, 0, 40, 30),
+    }.items():
+        assert crops.random_box([0.9999] * 20 + [0.5] * 2, height, width, (2.0, 2.0)) == box
+
+
+# Batches.
+
+
+def test_batches_hold_two_views_of_each_image(root):
+    for batch in batches(root, 2):
+        for name in ("query", "key"):
+            assert batch[name].shape == (8, 32, 32, 3)
+            assert batch[name].dtype == np.uint8
+        assert (batch["query"] != batch["key"]).any((1, 2, 3)).all()
+
+
+def test_a_restart_needs_only_the_step(root):
+    for a, b in zip(batches(root, 20)[17:], batches(root, 3, start=17), strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_cut_their_pieces_of_the_same_batches(root, hosts):
+    whole = batches(root, 5, start=2)
+    pieces = [batches(root, 5, start=2, host=host, hosts=hosts) for host in range(hosts)]
+    for step, batch in enumerate(whole):
+        assert_equal({n: np.concatenate([piece[step][n] for piece in pieces]) for n in ("query", "key")}, batch)
+
+
+def test_threads_change_nothing(root):
+    for a, b in zip(batches(root, 4, threads=1), batches(root, 4, threads=5), strict=True):
+        assert_equal(a, b)
+
+
+def test_views_are_new_in_every_epoch_and_for_every_seed(root):
+    views = [batches(root, 12), batches(root, 12, seed=1)]
+    seen = {view.tobytes() for run in views for batch in run for name in batch for view in batch[name]}
+    assert len(seen) == 2 * 12 * 2 * 8
+
+
+def test_no_image_comes_twice_in_an_epoch(root):
+    class Numbered(folder.Folder):
+        def views(self, index, number):
+            return np.array([index]), np.array([number])
+
+    numbered = Numbered(source(root).paths, 32)
+    for epoch in np.array_split(list(itertools.islice(training_batches(numbered, 10, seed=3), 9)), 3):
+        assert sorted(np.concatenate([batch["query"][:, 0] for batch in epoch])) == list(range(30))
+
+
+def test_embedded_images_are_cropped_too():
+    data = DataConfig(image_size=32, augmentation="moco_v2")
+    data.trifeature.train_size = 40
+    embedded = open_source(data, "train")
+    assert isinstance(embedded, ViewSource)
+    assert set(embedded.label_names) == set(embedded.labels()) == {"shape", "texture", "color"}
+    batch = next(training_batches(embedded, 8, seed=0))
+    assert batch["query"].shape == batch["key"].shape == (8, 32, 32, 3)
+    data.augmentation = "trifeature"
+    assert next(training_batches(open_source(data, "train"), 8, seed=0)).keys() == {"query"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "half"])
+def test_an_unreadable_image_is_named(root, tmp_path, content):
+    good = pathlib.Path(source(root).paths[0]).read_bytes()
+    (tmp_path / "bad.jpg").write_bytes(good[: len(good) // 2] if content == "half" else content)
+    bad = source(tmp_path)
+    with pytest.raises(RunError, match=r"bad.jpg cannot be read \(not an image, or a broken one\): replace or remove"):
+        next(training_batches(bad, 1, seed=0))
+    with pytest.raises(RunError, match=r"bad.jpg cannot be read"):
+        bad.batch(np.array([0]))
+    (tmp_path / "bad.jpg").unlink()
+    with pytest.raises(RunError, match=r"bad.jpg cannot be read \(No such file"):
+        next(training_batches(bad, 1, seed=0))
+
+
+# A run.
+
+
+def own_images(root, **fields):
+    return small.config(data__source=f"folder:{root}", data__augmentation="moco_v2", **fields)
+
+
+def test_a_run_on_a_folder(root, tmp_path):
+    """Trains, stops, goes on bit for bit; its classes can be read out."""
+    from ifm_jax.evaluation import suppression
+
+    for name, steps in (("whole", [2]), ("parts", [1, 2])):
+        for stop in steps:
+            training.train(own_images(root, steps=stop), tmp_path / name, devices=jax.devices()[:1], quiet=True)
+    whole, parts = (small.without_speed(metrics.read(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
+    assert [record["step"] for record in whole] == [1, 2]
+    assert whole == parts
+    readouts = suppression.read_out_workdir(tmp_path / "whole")
+    assert set(readouts.accuracy) == {"class"}
+
+
+def test_the_config_chooses_the_augmentation(root):
+    for name, expected in (("moco_v1", augment.MoCoV1Augmentation), ("moco_v2", augment.MoCoV2Augmentation)):
+        config = own_images(root)
+        config.data.augmentation = name
+        assert training.make_augmentation(config) == expected()
+
+
+def test_a_mistaken_folder_leaves_no_workdir(root, tmp_path):
+    with pytest.raises(UsageError, match="is not there"):
+        training.train(own_images(root / "nothing"), tmp_path / "run", devices=jax.devices()[:1], quiet=True)
+    with pytest.raises(UsageError, match=r"data.augmentation='trifeature' is not for data.source='folder:"):
+        training.train(small.config(data__source=f"folder:{root}"), tmp_path / "run", quiet=True)
+    with pytest.raises(UsageError, match=r"data.source='folder:' names no folder: expected --config.data.source"):
+        training.train(small.config(data__source="folder:"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
