@@ -5,6 +5,7 @@
     ifm_jax.models.resnet50(num_classes=..., rngs=...)                        torchvision's networks
     ifm_jax.PretrainStep(...)                                                 one training step
     ifm_jax.train(config, workdir)                                            a run
+    ifm_jax.load(path)                                                        the frozen backbone of one
 
 Importing this pulls in neither PyTorch nor TensorFlow nor Grain; `train` and `load` import what they need when called.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "TrainState",
     "UsageError",
     "augment",
+    "load",
     "losses",
     "models",
     "optim",
@@ -37,7 +39,7 @@ __all__ = [
 ]
 
 # Public functions whose modules are slow to import (Orbax, Grain): found on first use.
-_LAZY = {"train": "ifm_jax.training"}
+_LAZY = {"load": "ifm_jax.loading", "train": "ifm_jax.training"}
 
 
 def __getattr__(name: str):

@@ -1,0 +1,60 @@
+"""Converts checkpoints between PyTorch and JAX, and says what one holds.
+
+    python convert_checkpoints.py to-jax FILE.pth.tar DIR       the original's checkpoint, or torchvision's, into DIR
+    python convert_checkpoints.py to-torch DIR FILE.pth.tar     a run, as the original's code loads it
+    python convert_checkpoints.py to-torch DIR FILE.pth --for=torchvision     its backbone, as torchvision's ResNet
+    python convert_checkpoints.py inspect PATH                  what a file or a run holds
+
+DIR is laid out as the working directory of a run: whatever takes one takes it. A name that ends in .safetensors writes
+that format. Nothing in a file is executed. Existing output is refused without --overwrite.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from ifm_jax import command, torch_checkpoint
+from ifm_jax.errors import UsageError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "to-jax: the recipe of the run, checked against the file.")
+_FOR = flags.DEFINE_enum("for", "moco", torch_checkpoint.TARGETS, "to-torch: who is to read the file.")
+_STEP = flags.DEFINE_integer("step", None, "to-jax: updates done, where the file does not say.", lower_bound=0)
+_EPOCH = flags.DEFINE_integer("epoch", None, "to-torch: epochs done, where the run does not say.", lower_bound=0)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace existing output.")
+
+_COMMANDS = {"to-jax": ("FILE.pth.tar", "DIR"), "to-torch": ("DIR", "FILE.pth.tar"), "inspect": ("PATH",)}
+
+
+def main(arguments: list[str]) -> int:
+    """Converts; returns the exit status."""
+    name, paths = (arguments[0] if arguments else None), arguments[1:]
+    if name not in _COMMANDS:
+        raise UsageError(f"{name or 'no command'}: expected one of {', '.join(_COMMANDS)}; --help shows them")
+    if len(paths) != len(_COMMANDS[name]):
+        raise UsageError(f"{name} takes {' '.join(_COMMANDS[name])}, {len(paths)} arguments were given")
+    if name == "to-jax":
+        found = torch_checkpoint.to_jax(*paths, config=_CONFIG.value, step=_STEP.value, overwrite=_OVERWRITE.value)
+    elif name == "to-torch":
+        found = torch_checkpoint.to_torch(*paths, _FOR.value, epoch=_EPOCH.value, overwrite=_OVERWRITE.value)
+    else:
+        found = torch_checkpoint.read(*paths)
+    _print_table(" -> ".join(paths), torch_checkpoint.describe(found))
+    for note in found.notes:
+        print(f"{pathlib.Path(__file__).name}: warning: {note}", file=sys.stderr)
+    return 0
+
+
+def _print_table(title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_gnu_getopt(True)  # flags may stand after the paths
+    command.run(main)

@@ -1,0 +1,44 @@
+"""A live model from whatever holds one: a run, one of its checkpoints, a PyTorch checkpoint."""
+
+import os
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from ifm_jax import torch_checkpoint
+from ifm_jax.models import Encoder
+from ifm_jax.models.resnet import ResNet
+
+
+def load(path: str | os.PathLike, *, dtype: str = "float32") -> ResNet:
+    """Returns the backbone of the query encoder, without its head, as a live Flax NNX module in evaluation mode.
+
+    Its running averages normalise and are not moved; nothing about it trains unless you make it.
+
+    Args:
+      path: a run's working directory (the newest checkpoint), one of its checkpoints (`DIR/checkpoints/<step>`), or a
+        `.pth` or `.pth.tar` in the original's or torchvision's format.
+      dtype: of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
+
+    Returns:
+      `model(images)`: `(N, H, W, 3)` in `dtype`, normalised with ImageNet's mean and standard deviation ->
+      `(N, model.num_features)`.
+
+    Raises:
+      UsageError: if nothing can be read there.
+
+    Example:
+      >>> model = ifm_jax.load("runs/trifeature")              # doctest: +SKIP
+      >>> features = nnx.jit(lambda m, x: m(x))(model, images)  # doctest: +SKIP
+    """
+    found = torch_checkpoint.read(path)
+    for note in found.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    model = found.config.model
+    encoder = Encoder(
+        arch=model.arch, dim=0, stem=model.stem, width=model.width, compute_dtype=dtype, param_dtype=dtype
+    )
+    params = {name: value for name, value in found.state.params.items() if name != "fc"}
+    place = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731
+    return encoder.bind(place(params), place(found.state.batch_stats))

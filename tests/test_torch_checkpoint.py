@@ -1,0 +1,512 @@
+"""Conversion of checkpoints: names and shapes, bit-exact round trips, features, and what is refused."""
+
+import dataclasses
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ifm_jax import loading, models, optim, snapshot, state, torch_checkpoint, training
+from ifm_jax.checkpoint import Checkpoints, abstract_state
+from ifm_jax.config import Config
+from ifm_jax.errors import UsageError
+from ifm_jax.models import Encoder
+from ifm_jax.snapshot import Snapshot
+from tests.torch_reference import Reference, ReferenceMoCo
+from tests.torchvision_peer import torchvision
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = next(iter(models.ARCHITECTURES))  # the one that torchvision does not have
+TORCHVISION = list(models.ARCHITECTURES)[1:]
+
+
+def moco_file(path, *, arch="resnet18", mlp=True, dtype=torch.float32, steps=3, **options):
+    """Writes a checkpoint of the original's layout after `steps` updates with random gradients; returns its content."""
+    reference = Reference(arch, dim=16, queue_size=32, mlp=mlp, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in reference.model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(steps)
+        elif "running" in name:
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    reference.model.queue_ptr[0] = 24
+    for _ in range(steps):
+        for parameter in reference.model.encoder_q.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+        reference.optimizer.step()
+    reference.save_checkpoint(path, epoch=1)
+    content = torch.load(path, weights_only=True)
+    torch.save(content, path, **options)
+    return content
+
+
+def tensors_of(content, prefix=""):
+    """All tensors of a checkpoint's nested dicts, by path."""
+    found = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            found |= tensors_of(value, f"{prefix}{name}/")
+        elif isinstance(value, torch.Tensor):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def assert_same_tensors(actual, expected):
+    actual, expected = tensors_of(actual), tensors_of(expected)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        assert torch.equal(actual[name], value), name
+
+
+def assert_same_tree(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+# --- The table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_table_has_torchvisions_names_shapes_and_order(arch):
+    with torch.device("meta"):
+        network = torchvision.models.get_model(arch, num_classes=7)
+    config = Config()
+    config.model.arch, config.moco.dim, config.moco.mlp = arch, 7, False
+    table = torch_checkpoint.encoder_table(config)
+    found = {entry.torch: entry.shape for entry in table}
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert found == {name: shape for name, shape in expected.items() if "num_batches" not in name}
+    parameters = [entry.torch for entry in table if entry.collection == "params"]
+    assert parameters == [name for name, _ in network.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        (SMALL, {"stem": "small_stride2"}),
+        ("resnet18", {"stem": "small", "width": 16}),
+        ("resnext50_32x4d", {"mlp": False}),
+    ],
+)
+def test_table_has_our_names_and_shapes(arch, options):
+    encoder = Encoder(arch, dim=7, **options)
+    expected = jax.eval_shape(encoder.init, jax.random.key(0))
+    config = Config()
+    config.model.arch, config.model.stem = arch, encoder.stem
+    config.model.width, config.moco.dim, config.moco.mlp = encoder.width, 7, encoder.mlp
+    found = {"params": {}, "batch_stats": {}}
+    for entry in torch_checkpoint.encoder_table(config):
+        shape = torch_checkpoint._to_jax(np.empty(entry.shape), entry.kind).shape
+        torch_checkpoint._set(found[entry.collection], entry.path, shape)
+    assert found == {name: jax.tree.map(lambda x: x.shape, tree) for name, tree in zip(found, expected, strict=True)}
+
+
+# --- Round trips -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mlp", "dtype", "legacy"),
+    [(True, torch.float32, False), (False, torch.float64, False), (True, torch.float32, True)],
+)
+def test_torch_to_jax_to_torch_is_bit_exact(mlp, dtype, legacy, tmp_path):
+    options = {"_use_new_zipfile_serialization": False} if legacy else {}
+    content = moco_file(tmp_path / "a.pth.tar", mlp=mlp, dtype=dtype, **options)
+    found = torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    assert (int(found.state.step), found.epoch, found.missing, found.notes) == (3, 1, [], ())
+    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth.tar")
+    back = torch.load(tmp_path / "b.pth.tar", weights_only=True)
+
+    assert_same_tensors(back, content)
+    assert list(back["state_dict"]) == list(content["state_dict"])
+    assert (back["epoch"], back["arch"]) == (1, "resnet18")
+    group, expected = back["optimizer"]["param_groups"][0], content["optimizer"]["param_groups"][0]
+    assert {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "dampening", "params")} == {
+        name: expected[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "dampening", "params")
+    }
+    # As the original loads it: strictly, module and optimiser.
+    model = torch.nn.DataParallel(ReferenceMoCo("resnet18", 16, 32, mlp))
+    model.load_state_dict(back["state_dict"], strict=True)
+    torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).load_state_dict(back["optimizer"])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth.tar", "b.pth.tar", "run"}
+
+
+def random_state(encoder, optimizer, queue_size):
+    """A training state with nothing at its starting value."""
+    abstract = jax.eval_shape(lambda: state.create(jax.random.key(0), encoder, optimizer, queue_size))
+    rng = np.random.default_rng(0)
+    values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), abstract)
+    return values._replace(step=np.int32(12), queue_ptr=np.int32(8))
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("resnet18", {}), ("resnet18", {"mlp": False}), (SMALL, {"stem": "small_stride2"})],
+)
+def test_jax_to_torch_to_jax_is_bit_exact(arch, options, tmp_path):
+    optimizer = optim.sgd()
+    encoder = Encoder(arch, dim=16, **options)
+    saved = random_state(encoder, optimizer, 24)
+    config = Config()
+    config.model.arch, config.model.stem = arch, encoder.stem
+    config.moco.dim, config.moco.queue_size, config.moco.mlp = 16, 24, encoder.mlp
+    snapshot.write(Snapshot(config, saved), tmp_path / "run")
+    notes = torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "a.pth.tar", epoch=3).notes
+    assert bool(notes) == (arch == SMALL)  # which torchvision does not have
+    again = torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "again", config=config)
+    assert (again.epoch, again.steps_per_epoch) == (3, 4)
+
+    # As a run is resumed.
+    like = abstract_state(
+        lambda: state.create(jax.random.key(0), encoder, optimizer, 24),
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
+    with Checkpoints(tmp_path / "again" / "checkpoints", keep=3) as checkpoints:
+        assert checkpoints.latest_step() == 12
+        restored = checkpoints.restore(12, like)
+    assert_same_tree(jax.device_get(restored), saved)
+
+
+def test_no_momentum_yet_stays_so(tmp_path):
+    moco_file(tmp_path / "a.pth.tar", steps=0)
+    found = torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    assert not any(leaf.any() for leaf in jax.tree.leaves(found.state.opt_state))
+    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth.tar")
+    assert torch.load(tmp_path / "b.pth.tar", weights_only=True)["optimizer"]["state"] == {}
+
+
+def test_counters_move_with_the_steps(tmp_path):
+    moco_file(tmp_path / "a.pth.tar", steps=3)
+    found = torch_checkpoint.read(tmp_path / "a.pth.tar")
+    later = dataclasses.replace(found, state=found.state._replace(step=np.int32(10)))
+    counters = {name: value for name, value in torch_checkpoint.state_dict(later) if name.endswith("tracked")}
+    assert len(counters) == 40
+    assert set(map(int, counters.values())) == {10}
+    assert later.epoch == 3  # three steps were an epoch
+
+
+def test_state_of_another_optimiser_is_left_out(tmp_path):
+    config = Config()
+    config.model.arch, config.optim.name, config.moco.dim, config.moco.queue_size = "resnet18", "adamw", 16, 24
+    saved = random_state(Encoder("resnet18", dim=16), optim.adamw(), 24)
+    snapshot.write(Snapshot(config, saved), tmp_path / "run")
+    notes = torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "a.pth.tar").notes
+    assert any("adamw" in note for note in notes)
+    assert any("epoch" in note for note in notes)
+    assert torch.load(tmp_path / "a.pth.tar", weights_only=True)["optimizer"]["state"] == {}
+
+
+# --- Stripped files, torchvision, load -------------------------------------------------------------------------------
+
+
+def with_statistics(network, seed=0):
+    """Gives a network running statistics and scales that are not those it starts with."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.copy_(0.2 * torch.randn(tensor.shape, generator=generator) + (tensor is module.weight.data))
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+    return network.eval()
+
+
+def features_of(network, images):
+    network.fc = torch.nn.Identity()
+    with torch.no_grad():
+        return network(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_features_equal_torchvisions(arch, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = with_statistics(torchvision.models.get_model(arch, num_classes=10))
+    torch.save(network.state_dict(), tmp_path / "network.pth")
+    images = np.random.default_rng(0).standard_normal((2, 64, 64, 3))
+    expected = features_of(network.double(), images)
+
+    found = loading.load(tmp_path / "network.pth")(jnp.asarray(images, jnp.float32))
+    assert found.dtype == np.float32
+    assert found.shape == (2, expected.shape[1])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    with jax.enable_x64(True):
+        found = loading.load(tmp_path / "network.pth", dtype="float64")(jnp.asarray(images, jnp.float64))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+def test_load_reads_every_kind_alike(tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar")
+    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    stripped = {name: value for name, value in content["state_dict"].items() if "encoder_q" in name}
+    torch.save({"state_dict": stripped}, tmp_path / "stripped.pth.tar")
+    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "backbone.pth", "torchvision")
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32, 3)), jnp.float32)
+    first, *others = (
+        np.asarray(loading.load(tmp_path / name)(images))
+        for name in ("a.pth.tar", "run", "run/checkpoints/3", "stripped.pth.tar", "backbone.pth")
+    )
+    assert first.shape == (1, 512)
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_backbone_loads_strictly_into_torchvisions_network(suffix, tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar")
+    torch_checkpoint.to_torch(tmp_path / "a.pth.tar", tmp_path / f"backbone{suffix}", "torchvision")
+    path = tmp_path / f"backbone{suffix}"
+    tensors = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
+    network = torchvision.models.resnet18()
+    network.fc = torch.nn.Identity()
+    network.load_state_dict(tensors, strict=True)
+    expected = {n.removeprefix("module.encoder_q."): v for n, v in content["state_dict"].items() if "encoder_q" in n}
+    assert_same_tensors(tensors, {name: value for name, value in expected.items() if not name.startswith("fc.")})
+
+
+def test_torchvision_round_trip_keeps_the_classifier(tmp_path):
+    network = with_statistics(torchvision.models.resnet18(num_classes=10))
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    found = torch_checkpoint.to_jax(tmp_path / "a.pth", tmp_path / "run")
+    assert found.missing == ["key encoder", "queue", "optimiser state"]
+    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth", "torchvision")
+    assert_same_tensors(torch.load(tmp_path / "b.pth", weights_only=True), network.state_dict())
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_stripped_checkpoint_round_trip(head, tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar")
+    kept = {n: v for n, v in content["state_dict"].items() if "encoder_q" in n and (head or ".fc." not in n)}
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": kept}, tmp_path / "stripped.pth.tar")
+    found = torch_checkpoint.to_jax(tmp_path / "stripped.pth.tar", tmp_path / "run")
+    assert ("projection head" in found.missing) == (not head)
+    notes = torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth.tar").notes
+    assert any("linear evaluation" in note for note in notes)
+    back = torch.load(tmp_path / "b.pth.tar", weights_only=True)
+    assert_same_tensors(back["state_dict"], kept)
+    assert back["epoch"] == 200
+
+
+# --- What is said and refused ----------------------------------------------------------------------------------------
+
+
+class RunsCode:
+    """Its pickle makes a directory when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_contradiction_with_the_config(tmp_path):
+    moco_file(tmp_path / "a.pth.tar")
+    config = Config()
+    config.moco.dim, config.moco.queue_size = 16, 32
+    with pytest.raises(UsageError, match=r"model.arch='resnet50', there 'resnet18'"):
+        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
+    config.model.arch = "resnet18"
+    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
+
+
+def test_all_problems_in_one_message(tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar")
+    tensors, momentum = content["state_dict"], content["optimizer"]["state"]
+    del tensors["module.encoder_q.bn1.running_mean"], tensors["module.queue_ptr"]
+    tensors["module.encoder_k.layer2.0.conv1.weight"] = torch.zeros(3, 3)
+    tensors["module.encoder_k.fc.0.bias"] = torch.zeros(512, dtype=torch.int64)
+    tensors["module.teacher.weight"] = torch.zeros(3)
+    tensors["module.encoder_q.layer9.weight"] = torch.zeros(3)
+    momentum[0]["momentum_buffer"] = torch.zeros(7)
+    del momentum[1]
+    torch.save(content, tmp_path / "a.pth.tar")
+    with pytest.raises(UsageError) as caught:
+        torch_checkpoint.read(tmp_path / "a.pth.tar")
+    message = str(caught.value)
+    for part in (
+        "2 missing: encoder_q.bn1.running_mean, momentum_buffer of encoder_q.bn1.weight",
+        "encoder_k.layer2.0.conv1.weight (3, 3), expected (128, 64, 3, 3)",
+        "momentum_buffer of encoder_q.conv1.weight (7,), expected (64, 3, 7, 7)",
+        "encoder_k.fc.0.bias (torch.int64",
+        "queue_ptr (missing",
+        "teacher.weight",
+        "encoder_q.layer9.weight",
+    ):
+        assert part in message
+
+
+def test_arch_that_the_tensors_belie_is_noted(tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar")
+    torch.save(content | {"arch": "resnet50"}, tmp_path / "a.pth.tar")
+    found = torch_checkpoint.read(tmp_path / "a.pth.tar")
+    assert found.config.model.arch == "resnet18"
+    assert "resnet50" in found.notes[0]
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    moco_file(tmp_path / "a.pth.tar")
+
+    def fail(content, path):
+        pathlib.Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UsageError, match="No space left"):
+        torch_checkpoint.to_torch(tmp_path / "a.pth.tar", tmp_path / "b.pth.tar")
+    monkeypatch.setattr(Checkpoints, "save", fail_after_mkdir)
+    with pytest.raises(UsageError, match="No space left"):
+        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth.tar"]
+
+
+def fail_after_mkdir(checkpoints, *_):
+    (checkpoints.directory / "half").mkdir()
+    raise OSError(28, "No space left on device")
+
+
+def test_overwrite_replaces_runs_and_nothing_else(tmp_path):
+    moco_file(tmp_path / "a.pth.tar")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match="no run's workdir"):
+        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "photos", overwrite=True)
+    (tmp_path / "run").mkdir()  # an empty directory is no obstacle
+    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    with pytest.raises(UsageError, match="--overwrite"):
+        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", step=5, overwrite=True)
+    assert int(torch_checkpoint.read(tmp_path / "run").state.step) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth.tar", "photos", "run"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One file of every kind that is refused, and a good one."""
+    folder = tmp_path_factory.mktemp("files")
+    moco_file(folder / "good.pth.tar", arch="resnet18")
+    torch.save({"state_dict": {}, "hook": RunsCode(folder / "executed")}, folder / "code.pth.tar")
+    (folder / "pickle.pth.tar").write_bytes(pickle.dumps(RunsCode(folder / "executed")))
+    whole = (folder / "good.pth.tar").read_bytes()
+    (folder / "truncated.pth.tar").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.pth.tar").write_text("not a checkpoint\n")
+    (folder / "empty.pth.tar").write_bytes(b"")
+    vgg = {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}
+    torch.save(vgg, folder / "vgg.pth")
+    torch.save({"model": vgg}, folder / "nested.pth")
+    densenet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "denseblock1.weight": torch.zeros(3)}
+    torch.save(densenet, folder / "densenet.pth")
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "file").write_text("")
+    return folder
+
+
+def run(folder, *arguments):
+    environment = os.environ | {"COLUMNS": "100", "XLA_FLAGS": "", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "convert_checkpoints.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("code.pth.tar", r"would run code \(posix.mkdir\), and is refused"),
+        ("pickle.pth.tar", "no whole PyTorch checkpoint"),
+        ("truncated.pth.tar", "no whole PyTorch checkpoint"),
+        ("text.pth.tar", "no whole PyTorch checkpoint"),
+        ("empty.pth.tar", "no whole PyTorch checkpoint"),
+        ("vgg.pth", r"holds no ResNet \(tensors: features.0.weight"),
+        ("nested.pth", r"holds no state dict \(found: model\)"),
+        ("densenet.pth", "1 unexpected: denseblock1.weight"),
+        ("none.pth.tar", "none.pth.tar is not there"),
+        ("occupied", "holds no checkpoints"),
+    ],
+)
+def test_files_that_are_refused(files, name, message):
+    before = {path.name for path in files.iterdir()}
+    with pytest.raises(UsageError, match=message):
+        torch_checkpoint.read(files / name)
+    with pytest.raises(UsageError):
+        torch_checkpoint.to_jax(files / name, files / "out")
+    assert {path.name for path in files.iterdir()} == before  # nothing executed, nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to-jax", "code.pth.tar", "out"], "would run code (posix.mkdir)"),
+        (["to-jax", "good.pth.tar", "occupied"], "pass --overwrite"),
+        (["to-torch", "good.pth.tar", "code.pth.tar"], "pass --overwrite"),
+        (["to-torch", "good.pth.tar", "out.bin"], "must end in"),
+        (["to-torch", "good.pth.tar", "out.pth", "--for=keras"], "keras"),
+        (["to-jax", "good.pth.tar"], "to-jax takes FILE.pth.tar DIR"),
+        ([], "expected one of to-jax, to-torch, inspect"),
+    ],
+)
+def test_mistakes_end_with_status_2(files, arguments, message):
+    before = {path.name for path in files.iterdir()}
+    done = run(files, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert {path.name for path in files.iterdir()} == before
+
+
+def test_the_three_commands(tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar")
+    content["state_dict"]["module.encoder_q.layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(content, tmp_path / "a.pth.tar")
+    done = run(tmp_path, "to-jax", "a.pth.tar", "run")
+    assert done.returncode == 0, done.stderr
+    assert "encoder_q.layer1.0.conv1.weight holds NaN" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    done = run(tmp_path, "to-torch", "run", "b.pth", "--for=torchvision")
+    assert done.returncode == 0, done.stderr
+    assert "conv1.weight" in torch.load(tmp_path / "b.pth", weights_only=True)
+    done = run(tmp_path, "inspect", "run")
+    assert done.returncode == 0, done.stderr
+    for part in ("resnet18", "MLP 512 -> 512 -> 16", "momentum buffers", "a.pth.tar"):
+        assert part in done.stdout
+
+
+def test_momentum_is_sgds_trace(tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar")
+    found = torch_checkpoint.read(tmp_path / "a.pth.tar").state
+    buffer = content["optimizer"]["state"][0]["momentum_buffer"].numpy()
+    np.testing.assert_array_equal(found.opt_state["1"]["trace"]["conv1"]["kernel"], buffer.transpose(2, 3, 1, 0))
+    empty, trace = optim.sgd().init(found.params)
+    assert isinstance(empty, optax.EmptyState)
+    assert jax.tree.structure(trace.trace) == jax.tree.structure(found.opt_state["1"]["trace"])
+
+
+def small_config(steps):
+    config = Config()
+    config.model.arch, config.model.stem, config.model.bn_groups = SMALL, "small_stride2", 2
+    config.model.width = 4
+    config.moco.dim, config.moco.queue_size = 16, 32
+    config.data.image_size, config.data.augmentation = 32, "trifeature"
+    config.data.trifeature.train_size, config.data.trifeature.test_size = 32, 8
+    config.batch_size, config.epochs, config.log_every, config.steps = 8, 2, 1, steps
+    return config
+
+
+def test_training_goes_on_from_a_converted_checkpoint(tmp_path):
+    devices = jax.devices()[:1]
+    training.train(small_config(6), tmp_path / "whole", devices=devices, quiet=True)
+    training.train(small_config(4), tmp_path / "begun", devices=devices, quiet=True)
+    torch_checkpoint.to_torch(tmp_path / "begun", tmp_path / "a.pth.tar")
+    assert torch.load(tmp_path / "a.pth.tar", weights_only=True)["epoch"] == 1  # of 4 steps, as the metrics tell
+    config = snapshot.read(tmp_path / "begun").config
+    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "again", config=config)
+    training.train(small_config(6), tmp_path / "again", devices=devices, quiet=True)
+    assert_same_tree(snapshot.read(tmp_path / "again").state, snapshot.read(tmp_path / "whole").state)
