@@ -79,6 +79,7 @@ def replay(
     dtype: str = "float64",
     steps_per_epoch: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     """Trains on recorded views, one step each.
 
@@ -89,6 +90,7 @@ def replay(
       dtype: "float64", or "float32" at the highest matmul precision; of parameters and arithmetic.
       steps_per_epoch: for the schedule, where the views hold no `lr`; None: as the start knows it.
       devices: to run on; None: all there are.
+      compiler_options: XLA's, where they are to be others than the process's.
 
     Returns:
       Every quantity of a reference file.
@@ -128,7 +130,10 @@ def replay(
         names = [name for name in ("query", "key", "permutation") if name in views]
         batches = ({name: _cast(views[name][step], dtype) for name in names} for step in range(steps))
 
-        embed = jax.jit(lambda params, stats, images: encoder(params, stats, images, train=True)[0])
+        embed = jax.jit(
+            lambda params, stats, images: encoder(params, stats, images, train=True)[0],
+            compiler_options=compiler_options,
+        )
         queries = keys = None
         series: dict[str, list] = {name: [] for name in SERIES}
         for batch in batches:
@@ -136,6 +141,7 @@ def replay(
             if queries is None:
                 queries = np.asarray(embed(state.params, state.batch_stats, batch["query"]))
                 pointer = int(state.queue_ptr)
+                step_fn = step_fn.lower(state, batch).compile(compiler_options)
             state, metrics = step_fn(state, batch)
             if keys is None:  # the first step's keys are what it wrote into the queue
                 keys = np.asarray(state.queue)[pointer : pointer + config.batch_size]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ifm_jax import config as configs
-from ifm_jax import metrics, optim, sharding, state
+from ifm_jax import metrics, optim, sharding, snapshot, state
 from ifm_jax.augment import MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.config import Config
@@ -28,9 +28,7 @@ from ifm_jax.data import open_source, steps_per_epoch, training_batches
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
-
-CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
+from ifm_jax.snapshot import CHECKPOINTS, CONFIG, CONVERTED
 
 # Steps the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
 _STEPS_AHEAD = 2
@@ -203,6 +201,11 @@ def train(
     source = open_source(config.data, "train")
     size = min(config.data.limit, len(source)) if config.data.limit else len(source)
     epoch_steps = steps_per_epoch(size, config.batch_size)
+    if (workdir / CONVERTED).exists() and (missing := snapshot.read(workdir).missing):
+        raise UsageError(
+            f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
+            "expected a complete one (query and key encoder, queue)"
+        )
     _open_workdir(workdir, config)
     primary = jax.process_index() == 0
     total_steps = config.epochs * epoch_steps
@@ -211,7 +214,8 @@ def train(
     with contextlib.ExitStack() as stack:
         create = state_creator(config)
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS))
-        first = checkpoints.latest_step() or 0
+        latest = checkpoints.latest_step()
+        first = latest or 0
         if first >= last_step:
             if not quiet:
                 print(f"Nothing to do: {workdir} holds step {first} of {last_step}.")
@@ -219,8 +223,8 @@ def train(
         # Everything a step reads lies on the devices as the step wants it, from the start.
         placement = sharding.replicated(mesh)
         train_state = (
-            checkpoints.restore(first, abstract_state(create, placement))
-            if first
+            checkpoints.restore(latest, abstract_state(create, placement))
+            if latest is not None  # a converted checkpoint may be at step 0
             else jax.jit(create, out_shardings=placement)()
         )
 

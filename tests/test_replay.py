@@ -27,6 +27,10 @@ BATCH, SIZE, DIM, QUEUE = 8, 64, 128, 24  # three batches fill the queue: five s
 BASE_LR, EPOCHS, MILESTONES, EPOCH_STEPS = 0.03, 4, (1, 2), 2
 
 
+# Unlike most programs of the suite, these run for longer than they compile.
+OPTIMISED = {"xla_backend_optimization_level": 3}
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A trajectory: what is trained, on how many devices, and from where."""
@@ -117,7 +121,9 @@ def test_trajectory(name, tmp_path):
         start = torch_checkpoint.read(tmp_path / "converted")
         assert (start.epoch, start.steps_per_epoch) == (1, EPOCH_STEPS)
     devices = jax.devices()[: case.devices]
-    found = replay.replay(case.config(start), start, views, steps_per_epoch=EPOCH_STEPS, devices=devices)
+    found = replay.replay(
+        case.config(start), start, views, steps_per_epoch=EPOCH_STEPS, devices=devices, compiler_options=OPTIMISED
+    )
 
     assert found.keys() == expected.keys()
     comparisons = replay.compare(found, expected, rtol=RTOL, atol=0.0)
@@ -137,7 +143,7 @@ def two_steps():
 @pytest.fixture(scope="module")
 def ours(two_steps, tmp_path_factory):
     _, start, _ = begin(MUTATED, tmp_path_factory.mktemp("mutations") / "start.pth.tar")
-    return replay.replay(MUTATED.config(start), start, two_steps, devices=jax.devices()[:1])
+    return replay.replay(MUTATED.config(start), start, two_steps, devices=jax.devices()[:1], compiler_options=OPTIMISED)
 
 
 def test_right_variant_holds(ours, two_steps):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ifm_jax import metrics, training
+from ifm_jax import metrics, snapshot, training
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.errors import RunError, UsageError
 from tests import small
@@ -164,3 +164,24 @@ def test_the_step_compiles_once(tmp_path):
         jax.monitoring.unregister_event_duration_listener(note)
     assert events  # the listener works
     assert not [count for count in events if count > 1]
+
+
+def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
+    """A conversion may be at step 0; its weights are what the run starts with."""
+    other = jax.jit(training.state_creator(small.config(seed=5)))()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(other, {})
+        checkpoints.wait()
+    train(small.config(steps=1), tmp_path)
+    ours, theirs = (metrics.read(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path, finished))
+    assert ours != theirs
+
+
+def test_an_incomplete_conversion_cannot_be_gone_on_from(tmp_path):
+    config = small.config()
+    full = jax.device_get(jax.jit(training.state_creator(config))())
+    stripped = full._replace(key_params=None, key_batch_stats=None, queue=None, queue_ptr=None, opt_state=None)
+    origin = snapshot.Origin("released.pth.tar", "moco", 200, 0, None, {})
+    snapshot.write(snapshot.Snapshot(config, stripped, origin, None, ()), tmp_path / "run", overwrite=False)
+    with pytest.raises(UsageError, match="converted checkpoint without key encoder, queue, optimiser state"):
+        train(config, tmp_path / "run")
