@@ -117,13 +117,7 @@ def replay(
             # Read at the state's own step, so that what the step draws is what it would have drawn.
             learning_rates=np.concatenate([np.zeros(first_step), rates]),
             augment=lambda rngs, images: images,
-            rng=training.initial_rngs(config)[1],
-            key_momentum=config.moco.momentum,
-            temperature=config.moco.temperature,
-            method=config.ifm.method,
-            epsilon=configs.epsilons(config.ifm),
-            alpha=config.ifm.alpha,
-            shuffle=config.moco.shuffle_bn,
+            **training.method_fields(config),
             mesh=mesh,
         ).jit()
         state = _place(start.state, optimizer, dtype, sharding.replicated(mesh))

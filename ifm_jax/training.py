@@ -136,6 +136,19 @@ def initial_rngs(config: Config) -> tuple[jax.Array, jax.Array]:
     return start, steps
 
 
+def method_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields of `PretrainStep` that say what is computed, whatever images and schedule it is fed with."""
+    return {
+        "rng": initial_rngs(config)[1],
+        "key_momentum": config.moco.momentum,
+        "temperature": config.moco.temperature,
+        "method": config.ifm.method,
+        "epsilon": configs.epsilons(config.ifm),
+        "alpha": config.ifm.alpha,
+        "shuffle": config.moco.shuffle_bn,
+    }
+
+
 def make_step(config: Config, mesh: jax.sharding.Mesh, epoch_steps: int) -> PretrainStep:
     """Returns the training step of a resolved config.
 
@@ -157,13 +170,7 @@ def make_step(config: Config, mesh: jax.sharding.Mesh, epoch_steps: int) -> Pret
             per_step=config.optim.per_step,
         ),
         augment=make_augmentation(config),
-        rng=initial_rngs(config)[1],
-        key_momentum=config.moco.momentum,
-        temperature=config.moco.temperature,
-        method=config.ifm.method,
-        epsilon=configs.epsilons(config.ifm),
-        alpha=config.ifm.alpha,
-        shuffle=config.moco.shuffle_bn,
+        **method_fields(config),
         mesh=mesh,
     )
 
