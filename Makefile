@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml requirements.txt | $(BIN)/python
 # torchvision without its dependencies: they would bring torch's CUDA build; its models and transforms need none of it.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the test environment into $(VENV) (torch among it) ..."
-	$(PIP) --editable '.[dev,torch]'
+	$(PIP) --editable '.[dev,torch,tfds]'
 	$(PIP) --no-deps torchvision
 	@touch $@
 

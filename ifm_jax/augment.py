@@ -445,8 +445,45 @@ class TrifeatureAugmentation:
         return normalize(views, self.mean, self.std)
 
 
-@dataclasses.dataclass(frozen=True)
-class MoCoV2Augmentation:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoCoStrengths:
+    """What MoCo's augmentations have in common.
+
+    Attributes:
+        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+        contrast: The factor of the contrast, likewise.
+        saturation: The factor of the saturation, likewise.
+        hue: The hue turns by up to so much of the colour circle to either side.
+        greyscale: The probability of a view without colour.
+        flip: The probability of a left-right flip.
+        mean: Mean of each channel, for the normalisation.
+        std: Standard deviation of each channel, for the normalisation.
+        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+
+    Raises:
+        ValueError: If a strength is outside its range.
+    """
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.4
+    greyscale: float = 0.2
+    flip: float = 0.5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        names = ("brightness", "contrast", "saturation", "greyscale", "flip")
+        _check_ranges(self, dict.fromkeys(names, 1) | {"hue": 0.5})
+
+    def _jitter_parameters(self, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jitter_parameters(uniforms.astype(self.dtype), self.brightness, self.contrast, self.saturation, self.hue)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoCoV2Augmentation(MoCoStrengths):
     """MoCo-v2's views of images already cropped: colour jitter, greyscale, Gaussian blur, flip, in this order.
 
     After Chen et al. 2020, "Improved baselines with momentum contrastive learning", and its code (--aug-plus). Sizes
@@ -460,34 +497,18 @@ class MoCoV2Augmentation:
 
     Attributes:
         jitter: The probability of colour jitter.
-        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: The factor of the contrast, likewise.
-        saturation: The factor of the saturation, likewise.
         hue: The hue turns by up to so much of the colour circle to either side.
-        greyscale: The probability of a view without colour.
         blur: The probability of a blur.
         blur_sigma: Least and greatest sigma of the blur in pixels.
-        flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalisation.
-        std: Standard deviation of each channel, for the normalisation.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
 
     Raises:
         ValueError: If a strength is outside its range.
     """
 
     jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
     hue: float = 0.1
-    greyscale: float = 0.2
     blur: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    flip: float = 0.5
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    dtype: Any = jnp.float32
 
     def __post_init__(self):
         if not (len(self.blur_sigma) == 2 and 0 < self.blur_sigma[0] <= self.blur_sigma[1] <= 10):
@@ -495,8 +516,8 @@ class MoCoV2Augmentation:
                 f"blur_sigma is {self.blur_sigma}, expected (low, high) with 0 < low <= high <= 10 pixels; blur=0 "
                 "turns it off"
             )
-        _check_ranges(self, dict.fromkeys(("jitter", "brightness", "contrast", "saturation"), 1) | {"hue": 0.5})
-        _check_ranges(self, dict.fromkeys(("greyscale", "blur", "flip"), 1))
+        _check_ranges(self, {"jitter": 1, "blur": 1})
+        super().__post_init__()
 
     def parameters(self, rngs: jax.Array) -> dict[str, jax.Array]:
         """Draws the parameters of each example's view.
@@ -513,10 +534,9 @@ class MoCoV2Augmentation:
             uniforms[:, place] < chance
             for place, chance in enumerate((self.jitter, self.greyscale, self.blur, self.flip))
         )
-        uniforms = uniforms.astype(self.dtype)
         low, high = self.blur_sigma
-        sigma = low + (high - low) * uniforms[:, 4]
-        order, factors = jitter_parameters(uniforms[:, 5:], self.brightness, self.contrast, self.saturation, self.hue)
+        sigma = low + (high - low) * uniforms[:, 4].astype(self.dtype)
+        order, factors = self._jitter_parameters(uniforms[:, 5:])
         return {
             "order": order,
             "factors": jnp.where(jitter[:, None], factors, jnp.asarray([1, 1, 1, 0], self.dtype)[None, :]),
@@ -550,40 +570,25 @@ class MoCoV2Augmentation:
         return normalize(views, self.mean, self.std)
 
 
-@dataclasses.dataclass(frozen=True)
-class MoCoV1Augmentation:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoCoCIFARAugmentation(MoCoV2Augmentation):
+    """MoCo's views of 32-pixel images already cropped: MoCo-v2's without the blur.
+
+    After the CIFAR-10 demo of MoCo's code (colab/moco_cifar10_demo.ipynb in facebookresearch/moco): a crop of 0.08 to 1
+    of the area, flip, colour jitter, greyscale. That the flip comes first there makes no difference. The demo
+    normalises with CIFAR-10's mean and standard deviation; here they are ImageNet's, as everywhere, so that evaluation
+    and `ifm_jax.load` need not know what an encoder was trained on.
+    """
+
+    blur: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoCoV1Augmentation(MoCoStrengths):
     """MoCo-v1's views of images already cropped: greyscale, colour jitter, flip, in this order.
 
     After He et al. 2020, "Momentum contrast for unsupervised visual representation learning", and its code.
-
-    Attributes:
-        greyscale: The probability of a view without colour.
-        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: The factor of the contrast, likewise.
-        saturation: The factor of the saturation, likewise.
-        hue: The hue turns by up to so much of the colour circle to either side.
-        flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalisation.
-        std: Standard deviation of each channel, for the normalisation.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
-
-    Raises:
-        ValueError: If a strength is outside its range.
     """
-
-    greyscale: float = 0.2
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.4
-    flip: float = 0.5
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    dtype: Any = jnp.float32
-
-    def __post_init__(self):
-        names = ("greyscale", "brightness", "contrast", "saturation", "flip")
-        _check_ranges(self, dict.fromkeys(names, 1) | {"hue": 0.5})
 
     def parameters(self, rngs: jax.Array) -> dict[str, jax.Array]:
         """Draws the parameters of each example's view.
@@ -595,9 +600,7 @@ class MoCoV1Augmentation:
             `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `greyscale` and `flip`.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (7,), jnp.float32))(rngs)
-        order, factors = jitter_parameters(
-            uniforms[:, 2:].astype(self.dtype), self.brightness, self.contrast, self.saturation, self.hue
-        )
+        order, factors = self._jitter_parameters(uniforms[:, 2:])
         greyscale, flip = uniforms[:, 0] < self.greyscale, uniforms[:, 1] < self.flip
         return {"order": order, "factors": factors, "greyscale": greyscale, "flip": flip}
 
@@ -609,6 +612,37 @@ class MoCoV1Augmentation:
         views = jnp.where(drawn["greyscale"][:, None, None, None], luma(views), views)
         views = color_jitter(views, drawn["order"], drawn["factors"])
         return normalize(views, self.mean, self.std)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeAugmentation:
+    """The linear probe's training view of images already cropped (0.08 to 1 of the area): a flip, no change of colour.
+
+    As the original's main_lincls.py has it, like all training of classifiers on ImageNet.
+
+    Attributes:
+        flip: The probability of a left-right flip.
+        mean: Mean of each channel, for the normalisation.
+        std: Standard deviation of each channel, for the normalisation.
+        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+
+    Raises:
+        ValueError: If a strength is outside its range.
+    """
+
+    flip: float = 0.5
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        _check_ranges(self, {"flip": 1})
+
+    def __call__(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
+        """Makes one view of each image; as `MoCoV2Augmentation`."""
+        _check_images(images)
+        flips = jax.vmap(lambda rng: jax.random.uniform(rng, (), jnp.float32))(rngs) < self.flip
+        return normalize(_flipped(images, flips).astype(self.dtype) / 255, self.mean, self.std)
 
 
 def _flipped(images: jax.Array, flips: jax.Array) -> jax.Array:

@@ -13,10 +13,20 @@ from ifm_jax import models, optim, pretrain
 from ifm_jax.errors import UsageError
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32", "float64")
-AUGMENTATIONS = ("trifeature", "moco_v1", "moco_v2")
+AUGMENTATIONS = ("trifeature", "moco_v1", "moco_v2", "moco_cifar")
 
-# Fields that say how long and how closely a run is watched, not what it computes: they may change on resuming.
-FREE_ON_RESUME = ("steps", "log_every", "checkpoint_every", "data.workers")
+# Fields that say how long and how closely a run is watched, and with what its images are read, not what it computes:
+# they may change on resuming. Where the images lie may too; that they are the same ones is checked by themselves.
+FREE_ON_RESUME = (
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "data.source",
+    "data.classes",
+    "data.workers",
+    "data.processes",
+    "data.max_bad",
+)
 
 
 @dataclasses.dataclass
@@ -163,22 +173,30 @@ class DataConfig:
     """Images and their views.
 
     Attributes:
-      source: "trifeature", "folder:PATH" or "tfds:NAME".
+      source: "trifeature", "folder:PATH", "tfds:NAME" (or tfds:PATH) or "array:FILE.npz".
       classes: a file of class names to keep, one a line, # for comments; empty: all.
-      augmentation: "trifeature", "moco_v1" or "moco_v2" (original: --aug-plus).
+      train_split: of a tfds: source, for training ("train+unlabelled"); empty: train.
+      test_split: of a tfds: source, held out; empty: validation, or else test.
+      augmentation: "trifeature", "moco_v1", "moco_v2" (original: --aug-plus) or "moco_cifar" (32 px: no blur).
       image_size: side of a view in pixels.
       limit: the first so many training images only; 0: all.
-      workers: threads that read images; 0: automatic.
+      workers: threads that read images, in each process; 0: automatic.
+      processes: worker processes that read images; 0: threads of this process do, enough for a dozen processors.
+      max_bad: share of the training images that may be unreadable; each is replaced by a neighbour.
       trifeature: the embedded images.
       augment: strengths of the "trifeature" augmentation.
     """
 
     source: str = "trifeature"
     classes: str = ""
+    train_split: str = ""
+    test_split: str = ""
     augmentation: str = "moco_v2"
     image_size: int = 224
     limit: int = 0
     workers: int = 0
+    processes: int = 0
+    max_bad: float = 0.01
     trifeature: TrifeatureConfig = dataclasses.field(default_factory=TrifeatureConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
@@ -299,6 +317,7 @@ def validate(config: Config, devices: int = 1) -> None:
         ("data.image_size", data.image_size, 8),
         ("data.limit", data.limit, 0),
         ("data.workers", data.workers, 0),
+        ("data.processes", data.processes, 0),
     ):
         check(value >= least, name, value, f"at least {least}")
     check(0.0 <= moco.momentum <= 1.0, "moco.momentum", moco.momentum, "a number from 0 to 1")
@@ -356,8 +375,11 @@ def _validate_data(data: DataConfig, check) -> None:
     kind, _, rest = data.source.partition(":")
     if data.source == "folder:":
         raise UsageError("data.source='folder:' names no folder: expected --config.data.source=folder:PATH of images")
-    if data.source != "trifeature" and (kind not in ("folder", "tfds") or not rest):
-        raise UsageError(f"data.source={data.source!r}: expected trifeature, folder:PATH or tfds:NAME")
+    if data.source != "trifeature" and (kind not in ("folder", "tfds", "array") or not rest):
+        raise UsageError(f"data.source={data.source!r}: expected trifeature, folder:PATH, tfds:NAME or array:FILE.npz")
+    for name in ("train_split", "test_split"):
+        check(kind == "tfds" or not getattr(data, name), f"data.{name}", getattr(data, name), "none but with tfds:")
+    check(0 <= data.max_bad < 1, "data.max_bad", data.max_bad, "a share from 0 to below 1 (0.01: one in a hundred)")
     tri, aug = data.trifeature, data.augment
     if data.source == "trifeature":
         check(not data.classes, "data.classes", data.classes, "none with trifeature")

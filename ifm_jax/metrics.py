@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     import rich.table
     import rich.text
 
-FIELDS = ("step", "epoch", "loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm", "images_per_sec")
+FIELDS = (
+    *("step", "epoch", "loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm"),
+    *("images_per_sec", "data_wait"),
+)
 """The fields of a line of `metrics.jsonl`, in their order there; whatever else a record holds follows them."""
 
 

@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ifm_jax import cache, metrics, optim, sharding, snapshot, state
 from ifm_jax import config as configs
-from ifm_jax import metrics, optim, sharding, snapshot, state
-from ifm_jax.augment import MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
+from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.config import Config
-from ifm_jax.data import open_source, steps_per_epoch, training_batches
+from ifm_jax.data import BadImages, Source, open_source, steps_per_epoch, training_batches
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
@@ -32,6 +32,9 @@ from ifm_jax.snapshot import CHECKPOINTS, CONFIG, CONVERTED
 
 # Steps the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
 _STEPS_AHEAD = 2
+
+BAD_IMAGES = "bad_images.txt"  # in a workdir: the images that could not be read
+DATA = "data.json"  # in a workdir: which images the run is on
 _CURVES_EVERY = 60.0  # seconds
 
 
@@ -62,8 +65,7 @@ def configure_jax(compute_dtype: str = "float32") -> None:
     if compute_dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if not jax.config.jax_compilation_cache_dir:
-        root = os.environ.get("IFM_JAX_CACHE") or os.path.expanduser("~/.cache/ifm_jax")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache.directory("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -107,7 +109,8 @@ def make_augmentation(config: Config):
     """
     name, dtype = config.data.augmentation, jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
     if name != "trifeature":
-        return {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation}[name](dtype=dtype)
+        of_mocos = {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation, "moco_cifar": MoCoCIFARAugmentation}
+        return of_mocos[name](dtype=dtype)
     if config.data.source != "trifeature":
         raise UsageError(
             f"data.augmentation='trifeature' is not for data.source={config.data.source!r}: expected moco_v2 or "
@@ -186,7 +189,7 @@ def train(
 ) -> Result:
     """Pre-trains, or goes on pre-training what the working directory holds.
 
-    Writes config.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png there.
+    Writes config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png there.
 
     Args:
       config: of the run.
@@ -213,7 +216,7 @@ def train(
             f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
             "expected a complete one (query and key encoder, queue)"
         )
-    _open_workdir(workdir, config)
+    _open_workdir(workdir, config, source)
     primary = jax.process_index() == 0
     total_steps = config.epochs * epoch_steps
     last_step = min(config.steps, total_steps) if config.steps else total_steps
@@ -253,7 +256,10 @@ def train(
             host=jax.process_index(),
             hosts=jax.process_count(),
             threads=config.data.workers,
+            processes=config.data.processes,
+            bad_images=BadImages(size, config.data.max_bad, workdir / BAD_IMAGES, progress.message),
         )
+        stack.callback(batches.close)
         batch = sharding.put_batch(mesh, next(batches))
 
         devices_text = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.size > 1 else ''}"
@@ -274,7 +280,8 @@ def train(
             step += 1
             recorder.add(step, step_metrics)
             if step < last_step:
-                batch = sharding.put_batch(mesh, next(batches))  # while the device computes
+                with recorder.waiting():
+                    batch = sharding.put_batch(mesh, next(batches))  # while the device computes
             if step % config.log_every == 0 or step == last_step:
                 recorder.flush(log_last=True)
             else:
@@ -298,6 +305,7 @@ class _Recorder:
         self._batch_size, self._epoch_steps, self._curves = batch_size, epoch_steps, curves
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._timed_step, self._timed_at = None, time.perf_counter()
+        self._waited = 0.0  # seconds for images, since then
         self._drawn_at = time.perf_counter()
 
     def add(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
@@ -307,6 +315,13 @@ class _Recorder:
             self._timed_step = step - 1
         if len(self._pending) > _STEPS_AHEAD:
             self._pending[-1 - _STEPS_AHEAD][1]["loss"].block_until_ready()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time of its block as waiting for images."""
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
 
     def flush(self, log_last: bool = False) -> None:
         """Waits for the steps taken in and checks them; with `log_last` writes a line of metrics for the last.
@@ -330,12 +345,13 @@ class _Recorder:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         now = time.perf_counter()
-        rate = (step - self._timed_step) * self._batch_size / max(now - self._timed_at, 1e-9)
+        seconds = max(now - self._timed_at, 1e-9)
         record = {
             "step": step,
             "epoch": step / self._epoch_steps,
             **{name: float(value) for name, value in values.items()},
-            "images_per_sec": rate,
+            "images_per_sec": (step - self._timed_step) * self._batch_size / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
         }
         if self._log is not None:
             self._log.write(record)
@@ -343,7 +359,7 @@ class _Recorder:
         self._progress.update(step, record)
         if now - self._drawn_at > _CURVES_EVERY:
             self.draw()
-        self._timed_step, self._timed_at = step, time.perf_counter()
+        self._timed_step, self._timed_at, self._waited = step, time.perf_counter(), 0.0
 
     def draw(self) -> None:
         """Draws the curves of all that is logged so far."""
@@ -377,29 +393,48 @@ class _StopSignals:
         self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
 
 
-def _open_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Makes the working directory and its config.json, or checks that it is this run's.
+def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None:
+    """Makes the working directory with its config.json and data.json, or checks that it is this run's.
 
     Raises:
-      UsageError: if it cannot be written to, or belongs to a run with another config.
+      UsageError: if it cannot be written to, or belongs to a run with another config or on other images.
     """
-    path = workdir / CONFIG
-    if path.exists() and (differing := configs.differences(config, read_config(workdir))):
+    if (workdir / CONFIG).exists() and (differing := configs.differences(config, read_config(workdir))):
         raise UsageError(
             f"workdir {workdir} belongs to a run with another config ({'; '.join(differing)}): "
             "pass another --workdir, or the config it was started with"
+        )
+    images = {"images": len(source), "fingerprint": source.fingerprint}
+    if (known := _read_data(workdir)) and known != images:
+        counts = f"{known['images']} then, {images['images']} now"
+        raise UsageError(
+            f"workdir {workdir} belongs to a run on other images than data.source={config.data.source!r} holds "
+            f"({counts if known['images'] != images['images'] else 'as many, others'}): pass another --workdir, or "
+            "the images it was started with"
         )
     if jax.process_index() > 0:
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(configs.to_dict(config), indent=2) + "\n")
-        os.replace(temporary, path)
+        for name, values in ((CONFIG, configs.to_dict(config)), (DATA, images)):
+            temporary = (workdir / name).with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(values, indent=2) + "\n")
+            os.replace(temporary, workdir / name)
     except OSError as error:
         raise UsageError(
             f"workdir {workdir} cannot be written to ({error.strerror}): pass the --workdir of a directory that can"
         ) from None
+
+
+def _read_data(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what a run noted of its images when it began; None: nothing yet."""
+    path = workdir / DATA
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): remove it, and its images are not checked") from None
 
 
 def read_config(workdir: str | os.PathLike) -> Config:

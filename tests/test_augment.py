@@ -13,7 +13,14 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
 from ifm_jax import augment
-from ifm_jax.augment import MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation, example_rngs
+from ifm_jax.augment import (
+    MoCoCIFARAugmentation,
+    MoCoV1Augmentation,
+    MoCoV2Augmentation,
+    ProbeAugmentation,
+    TrifeatureAugmentation,
+    example_rngs,
+)
 from tests.torchvision_peer import torchvision
 
 # Compiled: one operation at a time takes longer, for every operation compiles by itself.
@@ -415,10 +422,17 @@ def test_blur_is_separable_and_repeats_the_border(x64):
         np.testing.assert_allclose(our, peer, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["moco_v1", "moco_v2"])
-def test_moco_views_equal_torchvisions(photographs, name):
+@pytest.mark.parametrize(
+    ("augmentation", "order"),
+    [
+        (MoCoV1Augmentation(), ("grey", "jitter", "flip")),
+        (MoCoV2Augmentation(), ("jitter", "grey", "blur", "flip")),
+        (MoCoCIFARAugmentation(), ("flip", "jitter", "grey")),
+    ],
+    ids=["moco_v1", "moco_v2", "moco_cifar"],
+)
+def test_moco_views_equal_torchvisions(photographs, augmentation, order):
     """The whole, with the parameters drawn, against PIL images taken through the original's transforms one by one."""
-    augmentation = {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation}[name]()
     images = np.tile(photographs, (4, 1, 1, 1))
     views = np.asarray(jax.jit(augmentation)(keys(32), images))
     drawn = {name: np.asarray(value) for name, value in jax.jit(augmentation.parameters)(keys(32)).items()}
@@ -439,13 +453,41 @@ def test_moco_views_equal_torchvisions(photographs, name):
 
     theirs = []
     for i, image in enumerate(map(Image.fromarray, images)):
-        for operation in {"moco_v1": (grey, jitter, flip), "moco_v2": (jitter, grey, blur, flip)}[name]:
-            image = operation(image, i)
+        for operation in order:
+            image = {"grey": grey, "jitter": jitter, "blur": blur, "flip": flip}[operation](image, i)
         theirs.append(np.asarray(image))
     # Six operations at most, each of which PIL rounds to whole levels; the tolerance at the 99th percentile is for one.
     assert_near(views * np.array(augment.IMAGENET_STD) + np.array(augment.IMAGENET_MEAN), theirs, percentile=2 * 4.0)
     assert 4 < drawn["flip"].sum() < 28
     assert 0 < drawn["greyscale"].sum() < 16
+
+
+def test_cifars_parameters_are_those_of_version_2_without_blur():
+    """So that what is shown of the distributions of version 2 holds for them."""
+    cifar, v2 = (jax.jit(a.parameters)(keys(64)) for a in (MoCoCIFARAugmentation(), MoCoV2Augmentation()))
+    np.testing.assert_array_equal(cifar.pop("sigma"), np.zeros(64))
+    assert v2.pop("sigma").any()
+    jax.tree.map(np.testing.assert_array_equal, cifar, v2)
+
+
+def test_probe_views_equal_torchvisions(photographs, x64):
+    """Each is the image, normalised, or its mirror image; half of them are."""
+    for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.float64, 1e-12)):
+        views = jax.jit(ProbeAugmentation(dtype=dtype))(keys(8), photographs)
+        assert views.dtype == dtype
+        pixels = torch.from_numpy(photographs).permute(0, 3, 1, 2).double() / 255
+        plain = FUNCTIONAL.normalize(pixels, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+        either = [image.permute(0, 2, 3, 1).numpy() for image in (plain, FUNCTIONAL.hflip(plain))]
+        errors = [np.abs(np.asarray(views) - image).max((1, 2, 3)) for image in either]
+        assert np.minimum(*errors).max() < tolerance
+        assert {int(flipped) for flipped in errors[0] > errors[1]} == {0, 1}
+    halves = np.tile(np.uint8([0, 255])[None, None, :, None], (20_000, 1, 1, 3))
+    flipped = np.asarray(jax.jit(ProbeAugmentation())(keys(20_000), halves))[:, 0, 0, 0] > 0
+    assert scipy.stats.binomtest(int(flipped.sum()), 20_000, 0.5).pvalue > 0.001
+    with pytest.raises(ValueError, match="expected uint8 of shape"):
+        ProbeAugmentation()(keys(2), np.zeros((2, 8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match="flip is 2, expected 0 to 1"):
+        ProbeAugmentation(flip=2)
 
 
 def test_moco_parameters_are_distributed_as_torchvisions():

@@ -85,7 +85,10 @@ def test_the_defaults_are_the_original_s():
         ({"batch_size": 100}, "batch_size=100 is not a multiple of model.bn_groups=8"),
         ({"batch_size": 8}, "model.bn_groups=8: expected below batch_size=8"),
         ({"moco__queue_size": 1000}, r"moco.queue_size=1000 is not a multiple of batch_size=256: take 768"),
-        ({"data__source": "cifar"}, "data.source='cifar': expected trifeature, folder:PATH or tfds:NAME"),
+        (
+            {"data__source": "cifar"},
+            "data.source='cifar': expected trifeature, folder:PATH, tfds:NAME or array:FILE.npz",
+        ),
         ({"data__image_size": 16}, "data.image_size=16: expected 32 to 224"),
         ({"data__trifeature__shapes": 11}, "data.trifeature.shapes=11: expected 2 to 10"),
         ({"data__trifeature__scale_min": 0.95}, "scale_min"),

@@ -3,6 +3,8 @@
 import io
 import itertools
 import pathlib
+import shutil
+import tracemalloc
 
 import cv2
 import jax
@@ -15,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 from ifm_jax import augment, metrics, training
 from ifm_jax.config import DataConfig
-from ifm_jax.data import ViewSource, crops, folder, open_source, training_batches
+from ifm_jax.data import BadImages, ViewSource, crops, folder, images, open_source, training_batches
 from ifm_jax.errors import RunError, UsageError
 from tests import small
 from tests.torchvision_peer import torchvision
@@ -61,7 +63,8 @@ def assert_equal(a, b):
 @pytest.mark.parametrize(("split", "part"), [("train", "train"), ("test", "val")])
 def test_files_and_labels_are_torchvisions(root, split, part):
     ours, theirs = source(root, split), torchvision.datasets.ImageFolder(root / part)
-    assert list(zip(ours.paths, ours.labels()["class"], strict=True)) == theirs.samples
+    names = map(ours.name, range(len(ours)))
+    assert list(zip(names, ours.labels()["class"], strict=True)) == theirs.samples
     assert ours.label_names == {"class": ("a", "b", "c")}
     assert len(ours) == (30 if split == "train" else 10)
     assert isinstance(ours, ViewSource)
@@ -69,6 +72,7 @@ def test_files_and_labels_are_torchvisions(root, split, part):
 
 def test_a_folder_without_parts_is_for_training(root):
     assert source(root / "train").paths == source(root).paths
+    assert source(root / "train").fingerprint == source(root).fingerprint
     with pytest.raises(UsageError, match=r"has no held-out images: expected .*train and .*val \(or test\)"):
         source(root / "train", "test")
 
@@ -85,8 +89,8 @@ def test_chosen_classes(root, tmp_path):
     for split in ("train", "test"):
         chosen, whole = source(root, split, classes=str(tmp_path / "names")), source(root, split)
         assert chosen.label_names == {"class": ("a", "c")}
-        assert chosen.paths == [path for path in whole.paths if "/b/" not in path]
-        assert set(chosen.labels()["class"][np.array(["/c/" in path for path in chosen.paths])]) == {1}
+        assert chosen.paths == [path for path in whole.paths if not path.startswith("b/")]
+        assert set(chosen.labels()["class"][np.array([path.startswith("c/") for path in chosen.paths])]) == {1}
 
 
 def test_held_out_images_are_numbered_as_the_training_images(root, tmp_path):
@@ -144,7 +148,7 @@ def test_the_files_of_other_programs_are_passed_over(tmp_path):
     make(tmp_path, "a/1.png", ".cache/2.png")
     for name in ("a/._1.png", "a/Thumbs.db", "notes.txt"):
         (tmp_path / name).write_text("")
-    assert [pathlib.Path(path).name for path in source(tmp_path).paths] == ["1.png"]
+    assert source(tmp_path).paths == ["a/1.png"]
     # Beside the images of a flat folder, a folder without any is no class.
     make(tmp_path / "a", "labels")
     assert len(source(tmp_path / "a")) == 1
@@ -187,13 +191,13 @@ def image_files(photograph):
 
 def test_pixels_are_pils(photographs):
     for name, data in image_files(photographs[0]).items():
-        ours = folder.decode(name, np.frombuffer(data, np.uint8))[..., ::-1].astype(int)
+        ours = images.decode(name, np.frombuffer(data, np.uint8))[..., ::-1].astype(int)
         theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
         assert ours.shape == theirs.shape, name
         # Another rounding of the four inks; otherwise the same pixels.
         assert np.abs(ours - theirs).max() <= (1 if name == "cmyk" else 0), name
         is_jpeg = name in ("jpeg", "progressive", "grey jpeg", "cmyk", "rotated")
-        assert folder.jpeg_size(np.frombuffer(data, np.uint8)) == (ours.shape[:2] if is_jpeg else None), name
+        assert images.jpeg_size(np.frombuffer(data, np.uint8)) == (ours.shape[:2] if is_jpeg else None), name
 
 
 @pytest.mark.parametrize("size", [32, 96, 128, 224])
@@ -205,7 +209,7 @@ def test_crops_are_pils(photographs, tmp_path, size):
         views = source(tmp_path, size=size).views
         whole = Image.open(path).convert("RGB")
         for draw in range(12):
-            for view, box in zip(views(number, draw), crops.two_random_boxes(draw, *photograph.shape[:2]), strict=True):
+            for view, box in zip(views(number, draw), crops.TWO_VIEWS.boxes(draw, *photograph.shape[:2]), strict=True):
                 top, left, height, width = snapped(draw, box, photograph.shape[:2], size)
                 peer = whole.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR)
                 error = np.abs(view.astype(float) - np.asarray(peer)).mean()
@@ -214,7 +218,7 @@ def test_crops_are_pils(photographs, tmp_path, size):
 
 def snapped(draw, box, shape, size):
     """The box in whole pixels of the reduced image, where one is decoded; half a pixel of the view at most."""
-    shrink = min(min(other[2:]) for other in crops.two_random_boxes(draw, *shape)) / size
+    shrink = min(min(other[2:]) for other in crops.TWO_VIEWS.boxes(draw, *shape)) / size
     reduction = max(r for r in (1, 2, 4, 8) if r == 1 or 1.5 * r <= shrink)
     reduced = crops.reduced_box(box, reduction, *(-(-side // reduction) for side in shape))
     moved = [reduction * side for side in reduced]
@@ -250,7 +254,7 @@ def test_equal_sizes_are_left_alone(photographs):
 def test_boxes_are_distributed_as_torchvisions(height, width):
     """In the second case, more than three times as wide as high, some find none that fits."""
     count = 20_000 if width == 500 else 5_000
-    ours = np.array([crops.two_random_boxes(number, height, width) for number in range(count // 2)]).reshape(-1, 4)
+    ours = np.array([crops.TWO_VIEWS.boxes(number, height, width) for number in range(count // 2)]).reshape(-1, 4)
     torch.manual_seed(0)
     image = torch.zeros(3, 1, 1).expand(3, height, width)
     get_params = torchvision.transforms.RandomResizedCrop.get_params
@@ -262,7 +266,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
 
 
 def test_the_two_boxes_are_independent():
-    query, key = np.array([crops.two_random_boxes(number, 375, 500) for number in range(4000)]).transpose(1, 2, 0)
+    query, key = np.array([crops.TWO_VIEWS.boxes(number, 375, 500) for number in range(4000)]).transpose(1, 2, 0)
     assert np.abs(np.corrcoef(query, key)[:4, 4:]).max() < 0.08
 
 
@@ -299,8 +303,13 @@ def test_hosts_cut_their_pieces_of_the_same_batches(root, hosts):
         assert_equal({n: np.concatenate([piece[step][n] for piece in pieces]) for n in ("query", "key")}, batch)
 
 
-def test_threads_change_nothing(root):
-    for a, b in zip(batches(root, 4, threads=1), batches(root, 4, threads=5), strict=True):
+def test_threads_and_processes_change_nothing(root):
+    """Started at step 137, the second of two hosts, too."""
+    plain = batches(root, 6, start=137, host=1, hosts=2, threads=1)
+    for options in ({"threads": 5}, {"processes": 4, "threads": 1}):
+        for a, b in zip(plain, batches(root, 6, start=137, host=1, hosts=2, **options), strict=True):
+            assert_equal(a, b)
+    for a, b in zip(plain, batches(root, 143, host=1, hosts=2)[137:], strict=True):
         assert_equal(a, b)
 
 
@@ -311,13 +320,32 @@ def test_views_are_new_in_every_epoch_and_for_every_seed(root):
 
 
 def test_no_image_comes_twice_in_an_epoch(root):
-    class Numbered(folder.Folder):
-        def views(self, index, number):
-            return np.array([index]), np.array([number])
+    for epoch in np.array_split(batches(root, 9, seed=3, indices=True), 3):
+        seen = np.concatenate([batch["index"] for batch in epoch])
+        assert len(seen) == len(set(seen)) == 24
 
-    numbered = Numbered(source(root).paths, 32)
-    for epoch in np.array_split(list(itertools.islice(training_batches(numbered, 10, seed=3), 9)), 3):
-        assert sorted(np.concatenate([batch["query"][:, 0] for batch in epoch])) == list(range(30))
+
+def test_a_source_may_cut_one_view_and_say_of_which_image(root):
+    single = source(root, random_crops=crops.RandomCrops(1, (0.08, 1.0)))
+    batch = next(training_batches(single, 8, seed=0, indices=True))
+    assert batch.keys() == {"image", "index"}
+    number = 5
+    box = crops.RandomCrops(1, (0.08, 1.0)).boxes(number, 75, 100)[0]
+    assert crops.TWO_VIEWS.boxes(number, 75, 100)[0] != box
+
+
+def test_memory_stays_flat_over_epochs(root):
+    """What is allocated while an epoch is read is given back."""
+    tracemalloc.start()
+    try:
+        reader, used = training_batches(source(root), 10, seed=0, threads=2), []
+        for _ in range(4):
+            for _ in range(3 * 4):  # four epochs at a time
+                next(reader)
+            used.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert max(used[1:]) < used[0] + 500_000
 
 
 def test_embedded_images_are_cropped_too():
@@ -334,7 +362,7 @@ def test_embedded_images_are_cropped_too():
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])
 def test_an_unreadable_image_is_named(root, tmp_path, content):
-    good = pathlib.Path(source(root).paths[0]).read_bytes()
+    good = pathlib.Path(source(root).name(0)).read_bytes()
     (tmp_path / "bad.jpg").write_bytes(good[: len(good) // 2] if content == "half" else content)
     bad = source(tmp_path)
     with pytest.raises(RunError, match=r"bad.jpg cannot be read \(not an image, or a broken one\): replace or remove"):
@@ -344,6 +372,55 @@ def test_an_unreadable_image_is_named(root, tmp_path, content):
     (tmp_path / "bad.jpg").unlink()
     with pytest.raises(RunError, match=r"bad.jpg cannot be read \(No such file"):
         next(training_batches(bad, 1, seed=0))
+
+
+def test_unreadable_images_are_replaced_counted_and_listed(root, tmp_path):
+    """The nearest image before it that can be read takes its place, wherever and by whom it is read."""
+    names = source(root / "train").paths
+    for name in names:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pathlib.Path(root / "train" / name).read_bytes())
+    bad = {0, 7, 8, 20}
+    for number in bad:
+        (tmp_path / "images" / names[number]).write_bytes(b"no image")
+    of = source(tmp_path / "images")
+
+    def read(listed, share=0.2, **options):
+        said = []
+        ledger = BadImages(30, share, tmp_path / listed, said.append)
+        reader = training_batches(of, 10, seed=0, bad_images=ledger, indices=True, **options)
+        return list(itertools.islice(reader, 6)), said
+
+    got, said = read("bad.txt")
+    for epoch in (got[:3], got[3:]):
+        taken = np.bincount(np.concatenate([batch["index"] for batch in epoch]), minlength=30)
+        assert taken[[0, 1, 6, 7, 8, 19, 20]].tolist() == [0, 2, 3, 0, 0, 2, 0]
+    assert len(said) == 4
+    assert "cannot be read (not an image, or a broken one): a neighbour takes its place (1 so far)." in said[0]
+    listed = (tmp_path / "bad.txt").read_text().splitlines()
+    assert {line.split("\t")[0] for line in listed} == {of.name(number) for number in bad}
+    again, said = read("bad.txt", processes=2)  # and what is listed is named no more
+    assert said == []
+    for a, b in zip(got, again, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+    with pytest.raises(
+        RunError, match=r"^4 of 30 images cannot be read, more than data.max_bad=0.1 allows; .* listed in"
+    ):
+        read("few.txt", share=0.1)
+    assert len((tmp_path / "few.txt").read_text().splitlines()) == 4
+    with pytest.raises(RunError, match="cannot be read"):
+        next(training_batches(of, 30, seed=0))  # nobody takes note
+
+
+def test_one_image_of_many_is_found_bad_only_if_all_around_it_are(tmp_path):
+    make(tmp_path, "1.png", "2.png")
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).write_bytes(b"")
+    reader = training_batches(source(tmp_path), 1, seed=0, bad_images=BadImages(2, 0.9, tmp_path / "bad", print))
+    with pytest.raises(RunError, match=r"png cannot be read \(not an image"):
+        next(reader)
 
 
 # A run.
@@ -363,8 +440,33 @@ def test_a_run_on_a_folder(root, tmp_path):
     whole, parts = (small.without_speed(metrics.read(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
     assert [record["step"] for record in whole] == [1, 2]
     assert whole == parts
+    assert all(0 <= record["data_wait"] <= 1 for record in metrics.read(tmp_path / "whole" / "metrics.jsonl"))
     readouts = suppression.read_out_workdir(tmp_path / "whole")
     assert set(readouts.accuracy) == {"class"}
+
+    # It may go on elsewhere, but only on the same images.
+    shutil.copytree(root, tmp_path / "moved")
+    training.train(own_images(tmp_path / "moved", steps=2), tmp_path / "parts", devices=jax.devices()[:1], quiet=True)
+    next((tmp_path / "moved" / "train").rglob("*.png")).unlink()
+    with pytest.raises(
+        UsageError, match=r"a run on other images than .*moved' holds \(30 then, 29 now\): pass another"
+    ):
+        training.train(own_images(tmp_path / "moved"), tmp_path / "parts", devices=jax.devices()[:1], quiet=True)
+
+
+def test_a_run_replaces_an_unreadable_image(root, tmp_path, capsys):
+    shutil.copytree(root / "train", tmp_path / "images")
+    bad = next((tmp_path / "images").rglob("*.png"))
+    bad.write_bytes(b"")
+    run = own_images(tmp_path / "images", data__max_bad=0.1, steps=2, batch_size=16)
+    training.train(run, tmp_path / "run", devices=jax.devices()[:1])
+    assert (
+        f"{bad} cannot be read (not an image, or a broken one): a neighbour takes its place" in capsys.readouterr().out
+    )
+    assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(str(bad))
+    run.data.max_bad, run.steps = 0.01, 2
+    with pytest.raises(RunError, match=r"1 of 30 images cannot be read, more than data.max_bad=0.01"):
+        training.train(run, tmp_path / "other", devices=jax.devices()[:1], quiet=True)
 
 
 def test_the_config_chooses_the_augmentation(root):

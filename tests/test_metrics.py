@@ -30,6 +30,7 @@ def make_record(step, **extras):
         "lr": 0.03 / step,
         "grad_norm": 1 / 3,
         "images_per_sec": 2310.4,
+        "data_wait": 0.02,
         **extras,
     }
 

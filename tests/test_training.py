@@ -39,6 +39,7 @@ def test_what_a_run_leaves(finished):
     assert [r["step"] for r in records] == list(range(1, 9))
     assert list(records[0]) == [
         "step", "epoch", "loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm", "images_per_sec",
+        "data_wait",
     ]  # fmt: skip
     assert [r["epoch"] for r in records] == [s / 4 for s in range(1, 9)]
     for r in records:

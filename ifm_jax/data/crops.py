@@ -4,6 +4,7 @@ Where to cut is torchvision's `RandomResizedCrop`, from given random numbers; wh
 within 3/255 of PIL's antialiased bilinear filter, on average over each view of a photograph, in a fraction of its time.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -56,17 +57,31 @@ def random_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def two_random_boxes(number: int, height: int, width: int, scale: tuple[float, float] = SCALE) -> tuple[Box, Box]:
-    """Returns the boxes of query and key, independent of each other, that a random number stands for.
+@dataclasses.dataclass(frozen=True)
+class RandomCrops:
+    """How many crops are cut from an image, and how large they may be.
 
-    Args:
-      number: 0 to 2**63 - 1; the same number gives the same boxes.
-      height: of the image in pixels.
-      width: of the image in pixels.
+    Attributes:
+      count: crops of an image, independent of each other.
       scale: least and greatest area, relative to the image's.
     """
-    uniforms = np.random.Generator(np.random.Philox(key=number)).random(2 * DRAWS).tolist()
-    return random_box(uniforms[:DRAWS], height, width, scale), random_box(uniforms[DRAWS:], height, width, scale)
+
+    count: int = 2
+    scale: tuple[float, float] = SCALE
+
+    def boxes(self, number: int, height: int, width: int) -> list[Box]:
+        """Returns the boxes that a random number stands for.
+
+        Args:
+          number: 0 to 2**63 - 1; the same number gives the same boxes.
+          height: of the image in pixels.
+          width: of the image in pixels.
+        """
+        uniforms = np.random.Generator(np.random.Philox(key=number)).random((self.count, DRAWS)).tolist()
+        return [random_box(draws, height, width, self.scale) for draws in uniforms]
+
+
+TWO_VIEWS = RandomCrops()  # query and key
 
 
 def reduced_box(box: Box, reduction: int, height: int, width: int) -> Box:
@@ -141,7 +156,8 @@ def _three_taps(image: np.ndarray, sides: Sequence[float]) -> np.ndarray:
 def central_view(image: np.ndarray, size: int) -> np.ndarray:
     """Makes the view that is evaluated: the shorter side resized to 256/224 of `size`, the central square cut out.
 
-    As torchvision's `Resize` and `CenterCrop`, with ImageNet's 256 and 224 scaled to `size`.
+    As torchvision's `Resize` and `CenterCrop`, with ImageNet's 256 and 224 scaled to `size`. An image that has the size
+    already is left as it is: small images, such as CIFAR's, are evaluated whole.
 
     Args:
       image: uint8 `(H, W, 3)`.
@@ -150,6 +166,8 @@ def central_view(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
       uint8 `(size, size, 3)`.
     """
+    if image.shape[:2] == (size, size):
+        return image
     height, width = central_size(image.shape[0], image.shape[1], size)
     whole = resize(image, height, width)
     top, left = round((height - size) / 2), round((width - size) / 2)
@@ -160,33 +178,3 @@ def central_size(height: int, width: int, size: int) -> tuple[int, int]:
     """Returns the height and width to which `central_view` resizes an image before it cuts the square out."""
     short = round(size * 256 / 224)
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-
-
-class Cropped:
-    """A source of images held in memory, whose views are cut on the host at random.
-
-    Attributes:
-      source: of images; what is read in whole, for readouts, is as it has it.
-      label_names: the source's.
-    """
-
-    def __init__(self, source):
-        self.source, self.label_names = source, source.label_names
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns whole images and their labels, the source's own."""
-        return self.source.batch(indices)
-
-    def labels(self) -> dict[str, np.ndarray]:
-        """Returns the labels of all images."""
-        return self.source.labels()
-
-    def views(self, index: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cuts both views of an image; see `ViewSource`."""
-        image = self.source.batch(np.array([index]))["image"][0]
-        height, width, _ = image.shape
-        query, key = (cut(image, box, height) for box in two_random_boxes(number, height, width))
-        return query, key

@@ -2,20 +2,24 @@
 
 Batch i depends on the seed and on i alone: an epoch is a fresh permutation, its remainder dropped, and a restart needs
 no more than the number of the next step. A host takes its piece of every global batch, so that the number of
-hosts changes nothing either; nor does the number of threads.
+hosts changes nothing either; nor does the number of threads or processes that read.
 """
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
+from ifm_jax.data.bad_images import BadImages, neighbours
 from ifm_jax.data.sources import Source, ViewSource
 from ifm_jax.errors import UsageError
 
 _ENDLESS = 2**62  # batches
+_BAD = "bad"  # what a batch says of unreadable images, taken out before it is handed on
 
 
 def steps_per_epoch(size: int, batch_size: int) -> int:
@@ -39,6 +43,9 @@ def training_batches(
     host: int = 0,
     hosts: int = 1,
     threads: int = 0,
+    processes: int = 0,
+    bad_images: BadImages | None = None,
+    indices: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the batches of an endless training run, or this host's part of them.
 
@@ -50,51 +57,118 @@ def training_batches(
       size: the first so many examples of the source only; 0: all.
       host: which host this is. It gets the rows `host * batch_size / hosts` and on of the global batch.
       hosts: how many there are; a divisor of `batch_size`.
-      threads: that look up images, or cut views; 0: two of the former, one for each processor of the latter.
+      threads: that look up images, or cut views, in each process; 0: two of the former, of the latter one for each
+        processor.
+      processes: worker processes that do so; 0: this one does.
+      bad_images: takes note of unreadable images, each of which is then replaced by a neighbour; None: the first ends
+        the iteration. Images that are not cut on the host are always readable.
+      indices: also yield which images these are.
 
     Yields:
       `{"query": uint8 (batch_size / hosts, H, W, 3)}`: the images of which both views are made. From a `ViewSource`
-      also `"key"`, likewise: two crops of each image, cut independently.
+      also `"key"`, likewise: two crops of each image, cut independently; from one that cuts a single view of an image,
+      `{"image": ...}`, as a linear probe trains on. With `indices` also `"index"`, int64
+      `(batch_size / hosts,)`.
 
     Raises:
-      RunError: if an image cannot be read.
+      RunError: if an image cannot be read, or too many.
     """
     size = min(size, len(source)) if size else len(source)
-    local = batch_size // hosts
     whole = steps_per_epoch(size, batch_size) * batch_size
-    cuts = isinstance(source, ViewSource)
 
     # The order decides what depends on what. Shuffled and repeated first, the place of an example in the endless stream
     # says which image it is; its random number comes after that, so that it depends on the place too, and before the
     # hosts take their pieces, so that they do not count.
     examples = grain.MapDataset.range(size).seed(seed).shuffle()[:whole].repeat()
+    cuts = isinstance(source, ViewSource)
     if cuts:
-        examples = examples.random_map(lambda index, rng: (index, int(rng.integers(2**63))))
-
-    def piece(number: int) -> list:
-        # A host's part is a contiguous piece, as the placement over the devices has it.
-        first = number * batch_size + host * local
-        return [examples[place] for place in range(first, first + local)]
-
+        examples = examples.random_map(_with_number)
+    threads = threads or (max(1, _processors() // max(1, processes)) if cuts else 2)
     if cuts:
         # All threads work on one batch, two of which are under way: as fast as a batch a thread, in less memory.
-        load, readers, ahead = _cutter(source, threads or _processors()), 2, 3
+        load, readers, ahead = _Cutter(source, size, threads, bad_images is not None, indices), 2, 3
     else:
-        readers = threads or 2
-        load, ahead = lambda indices: {"query": source.batch(np.asarray(indices))["image"]}, 2 * readers
-    batches = grain.MapDataset.range(start, _ENDLESS).map(piece).map(load)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead)))
+        load, readers, ahead = _LookUp(source, indices), threads, 2 * threads
+
+    batches = grain.MapDataset.range(start, _ENDLESS).map(_Piece(examples, batch_size, host, hosts)).map(load)
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead))
+    if processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own there, also where no script has parsed any
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2))
+    return _checked(iter(batches), source, bad_images)
 
 
-def _cutter(source: ViewSource, threads: int) -> Callable[[list[tuple[int, int]]], dict[str, np.ndarray]]:
-    """Returns the function that cuts the views of a batch, an image a task, given image and random number of each."""
-    pool = concurrent.futures.ThreadPoolExecutor(threads, "views")  # its threads end with the last reference to it
+def _checked(batches: Iterator[dict[str, Any]], source: Source, bad_images: BadImages | None):
+    """Yields batches without what they say of unreadable images, which is noted."""
+    for batch in batches:
+        for index, reason in batch.pop(_BAD, ()):
+            bad_images.add(source.name(index), reason)
+        yield batch
 
-    def cut(examples: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        query, key = zip(*pool.map(source.views, *zip(*examples, strict=True)), strict=True)
-        return {"query": np.stack(query), "key": np.stack(key)}
 
-    return cut
+def _with_number(index: int, rng: np.random.Generator) -> tuple[int, int]:
+    return index, int(rng.integers(2**63))
+
+
+# Classes, not closures: they travel to worker processes.
+
+
+class _Piece:
+    """From the number of a batch to the examples of it that are this host's."""
+
+    def __init__(self, examples: grain.MapDataset, batch_size: int, host: int, hosts: int):
+        self._examples, self._batch_size, self._host, self._local = examples, batch_size, host, batch_size // hosts
+
+    def __call__(self, number: int) -> list:
+        # A contiguous piece, as the placement over the devices has it.
+        first = number * self._batch_size + self._host * self._local
+        return [self._examples[place] for place in range(first, first + self._local)]
+
+
+class _LookUp:
+    """From the numbers of images to a batch of them."""
+
+    def __init__(self, source: Source, indices: bool):
+        self._source, self._indices = source, indices
+
+    def __call__(self, examples: list[int]) -> dict[str, np.ndarray]:
+        numbers = np.asarray(examples)
+        return {"query": self._source.batch(numbers)["image"]} | ({"index": numbers} if self._indices else {})
+
+
+class _Cutter:
+    """From image and random number of each example to a batch of views, an image a task."""
+
+    def __init__(self, source: ViewSource, size: int, threads: int, replace: bool, indices: bool):
+        self._source, self._size, self._threads, self._replace, self._indices = source, size, threads, replace, indices
+        self._pool = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"_pool": None}
+
+    def __call__(self, examples: list[tuple[int, int]]) -> dict[str, Any]:
+        if self._pool is None:
+            self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "views")  # ends with its last reference
+        numbers, views, bad = zip(*self._pool.map(self._cut, examples), strict=True)
+        names = ("query", "key") if len(views[0]) == 2 else ("image",)
+        batch = {name: np.stack(view) for name, view in zip(names, zip(*views, strict=True), strict=True)}
+        batch[_BAD] = [each for some in bad for each in some]
+        return batch | ({"index": np.asarray(numbers)} if self._indices else {})
+
+    def _cut(self, example: tuple[int, int]) -> tuple[int, tuple[np.ndarray, ...], list[tuple[int, str]]]:
+        """Returns the image taken, its views, and the unreadable ones met before, each with what is wrong with it."""
+        from ifm_jax.data.images import UnreadableImageError
+
+        index, number = example
+        bad, error = [], None
+        for taken in (index, *(neighbours(index, self._size) if self._replace else ())):
+            try:
+                return taken, self._source.views(taken, number), bad
+            except UnreadableImageError as unreadable:
+                bad.append((taken, unreadable.reason))
+                error = error or unreadable
+        raise error
 
 
 def _processors() -> int:

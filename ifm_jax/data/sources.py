@@ -10,46 +10,55 @@ from ifm_jax.errors import UsageError
 
 SPLITS = ("train", "test")
 
+# Least area of a training crop, relative to the image's; the greatest is the whole.
+_LEAST_AREA = {"moco_v1": 0.2, "moco_v2": 0.2, "moco_cifar": 0.08}
+
 
 class Source(Protocol):
     """Random access to images and their labels.
 
     Attributes:
       label_names: the classes of each label, for example `{"shape": ("circle", ...), ...}`; empty without labels.
+      fingerprint: a hash of which images these are, in which order; the same wherever they lie.
     """
 
     label_names: dict[str, tuple[str, ...]]
+    fingerprint: str
 
     def __len__(self) -> int:
         """Returns the number of images."""
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns `image`, uint8 `(N, H, W, 3)`, and int32 `(N,)` for each label; as they are read out."""
+        """Returns `image`, uint8 `(N, H, W, 3)`, and int32 `(N,)` for each label; as they are evaluated."""
 
     def labels(self) -> dict[str, np.ndarray]:
-        """Returns int32 `(len(self),)` for each label."""
+        """Returns int32 `(len(self),)` for each label; -1 where an image has none."""
 
 
 @runtime_checkable
 class ViewSource(Source, Protocol):
-    """A source that cuts the two views of an image itself, on the host, to uint8; the rest happens on the device."""
+    """A source that cuts the views of an image itself, on the host, to uint8; the rest happens on the device."""
 
-    def views(self, index: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns query and key of one image, uint8 `(H, W, 3)`, cut independently. Threads may call it at once.
+    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+        """Returns random crops of one image, each uint8 `(H, W, 3)`, cut independently. Threads may call it at once.
 
         Args:
           index: of the image.
           number: a random number, 0 to 2**63 - 1; the same one gives the same views.
 
         Raises:
-          RunError: if the image cannot be read.
+          UnreadableImageError: if the image cannot be read.
         """
+
+    def name(self, index: int) -> str:
+        """Returns what to call an image: the path of its file, or the record it is."""
 
 
 def open_source(data: DataConfig, split: str) -> Source:
     """Returns the source that the config names.
 
-    The trifeature augmentation crops on the device; for the others the source cuts the views, and is a `ViewSource`.
+    The trifeature augmentation crops on the device; for the others the source cuts the two views of pre-training, and
+    is a `ViewSource`.
 
     Args:
       data: a validated config's.
@@ -58,24 +67,51 @@ def open_source(data: DataConfig, split: str) -> Source:
     Raises:
       UsageError: if there is no such source, or it does not hold what the config asks for.
     """
-    if split not in SPLITS:
-        raise UsageError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+    if data.source == "trifeature" and data.augmentation == "trifeature":
+        return _open_trifeature(data, split)
+    return open_views(data, split, count=2, least_area=_LEAST_AREA.get(data.augmentation, 0.2))
+
+
+def open_views(data: DataConfig, split: str, *, count: int, least_area: float) -> ViewSource:
+    """Returns the source that the config names, to cut so many views of an image.
+
+    Args:
+      data: a validated config's.
+      split: "train" or "test".
+      count: views of an image.
+      least_area: of a crop, relative to the image's: 0.08 for a linear probe.
+
+    Raises:
+      UsageError: as `open_source`.
+    """
+    # With OpenCV, which the embedded images do without.
+    from ifm_jax.data.crops import RandomCrops
+    from ifm_jax.data.images import Cropped
+
+    random_crops = RandomCrops(count, (least_area, 1.0))
     kind, _, rest = data.source.partition(":")
     if kind == "trifeature":
-        source = _open_trifeature(data, split)
-        if data.augmentation == "trifeature":
-            return source
-        from ifm_jax.data.crops import Cropped
-
-        return Cropped(source)
+        return Cropped(_open_trifeature(data, split), random_crops)
+    options = {"image_size": data.image_size, "classes": data.classes, "random_crops": random_crops}
     if kind == "folder":
-        from ifm_jax.data.folder import open_folder  # with OpenCV, which the embedded images do without
+        from ifm_jax.data.folder import open_folder
 
-        return open_folder(rest, split, image_size=data.image_size, classes=data.classes)
-    raise UsageError(f"data.source={data.source!r} is not in this version: expected trifeature or folder:PATH")
+        return open_folder(rest, split, **options)
+    if kind == "tfds":
+        from ifm_jax.data.tfds import open_tfds
+
+        expression = data.train_split if split == "train" else data.test_split
+        return open_tfds(rest, split, expression=expression, **options)
+    if kind == "array":
+        from ifm_jax.data.array import open_array
+
+        return open_array(rest, split, **options)
+    raise UsageError(f"data.source={data.source!r}: expected trifeature, folder:PATH, tfds:NAME or array:FILE.npz")
 
 
 def _open_trifeature(data: DataConfig, split: str) -> Trifeature:
+    if split not in SPLITS:
+        raise UsageError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     tri = data.trifeature
     source = Trifeature(
         split=split,

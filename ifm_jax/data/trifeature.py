@@ -189,12 +189,18 @@ class Trifeature:
         """Only the fields: a worker process maps the cache file, or draws, itself."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that determines the images."""
+        parameters = json.dumps([DRAWING_VERSION, dataclasses.asdict(self)], sort_keys=True, default=float)
+        return hashlib.sha256(parameters.encode()).hexdigest()[:24]
+
     # The disk cache.
 
     def _cache_file(self) -> pathlib.Path:
-        root = pathlib.Path(os.environ.get("IFM_JAX_CACHE") or os.path.expanduser("~/.cache/ifm_jax"))
-        parameters = json.dumps([DRAWING_VERSION, dataclasses.asdict(self)], sort_keys=True, default=float)
-        return root / "trifeature" / f"{hashlib.sha256(parameters.encode()).hexdigest()[:24]}.npy"
+        from ifm_jax import cache  # here, so that the drawing itself needs nothing but NumPy
+
+        return cache.directory("trifeature") / f"{self.fingerprint}.npy"
 
     def _open(self, path: pathlib.Path) -> np.ndarray | None:
         try:

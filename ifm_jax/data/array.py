@@ -1,0 +1,160 @@
+"""Images in one NumPy file: `array:FILE.npz`.
+
+train_images  uint8 (N, H, W, 3) or grey (N, H, W)      also: x_train (Keras), images
+train_labels  integers (N,) or (N, 1), if there are any       y_train,         labels
+test_images, test_labels: held out                            x_test, y_test
+class_names   text (C,), if there are any; a class's number is its place
+"""
+
+import hashlib
+import pathlib
+import zipfile
+
+import numpy as np
+
+from ifm_jax.data import crops
+from ifm_jax.data.classes import chosen
+from ifm_jax.data.images import PixelImages
+from ifm_jax.errors import UsageError
+
+_NAMES = {
+    "train": {"images": ("train_images", "x_train", "images"), "labels": ("train_labels", "y_train", "labels")},
+    "test": {"images": ("test_images", "x_test"), "labels": ("test_labels", "y_test")},
+}
+
+
+class ArrayFile(PixelImages):
+    """Random access to the images of an array, which is held in memory.
+
+    Attributes:
+      images: uint8 `(N, H, W, 3)` or `(N, H, W)`.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        image_size: int,
+        class_names: tuple[str, ...] = (),
+        classes: np.ndarray | None = None,
+        random_crops: crops.RandomCrops = crops.TWO_VIEWS,
+    ):
+        """Takes arrays as they are.
+
+        Args:
+          images: uint8 `(N, H, W, 3)`, or `(N, H, W)`: grey.
+          image_size: side of a view in pixels.
+          class_names: of all classes; empty: there are none.
+          classes: of each image, int32 `(N,)`, an index of `class_names`.
+          random_crops: what `views` cuts.
+        """
+        super().__init__(image_size, random_crops, {"class": class_names} if class_names else {})
+        self.images = images
+        self._labels = {"class": classes} if class_names else {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """Returns the number of an image."""
+        return f"image {index}"
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """Returns `class`, int32 `(len(self),)`; nothing without classes."""
+        return self._labels
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Returns an image; see `PixelImages`."""
+        image = self.images[index]
+        return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+    def _fingerprint(self) -> list[str | bytes]:
+        pixels = hashlib.sha256(np.ascontiguousarray(self.images)).digest()
+        return [repr(self.images.shape), pixels, *(labels.tobytes() for labels in self._labels.values())]
+
+
+def open_array(
+    path: str,
+    split: str,
+    *,
+    image_size: int,
+    classes: str = "",
+    random_crops: crops.RandomCrops = crops.TWO_VIEWS,
+) -> ArrayFile:
+    """Reads the images of a split.
+
+    Args:
+      path: of the file; see the module's description.
+      split: "train" or "test".
+      image_size: side of a view in pixels.
+      classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
+      random_crops: what the source's `views` cuts.
+
+    Raises:
+      UsageError: for a file that is missing or holds something else, a split that is not there, an unknown class.
+    """
+    said = f"data.source='array:{path}'"
+    arrays = _read(pathlib.Path(path).expanduser(), split, said)
+    images, labels = arrays["images"], arrays["labels"]
+    if images is None:
+        raise UsageError(
+            f"{said} holds no {'held-out' if split == 'test' else 'training'} images: expected an array "
+            f"{' or '.join(_NAMES[split]['images'])}"
+        )
+    if (
+        images.dtype != np.uint8
+        or not (images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3))
+        or not images.size
+    ):
+        raise UsageError(
+            f"{said}: its {split} images are {images.dtype} of shape {images.shape}; expected uint8 of shape "
+            "(N, H, W, 3), or (N, H, W) for grey"
+        )
+    if labels is None:
+        if classes:
+            raise UsageError(f"data.classes={classes!r}: {said} has no labels to choose by; leave data.classes empty")
+        return ArrayFile(images, image_size, random_crops=random_crops)
+    if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(images) or labels.min() < 0:
+        raise UsageError(
+            f"{said}: its {split} labels are {labels.dtype} of shape {labels.shape}; expected {len(images)} integers "
+            "of at least 0, one for each image"
+        )
+    labels = labels.reshape(-1)
+    names = tuple(map(str, arrays["class_names"])) if arrays["class_names"] is not None else None
+    names = names or tuple(map(str, range(arrays["num_classes"])))
+    if labels.max() >= len(names):
+        raise UsageError(
+            f"{said}: a {split} label is {labels.max()}, expected 0 to {len(names) - 1}: class_names has {len(names)}"
+            if arrays["class_names"] is not None
+            else f"{said}: a {split} label is {labels.max()}, but the training labels end at {len(names) - 1}"
+        )
+    kept = chosen(classes, names, f"classes of {path}")
+    if classes:
+        number = np.full(len(names), -1, np.int32)
+        number[[names.index(name) for name in kept]] = np.arange(len(kept), dtype=np.int32)
+        labels = number[labels]
+        images, labels = images[labels >= 0], labels[labels >= 0]
+        if not len(images):
+            raise UsageError(f"data.classes={classes!r}: {said} has no {split} images of these classes")
+    return ArrayFile(images, image_size, tuple(kept), labels.astype(np.int32), random_crops)
+
+
+def _read(path: pathlib.Path, split: str, said: str) -> dict:
+    """Returns `images`, `labels` and `class_names`, None where not there, and `num_classes` of the training labels."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("one array, not an archive of them")
+
+            def first(names):
+                return next((file[name] for name in names if name in file), None)
+
+            found = {kind: first(names) for kind, names in _NAMES[split].items()} | {
+                "class_names": first(["class_names"])
+            }
+            train_labels = found["labels"] if split == "train" else first(_NAMES["train"]["labels"])
+            found["num_classes"] = int(train_labels.max()) + 1 if train_labels is not None and train_labels.size else 0
+            return found
+    except FileNotFoundError:
+        raise UsageError(f"{said}: {path} is not there; expected a .npz file with train_images") from None
+    except (OSError, ValueError, zipfile.BadZipFile, TypeError) as error:
+        raise UsageError(f"{said}: {path} cannot be read ({error}); expected a .npz file with train_images") from None

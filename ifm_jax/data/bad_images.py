@@ -1,0 +1,60 @@
+"""Images that cannot be read: replaced while they are few, counted, listed; the end of the run when they are many."""
+
+import pathlib
+from collections.abc import Callable, Iterator
+
+from ifm_jax.errors import RunError, UsageError
+
+_TRIES = 100  # neighbours, before something else is amiss than single images
+
+
+def neighbours(index: int, size: int) -> Iterator[int]:
+    """Yields what may take the place of an image, nearest first: those before it, then those after it."""
+    before = range(index - 1, max(index - _TRIES, 0) - 1, -1)
+    yield from before
+    yield from range(index + 1, min(index + 1 + _TRIES - len(before), size))
+
+
+class BadImages:
+    """The unreadable images that a run has met, each named once and listed in a file.
+
+    Args:
+      size: of the data set.
+      max_share: of it that may be unreadable.
+      path: of the list: a line for each, its name and what is wrong with it, separated by a tab. What is listed there
+        already counts.
+      say: shows a line to the user.
+    """
+
+    def __init__(self, size: int, max_share: float, path: str | pathlib.Path, say: Callable[[str], None] = print):
+        self._size, self._max_share, self._path, self._say = size, max_share, pathlib.Path(path), say
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._names = {line.split("\t")[0] for line in lines}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str, reason: str) -> None:
+        """Notes that an image was unreadable and another took its place.
+
+        Raises:
+          RunError: if there are now too many of them.
+          UsageError: if the list cannot be written.
+        """
+        if name in self._names:
+            return
+        self._names.add(name)
+        try:
+            with self._path.open("a") as file:
+                file.write(f"{name}\t{reason}\n")
+        except OSError as error:
+            raise UsageError(
+                f"{self._path} cannot be written ({error.strerror}): pass the --workdir of a directory that can"
+            ) from None
+        if len(self) > self._max_share * self._size:
+            raise RunError(
+                f"{len(self)} of {self._size} images cannot be read, more than data.max_bad={self._max_share:g} "
+                f"allows; the last was {name} ({reason}). They are listed in {self._path}: replace or remove them, or "
+                "raise data.max_bad; the run goes on from its last checkpoint"
+            )
+        self._say(f"{name} cannot be read ({reason}): a neighbour takes its place ({len(self)} so far).")

@@ -1,0 +1,55 @@
+"""A choice among a source's classes: the names that a file lists."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+from ifm_jax.errors import UsageError
+
+
+def chosen(path: str, found: Sequence[str], where: str) -> list[str]:
+    """Returns the names of the classes to keep, sorted if a file chooses them, else as they were found.
+
+    Args:
+      path: of the file; see `read_names`. Empty: all of them.
+      found: names of the classes there are.
+      where: what they are, in words, for the error.
+
+    Raises:
+      UsageError: if the file names a class that there is not.
+    """
+    if not path:
+        return list(found)
+    names = read_names(path)
+    if unknown := sorted(set(names) - set(found)):
+        raise UsageError(
+            f"data.classes={path!r}: {some(unknown)} {'is' if len(unknown) == 1 else 'are'} not among the "
+            f"{len(found)} {where} ({some(found)}); remove or correct the name"
+        )
+    return names
+
+
+def read_names(path: str) -> list[str]:
+    """Returns the class names that a file lists, sorted.
+
+    One a line; a # at the start of a line or after a space begins a comment.
+
+    Raises:
+      UsageError: if it cannot be read or names no class.
+    """
+    try:
+        lines = pathlib.Path(path).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"data.classes={path!r} cannot be read ({getattr(error, 'strerror', None) or error}): expected a text "
+            "file of class names, one a line"
+        ) from None
+    names = {re.split(r"(?:^|\s)#", line)[0].strip() for line in lines} - {""}
+    if not names:
+        raise UsageError(f"data.classes={path!r} names no class: expected class names, one a line")
+    return sorted(names)
+
+
+def some(names: Sequence[str], count: int = 3) -> str:
+    """Returns the first few names, quoted."""
+    return ", ".join(map(repr, names[:count])) + (", ..." if len(names) > count else "")

@@ -1,0 +1,255 @@
+"""Images one at a time, on the host: decoded, cut to views.
+
+Whatever holds the images, files or records or an array, what becomes of one is the same: `views` cuts random crops of
+it for training, `batch` the central view for evaluation.
+"""
+
+import abc
+import concurrent.futures
+import functools
+import hashlib
+
+import cv2
+import numpy as np
+
+from ifm_jax.data import crops
+from ifm_jax.errors import RunError
+
+# A large JPEG is decoded at a half, a quarter or an eighth, which takes a third of the time, if that still leaves so
+# many pixels to one of the view. It is no further from PIL's result than decoding the whole and shrinking that.
+_REDUCED = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+_PIXELS_LEFT = 1.5
+
+
+class UnreadableImageError(RunError):
+    """An image that is not there, is none, or is broken; the message says which and why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(
+            f"{name} cannot be read ({reason}): replace or remove it and start again; a run goes on from its last "
+            "checkpoint"
+        )
+        self.name, self.reason = name, reason
+
+    def __reduce__(self):
+        return UnreadableImageError, (self.name, self.reason)  # from a worker process
+
+
+class Images(abc.ABC):
+    """Random access to images: random crops of each for training, the central view and the labels for evaluation.
+
+    Attributes:
+      image_size: side of a view in pixels.
+      random_crops: what `views` cuts.
+      label_names: the classes of each label; empty without labels.
+    """
+
+    def __init__(self, image_size: int, random_crops: crops.RandomCrops, label_names: dict[str, tuple[str, ...]]):
+        self.image_size, self.random_crops, self.label_names = image_size, random_crops, label_names
+        _set_up_opencv()
+
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state)
+        _set_up_opencv()  # in a worker process
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of images."""
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """Returns what to call an image: the path of its file, or the record it is."""
+
+    @abc.abstractmethod
+    def labels(self) -> dict[str, np.ndarray]:
+        """Returns int32 `(len(self),)` for each label."""
+
+    @abc.abstractmethod
+    def _fingerprint(self) -> list[str | bytes]:
+        """Returns what tells these images from others, wherever they lie."""
+
+    @abc.abstractmethod
+    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+        """Cuts random crops of one image; see `ViewSource`."""
+
+    @abc.abstractmethod
+    def central_view(self, index: int) -> np.ndarray:
+        """Returns one image as it is evaluated, uint8 `(image_size, image_size, 3)`.
+
+        Raises:
+          UnreadableImageError: if it cannot be read.
+        """
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of which images these are, in which order; the same wherever they lie."""
+        digest = hashlib.sha256()
+        for part in self._fingerprint():
+            part = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+            digest.update(b"%d:%b" % (len(part), part))
+        return digest.hexdigest()[:24]
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads several images as they are evaluated: the shorter side resized, the central square cut out.
+
+        Args:
+          indices: integers `(N,)`.
+
+        Returns:
+          `image`, uint8 `(N, image_size, image_size, 3)`, and int32 `(N,)` for each label.
+
+        Raises:
+          UnreadableImageError: if an image cannot be read.
+        """
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            images = list(pool.map(self.central_view, np.asarray(indices).tolist()))
+        return {"image": np.stack(images), **{name: values[indices] for name, values in self.labels().items()}}
+
+
+class EncodedImages(Images):
+    """Images held as files are: JPEG, PNG, WebP or BMP."""
+
+    @abc.abstractmethod
+    def encoded(self, index: int) -> np.ndarray:
+        """Returns the bytes of an image, uint8 `(N,)`.
+
+        Raises:
+          UnreadableImageError: if they cannot be had.
+        """
+
+    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+        """Cuts random crops of one image; see `ViewSource`."""
+        encoded = self.encoded(index)
+        size = jpeg_size(encoded)
+        image = None if size else decode(self.name(index), encoded)
+        boxes = self.random_crops.boxes(number, *(size or image.shape[:2]))
+        if image is None:
+            reduction = _reduction(min(min(height, width) for _, _, height, width in boxes) / self.image_size)
+            image = decode(self.name(index), encoded, reduction)
+            boxes = [crops.reduced_box(box, reduction, *image.shape[:2]) for box in boxes]
+        return tuple(_rgb(crops.cut(image, box, self.image_size)) for box in boxes)
+
+    def central_view(self, index: int) -> np.ndarray:
+        """Returns one image as it is evaluated; see `Images`."""
+        encoded = self.encoded(index)
+        size = jpeg_size(encoded)
+        shrink = min(size) / crops.central_size(*size, self.image_size)[0] if size else 1
+        return _rgb(crops.central_view(decode(self.name(index), encoded, _reduction(shrink)), self.image_size))
+
+
+class PixelImages(Images):
+    """Images held decoded."""
+
+    @abc.abstractmethod
+    def pixels(self, index: int) -> np.ndarray:
+        """Returns an image, uint8 `(H, W, 3)`: red, green, blue."""
+
+    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+        """Cuts random crops of one image; see `ViewSource`."""
+        image = self.pixels(index)
+        boxes = self.random_crops.boxes(number, *image.shape[:2])
+        return tuple(crops.cut(image, box, self.image_size) for box in boxes)
+
+    def central_view(self, index: int) -> np.ndarray:
+        """Returns one image as it is evaluated; see `Images`."""
+        return crops.central_view(self.pixels(index), self.image_size)
+
+
+class Cropped(PixelImages):
+    """Views cut on the host from a source that has whole images to offer.
+
+    Args:
+      source: with images of the size of a view.
+      random_crops: what `views` cuts.
+    """
+
+    def __init__(self, source, random_crops: crops.RandomCrops):
+        super().__init__(source.image_size, random_crops, source.label_names)
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """Returns the number of an image."""
+        return f"image {index}"
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """Returns the labels of all images."""
+        return self.source.labels()
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Returns an image; see `PixelImages`."""
+        return self.source.batch(np.array([index]))["image"][0]
+
+    def _fingerprint(self) -> list[str | bytes]:
+        return [self.source.fingerprint]
+
+
+def _set_up_opencv() -> None:
+    # Images are small and there is one for every thread: OpenCV's own threads would only be in the way.
+    cv2.setNumThreads(0)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of is raised
+
+
+def jpeg_size(encoded: np.ndarray) -> tuple[int, int] | None:
+    """Returns height and width as a JPEG's header has them, before any rotation; None: not a JPEG.
+
+    Args:
+      encoded: the file's bytes, uint8 `(N,)`.
+    """
+    data = memoryview(encoded)
+    if data[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
+            return (height, width) if height and width else None
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def _reduction(shrink: float) -> int:
+    """Returns by how much an image may be reduced while it is decoded, if its pixels will be `shrink` to one."""
+    return max(reduction for reduction in _REDUCED if reduction == 1 or reduction * _PIXELS_LEFT <= shrink)
+
+
+def decode(name: str, encoded: np.ndarray, reduction: int = 1) -> np.ndarray:
+    """Decodes an image file; what it holds decides how, not its name.
+
+    The pixels are those of PIL's `Image.open(path).convert("RGB")`, which the original's loader uses: an orientation
+    noted in the file is ignored, transparency dropped, grey repeated three times. The one exception: 16-bit grey is
+    scaled to 8 bits, where PIL cuts off what is above 255.
+
+    Args:
+      name: of the image, for the error.
+      encoded: the file's bytes, uint8 `(N,)`.
+      reduction: 1, 2, 4 or 8: so much less high and wide, rounded up.
+
+    Returns:
+      uint8 `(H, W, 3)`: blue, green, red. The views made of it are turned into RGB, which is less work.
+
+    Raises:
+      UnreadableImageError: if it cannot be decoded; a truncated file cannot.
+    """
+    try:
+        image = cv2.imdecode(encoded, _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
+    except cv2.error:
+        image = None
+    if image is None:
+        raise UnreadableImageError(name, "not an image, or a broken one")
+    return image
+
+
+def _rgb(view: np.ndarray) -> np.ndarray:
+    return cv2.cvtColor(view, cv2.COLOR_BGR2RGB)

@@ -1,0 +1,193 @@
+"""The image files below a folder: found once, many folders at a time, and remembered.
+
+What is remembered is good as long as no folder has changed: a file that is added or removed changes its folder's time,
+so that a thousand of those are looked at on the next start instead of a million files.
+"""
+
+import concurrent.futures
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+from ifm_jax import cache
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+_THREADS = 32  # they wait for the disk, or the network, most of the time
+_WORTH_REMEMBERING = 5000  # images
+_SETTLED = 2e9  # nanoseconds: a folder changed this shortly before it was read may change again in the same tick
+_SAY_AFTER = 2.0  # seconds
+
+
+@dataclasses.dataclass
+class Listing:
+    """One folder.
+
+    Attributes:
+      changed: the time of its last change, in nanoseconds.
+      folders: names of the folders in it, sorted.
+      images: names of the image files in it, sorted.
+    """
+
+    changed: int
+    folders: list[str]
+    images: list[str]
+
+
+class Tree:
+    """The folders at and below `root` with their image files, by path relative to it; the root's is "".
+
+    Attributes:
+      root: absolute.
+      listings: relative path -> what is there.
+    """
+
+    def __init__(self, root: pathlib.Path, listings: dict[str, Listing]):
+        self.root, self.listings = root, listings
+
+    def images_in(self, folder: str) -> list[str]:
+        """Returns the paths of the images directly in a folder, relative to the root."""
+        return [os.path.join(folder, name) for name in self.listings[folder].images]
+
+    def images_below(self, folder: str) -> list[str]:
+        """Returns the paths of the images in a folder and its subfolders, in the order of torchvision's `ImageFolder`.
+
+        That is the order of the folders' whole paths, as text.
+        """
+        pending, folders = [folder], []
+        while pending:
+            folders.append(pending.pop())
+            pending += [os.path.join(folders[-1], name) for name in self.listings[folders[-1]].folders]
+        return [path for each in sorted(folders) for path in self.images_in(each)]
+
+
+def tree(root: pathlib.Path) -> Tree:
+    """Returns what is at and below a folder; links are followed, hidden files and folders passed over.
+
+    Raises:
+      OSError: if a folder cannot be read.
+    """
+    root = root.absolute()
+    memory = cache.directory("folders") / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.json.gz"
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        known = _recall(memory)
+        if known and all(pool.map(_unchanged, [root / path for path in known], known.values(), chunksize=64)):
+            return Tree(root, known)
+        begun = time.time_ns()
+        found = Tree(root, _scan(root, pool))
+    count = sum(len(listing.images) for listing in found.listings.values())
+    settled = all(listing.changed < begun - _SETTLED for listing in found.listings.values())
+    if count >= _WORTH_REMEMBERING and settled:
+        _remember(memory, found.listings)
+    return found
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def _scan(root: pathlib.Path, pool: concurrent.futures.Executor) -> dict[str, Listing]:
+    """Reads all folders, those of one depth at once."""
+    progress, begun = _Progress(root), time.monotonic()
+    listings, level = {}, [""]
+    while level:
+        following = []
+        futures = [pool.submit(_list, root / path) for path in level]
+        for path, future in zip(level, futures, strict=True):
+            listings[path] = future.result()
+            following += [os.path.join(path, name) for name in listings[path].folders]
+            progress.add(len(listings[path].images))
+        level = following
+    progress.close(time.monotonic() - begun)
+    return listings
+
+
+def _list(folder: pathlib.Path) -> Listing:
+    changed = os.stat(folder).st_mtime_ns  # before what it holds is read: a change meanwhile is seen the next time
+    folders, images = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Files that start with a dot are other programs' (such as ._photo.jpg beside photo.jpg on some disks).
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif is_image(entry.name):
+                images.append(entry.name)
+    return Listing(changed, sorted(folders), sorted(images))
+
+
+def _unchanged(folder: pathlib.Path, listing: Listing) -> bool:
+    try:
+        return os.stat(folder).st_mtime_ns == listing.changed
+    except OSError:
+        return False
+
+
+def _recall(path: pathlib.Path) -> dict[str, Listing] | None:
+    try:
+        with gzip.open(path, "rt") as file:
+            return {name: Listing(*values) for name, values in json.load(file).items()}
+    except (OSError, ValueError, TypeError, EOFError):  # not there, or not whole
+        return None
+
+
+def _remember(path: pathlib.Path, listings: dict[str, Listing]) -> None:
+    """Writes under a temporary name and renames; where nothing can be written, the next start searches again."""
+    content = json.dumps({name: dataclasses.astuple(listing) for name, listing in listings.items()}).encode()
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(gzip.compress(content, 1))
+        os.replace(temporary, path)
+    except OSError:
+        if temporary:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+class _Progress:
+    """Says how many images were found so far, on standard error, if it takes longer than a moment."""
+
+    def __init__(self, root: pathlib.Path):
+        self._root, self._folders, self._images, self._said = root, 0, 0, time.monotonic()
+        self._bar = self._task = None
+
+    def add(self, images: int) -> None:
+        """Notes that one more folder has been read."""
+        self._folders += 1
+        self._images += images
+        now = time.monotonic()
+        if now - self._said < _SAY_AFTER:
+            return
+        self._said = now
+        if self._bar is None and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("")
+        if self._bar is not None:
+            self._bar.update(self._task, description=self._text())
+        else:
+            print(self._text(), file=sys.stderr, flush=True)
+
+    def _text(self) -> str:
+        return f"Searching {self._root}: {self._images:,} images in {self._folders:,} folders"
+
+    def close(self, seconds: float) -> None:
+        """Says the result, if it took longer than a moment."""
+        if self._bar is not None:
+            self._bar.stop()
+        if seconds > _SAY_AFTER:
+            print(f"{self._text()}, in {seconds:.0f} s.", file=sys.stderr, flush=True)

@@ -1,0 +1,262 @@
+"""Images prepared by TensorFlow Datasets as ArrayRecord files, read without TensorFlow: `tfds:NAME`.
+
+    tfds:cifar10, tfds:imagenet2012:5.1.0     below $TFDS_DATA_DIR (~/tensorflow_datasets if unset)
+    tfds:/data/cifar10/3.0.2                  the folder that holds dataset_info.json
+
+Records are looked up one by one (`as_data_source`), the images left encoded until their views are cut. A data set that
+was prepared as TFRecord, the older default, has no random access; `tfds convert_format` rewrites it once.
+"""
+
+import concurrent.futures
+import hashlib
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ifm_jax import cache
+from ifm_jax.data import crops
+from ifm_jax.data.classes import chosen, some
+from ifm_jax.data.images import EncodedImages, UnreadableImageError
+from ifm_jax.errors import UsageError
+
+_SPLITS = {"train": ("train",), "test": ("validation", "test")}  # what is taken unless told otherwise
+_AT_ONCE = 256  # records, while their labels are read
+
+
+class Tfds(EncodedImages):
+    """Random access to the images of a prepared data set.
+
+    Attributes:
+      records: what `as_data_source` returned, images left encoded.
+      full_name: of the data set, with its version and split.
+      image_key: the feature that is the image.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        full_name: str,
+        image_key: str,
+        label_names: dict[str, tuple[str, ...]],
+        image_size: int,
+        random_crops: crops.RandomCrops = crops.TWO_VIEWS,
+        memory: str = "",
+    ):
+        """Takes an opened data set.
+
+        Args:
+          records: what `as_data_source` returned.
+          full_name: of the data set, with its version and split.
+          image_key: the feature that is the image.
+          label_names: the classes of each feature that is a label.
+          image_size: side of a view in pixels.
+          random_crops: what `views` cuts.
+          memory: what tells the prepared files from others, under which their labels are remembered; empty: not at all.
+        """
+        super().__init__(image_size, random_crops, label_names)
+        self.records, self.full_name, self.image_key, self._memory = records, full_name, image_key, memory
+        self._kept: np.ndarray | None = None  # the records of the chosen classes
+        self._labels: dict[str, np.ndarray] | None = None
+
+    def keep(self, label: str, names: Sequence[str]) -> None:
+        """Keeps the images of some classes only, which are numbered anew.
+
+        Args:
+          label: which label.
+          names: of the classes.
+        """
+        number = np.full(len(self.label_names[label]) + 1, -1, np.int32)  # the last for label -1: unlabelled
+        number[[self.label_names[label].index(name) for name in names]] = np.arange(len(names), dtype=np.int32)
+        labels = self.labels()
+        self._kept = np.flatnonzero(number[labels[label]] >= 0)
+        self._labels = {name: values[self._kept] for name, values in labels.items()}
+        self._labels[label] = number[self._labels[label]]
+        self.label_names = self.label_names | {label: tuple(names)}
+
+    def __len__(self) -> int:
+        return len(self.records) if self._kept is None else len(self._kept)
+
+    def name(self, index: int) -> str:
+        """Returns the data set and the number of a record."""
+        return f"{self.full_name} record {self._record(index)}"
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """Returns int32 `(len(self),)` for each label; -1 where a record has none.
+
+        They are read once, which takes reading the whole records, and remembered.
+        """
+        if self._labels is None:
+            self._labels = self._remembered_labels() if self.label_names else {}
+        return self._labels
+
+    def encoded(self, index: int) -> np.ndarray:
+        """Returns the bytes of an image; see `EncodedImages`."""
+        try:
+            return np.frombuffer(self.records[self._record(index)][self.image_key], np.uint8)
+        except Exception as error:  # whatever a damaged record makes the reader raise
+            raise UnreadableImageError(self.name(index), f"{type(error).__name__}: {error}".splitlines()[0]) from None
+
+    def _record(self, index: int) -> int:
+        return int(index if self._kept is None else self._kept[index])
+
+    def _fingerprint(self) -> list[str | bytes]:
+        return [self.full_name, str(len(self.records)), b"" if self._kept is None else self._kept.tobytes()]
+
+    def _remembered_labels(self) -> dict[str, np.ndarray]:
+        name = hashlib.sha256(f"{self._memory}\0{self.full_name}\0{len(self.records)}".encode()).hexdigest()[:24]
+        path = cache.directory("tfds") / f"{name}.npz"
+        if self._memory:
+            try:
+                with np.load(path) as file:
+                    return {label: file[label] for label in self.label_names}
+            except (OSError, ValueError, KeyError):  # not there, or not whole
+                pass
+        labels = self._read_labels()
+        if self._memory:
+            temporary = None
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+                with os.fdopen(descriptor, "wb") as file:
+                    np.savez_compressed(file, **labels)
+                os.replace(temporary, path)
+            except OSError:  # read-only or full: the next start reads them again
+                if temporary:
+                    pathlib.Path(temporary).unlink(missing_ok=True)
+        return labels
+
+    def _read_labels(self) -> dict[str, np.ndarray]:
+        from rich.console import Console
+        from rich.progress import track
+
+        def read(begin: int) -> list[list[int]]:
+            records = [self.records[place] for place in range(begin, min(begin + _AT_ONCE, len(self.records)))]
+            return [[int(record[label]) for record in records] for label in self.label_names]
+
+        begins = range(0, len(self.records), _AT_ONCE)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            parts = pool.map(read, begins)
+            if sys.stderr.isatty() and len(begins) > 100:
+                text = f"Reading the labels of {self.full_name}"
+                parts = track(parts, text, len(begins), console=Console(stderr=True), transient=True)
+            values = np.concatenate(
+                [np.asarray(part, np.int32).reshape(len(self.label_names), -1) for part in parts], 1
+            )
+        return dict(zip(self.label_names, values, strict=True))
+
+
+def open_tfds(
+    name: str,
+    split: str,
+    *,
+    image_size: int,
+    classes: str = "",
+    expression: str = "",
+    random_crops: crops.RandomCrops = crops.TWO_VIEWS,
+) -> Tfds:
+    """Opens a prepared data set.
+
+    Args:
+      name: of the data set, or the folder that holds its dataset_info.json.
+      split: "train" or "test".
+      image_size: side of a view in pixels.
+      classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
+      expression: which of the data set's splits to take ("train+unlabelled", "train[:90%]"); empty: "train" for
+        training; held out "validation", or else "test".
+      random_crops: what the source's `views` cuts.
+
+    Raises:
+      UsageError: for an unknown name, a data set that is not prepared, or not as ArrayRecord, one without images, a
+        split or a class that is not there.
+    """
+    said = f"data.source='tfds:{name}'"
+    tfds = _tfds(said)
+    builder = _builder(tfds, name, said)
+    info, path = builder.info, builder.data_path
+    if not (pathlib.Path(path) / "dataset_info.json").exists():
+        raise UsageError(
+            f"{said} is not prepared: expected it in {path}; prepare it, where TensorFlow is installed, with python -c "
+            f"\"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record')"
+            '.download_and_prepare()", or set TFDS_DATA_DIR to where it is'
+        )
+    if info.file_format.value != "array_record":
+        raise UsageError(
+            f"{said} is prepared as {info.file_format.value} in {path}, which has no random access: expected "
+            f"array_record; convert it once with tfds convert_format --dataset_version_dir={path} "
+            f"--out_file_format=array_record --out_dir=DIR, then data.source=tfds:DIR"
+        )
+    features = dict(info.features.items())
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    if not images:
+        raise UsageError(
+            f"{said} has no images: its features are {some(list(features))}; expected one that is an Image"
+        )
+    expression = expression or next((each for each in _SPLITS[split] if each in info.splits), "")
+    try:
+        if not expression:
+            raise ValueError
+        decoders = {key: tfds.decode.SkipDecoding() for key in images}
+        records = builder.as_data_source(split=expression, decoders=decoders)
+    except (ValueError, KeyError, AttributeError):
+        wanted = f"{expression!r}" if expression else f"{split} images: {' or '.join(map(repr, _SPLITS[split]))}"
+        raise UsageError(
+            f"{said} has no split {wanted}; expected one of {some(sorted(info.splits), 9)}, or an expression such as "
+            f"'train[:90%]' in data.{split}_split"
+        ) from None
+    names = {
+        key: tuple(feature.names) for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)
+    }
+    stamp = (pathlib.Path(path) / "dataset_info.json").stat().st_mtime_ns
+    source = Tfds(
+        records, f"{info.full_name} {expression}", images[0], names, image_size, random_crops, f"{path} {stamp}"
+    )
+    if classes:
+        if not names:
+            raise UsageError(f"data.classes={classes!r}: {said} has no labels to choose by; leave data.classes empty")
+        label = next(iter(names))
+        source.keep(label, chosen(classes, names[label], f"classes of {name}"))
+        if not len(source):
+            raise UsageError(f"data.classes={classes!r}: {said} has no {split} images of these classes")
+    return source
+
+
+def _tfds(said: str):
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UsageError(f"{said} needs a package that is missing ({error}): pip install 'ifm_jax[tfds]'") from None
+    return tensorflow_datasets
+
+
+def _builder(tfds, name: str, said: str):
+    """Returns the builder of a folder, or of a name."""
+    folder = pathlib.Path(name).expanduser()
+    try:
+        if (folder / "dataset_info.json").exists():
+            return tfds.builder_from_directory(folder)
+        if folder.is_dir() and len(folder.parts) > 1:
+            raise UsageError(
+                f"{said}: {folder} holds no dataset_info.json; expected the folder of a prepared version, such as "
+                "/data/cifar10/3.0.2"
+            )
+        from absl import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # it warns of a folder that is not prepared, as we do in better words
+        try:
+            return tfds.builder(name)
+        finally:
+            logging.set_verbosity(verbosity)
+    except UsageError:
+        raise
+    except Exception as error:  # names its many kinds of mistakes by as many classes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{said} cannot be opened ({reason}): expected the name of a data set of TensorFlow Datasets, as in "
+            "tfds:cifar10, or the folder of a prepared one"
+        ) from None
