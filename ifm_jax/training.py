@@ -9,7 +9,6 @@ How a run starts, in the order in which it is decided:
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import signal
@@ -19,23 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ifm_jax import cache, metrics, optim, sharding, snapshot, state
+from ifm_jax import cache, loop, metrics, optim, sharding, snapshot, state
 from ifm_jax import config as configs
 from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.config import Config
 from ifm_jax.data import BadImages, Source, open_source, steps_per_epoch, training_batches
-from ifm_jax.errors import RunError, UsageError
+from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
 from ifm_jax.snapshot import CHECKPOINTS, CONFIG, CONVERTED
 
-# Steps the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
-_STEPS_AHEAD = 2
-
 BAD_IMAGES = "bad_images.txt"  # in a workdir: the images that could not be read
 DATA = "data.json"  # in a workdir: which images the run is on
-_CURVES_EVERY = 60.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,125 +267,23 @@ def train(
         if first:
             progress.message(f"Going on after step {first} of {last_step}.")
 
-        stop = stack.enter_context(_StopSignals(progress))
-        recorder = _Recorder(log, tensorboard, progress, config.batch_size, epoch_steps, workdir / "curves.png")
-        step = first
-        while step < last_step and stop.signal is None:
-            train_state, step_metrics = step_fn(train_state, batch)
-            step += 1
-            recorder.add(step, step_metrics)
-            if step < last_step:
-                with recorder.waiting():
-                    batch = sharding.put_batch(mesh, next(batches))  # while the device computes
-            if step % config.log_every == 0 or step == last_step:
-                recorder.flush(log_last=True)
-            else:
-                progress.update(step)
-            if step % config.checkpoint_every == 0 and step < last_step:
-                recorder.flush()  # a state is saved only once its losses are known to be finite
-                checkpoints.save(train_state, configs.to_dict(config))
-        recorder.flush()
-        if step > first:
-            checkpoints.save(train_state, configs.to_dict(config))
-            checkpoints.wait()
-        recorder.draw()
+        stop = stack.enter_context(loop.StopSignals(progress))
+        recorder = loop.Recorder(log, tensorboard, progress, config.batch_size, epoch_steps, workdir / "curves.png")
+        step, _ = loop.run(
+            step_fn,
+            train_state,
+            batch,
+            lambda: sharding.put_batch(mesh, next(batches)),
+            first=first,
+            last_step=last_step,
+            recorder=recorder,
+            stop=stop,
+            save=lambda state: checkpoints.save(state, configs.to_dict(config)),
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+        )
+        checkpoints.wait()
     return Result(step, last_step, stop.signal if step < last_step else None)
-
-
-class _Recorder:
-    """Takes each step's metrics off the device a few steps later, checks all of them and logs some of them."""
-
-    def __init__(self, log, tensorboard, progress, batch_size: int, epoch_steps: int, curves: pathlib.Path):
-        self._log, self._tensorboard, self._progress = log, tensorboard, progress
-        self._batch_size, self._epoch_steps, self._curves = batch_size, epoch_steps, curves
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._timed_step, self._timed_at = None, time.perf_counter()
-        self._waited = 0.0  # seconds for images, since then
-        self._drawn_at = time.perf_counter()
-
-    def add(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
-        """Takes in a step that may still be computing; waits for the one `_STEPS_AHEAD` before it."""
-        self._pending.append((step, step_metrics))
-        if self._timed_step is None:
-            self._timed_step = step - 1
-        if len(self._pending) > _STEPS_AHEAD:
-            self._pending[-1 - _STEPS_AHEAD][1]["loss"].block_until_ready()
-
-    @contextlib.contextmanager
-    def waiting(self):
-        """Counts the time of its block as waiting for images."""
-        begun = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - begun
-
-    def flush(self, log_last: bool = False) -> None:
-        """Waits for the steps taken in and checks them; with `log_last` writes a line of metrics for the last.
-
-        Raises:
-          RunError: at the first step whose loss or gradient is not finite.
-        """
-        if not self._pending:
-            return
-        for step, values in self._pending:
-            values = jax.device_get(values)
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(values[name]):
-                    raise RunError(
-                        f"{name} is {values[name]} at step {step}: stopped; the last checkpoint is from before it. "
-                        "A lower optim.lr, or a higher moco.temperature, may help"
-                    )
-        self._pending.clear()
-        if log_last:
-            self._write(step, values)
-
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        now = time.perf_counter()
-        seconds = max(now - self._timed_at, 1e-9)
-        record = {
-            "step": step,
-            "epoch": step / self._epoch_steps,
-            **{name: float(value) for name, value in values.items()},
-            "images_per_sec": (step - self._timed_step) * self._batch_size / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
-        }
-        if self._log is not None:
-            self._log.write(record)
-            self._tensorboard.write(step, record)
-        self._progress.update(step, record)
-        if now - self._drawn_at > _CURVES_EVERY:
-            self.draw()
-        self._timed_step, self._timed_at, self._waited = step, time.perf_counter(), 0.0
-
-    def draw(self) -> None:
-        """Draws the curves of all that is logged so far."""
-        self._drawn_at = time.perf_counter()
-        if self._log is not None and (records := metrics.read(self._curves.with_name("metrics.jsonl"))):
-            metrics.draw_curves(records, self._curves)
-
-
-class _StopSignals:
-    """Notes the first Ctrl-C or SIGTERM, to be obeyed between two steps; a second one acts at once."""
-
-    def __init__(self, progress):
-        self.signal: signal.Signals | None = None
-        self._progress = progress
-        self._previous = {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread: whoever is there decides
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        self.signal = signal.Signals(number)
-        for handled, handler in self._previous.items():
-            signal.signal(handled, handler)
-        self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
 
 
 def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None:

@@ -1,0 +1,195 @@
+"""The loop around a compiled step: metrics, checkpoints, Ctrl-C; for pre-training and for the linear probe."""
+
+import contextlib
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from ifm_jax import metrics
+from ifm_jax.errors import RunError
+
+# Steps the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
+_STEPS_AHEAD = 2
+_CURVES_EVERY = 60.0  # seconds
+
+State = TypeVar("State")
+
+
+def run(
+    step_fn: Callable,
+    state: State,
+    batch: Any,
+    next_batch: Callable[[], Any],
+    *,
+    first: int,
+    last_step: int,
+    recorder: "Recorder",
+    stop: "StopSignals",
+    save: Callable[[State], None],
+    log_every: int,
+    checkpoint_every: int,
+    evaluate: Callable[[State], Mapping[str, Any]] | None = None,
+    evaluate_every: int = 0,
+) -> tuple[int, State]:
+    """Takes steps until the last one, or until a signal stops it.
+
+    Args:
+      step_fn: `(state, batch) -> (state, metrics)`, compiled; it may use the state's memory for the new one.
+      state: before the first step.
+      batch: of the first step, on the devices.
+      next_batch: returns the next one.
+      first: steps done before.
+      last_step: the step to end with.
+      recorder: takes the metrics.
+      stop: says when to stop.
+      save: saves a state; called every `checkpoint_every` steps and at the end.
+      log_every: steps between two lines of metrics.
+      checkpoint_every: steps between two checkpoints.
+      evaluate: what it finds is added to the metrics of its step.
+      evaluate_every: steps between two evaluations; 0: none.
+
+    Returns:
+      The steps done in all, and the state after them.
+
+    Raises:
+      RunError: if a loss is not finite; nothing is saved of that step or after it.
+    """
+    step = first
+    while step < last_step and stop.signal is None:
+        state, step_metrics = step_fn(state, batch)
+        step += 1
+        recorder.add(step, step_metrics)
+        if step < last_step:
+            with recorder.waiting():
+                batch = next_batch()  # while the device computes
+        found = None
+        if evaluate_every and step % evaluate_every == 0:
+            recorder.flush()
+            with recorder.pausing():
+                found = evaluate(state)
+        if found is not None or step % log_every == 0 or step == last_step:
+            recorder.flush(log_last=True, extra=found)
+        else:
+            recorder.progress.update(step)
+        if step % checkpoint_every == 0 and step < last_step:
+            recorder.flush()  # a state is saved only once its losses are known to be finite
+            save(state)
+    recorder.flush()
+    if step > first:
+        save(state)
+    recorder.draw()
+    return step, state
+
+
+class Recorder:
+    """Takes each step's metrics off the device a few steps later, checks all of them and logs some of them."""
+
+    def __init__(self, log, tensorboard, progress, batch_size: int, epoch_steps: int, curves: pathlib.Path):
+        self._log, self._tensorboard, self.progress = log, tensorboard, progress
+        self._batch_size, self._epoch_steps, self._curves = batch_size, epoch_steps, curves
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._timed_step, self._timed_at = None, time.perf_counter()
+        self._waited = self._paused = 0.0  # seconds since then, for images and for what is no training
+        self._last: tuple[int, dict[str, Any]] | None = None
+        self._drawn_at = time.perf_counter()
+
+    def add(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
+        """Takes in a step that may still be computing; waits for the one `_STEPS_AHEAD` before it."""
+        self._pending.append((step, step_metrics))
+        if self._timed_step is None:
+            self._timed_step = step - 1
+        if len(self._pending) > _STEPS_AHEAD:
+            self._pending[-1 - _STEPS_AHEAD][1]["loss"].block_until_ready()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time of its block as waiting for images."""
+        begun = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begun
+
+    @contextlib.contextmanager
+    def pausing(self):
+        """Leaves the time of its block out of the speed."""
+        begun = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begun
+
+    def flush(self, log_last: bool = False, extra: Mapping[str, Any] | None = None) -> None:
+        """Waits for the steps taken in and checks them; with `log_last` writes a line of metrics for the last.
+
+        Args:
+          log_last: whether to.
+          extra: more fields of that line.
+
+        Raises:
+          RunError: at the first step whose loss or gradient is not finite.
+        """
+        for step, values in self._pending:
+            values = jax.device_get(values)
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(values.get(name, 0.0)):
+                    raise RunError(
+                        f"{name} is {values[name]} at step {step}: stopped; the last checkpoint is from before it. "
+                        "A lower optim.lr, or a higher moco.temperature, may help"
+                    )
+            self._last = step, values
+        self._pending.clear()
+        if log_last and self._last is not None:
+            step, values = self._last
+            self._write(step, values | dict(extra or {}))
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        seconds = max(now - self._timed_at - self._paused, 1e-9)
+        record = {
+            "step": step,
+            "epoch": step / self._epoch_steps,
+            **{name: float(value) for name, value in values.items()},
+            "images_per_sec": (step - self._timed_step) * self._batch_size / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
+        }
+        if self._log is not None:
+            self._log.write(record)
+            self._tensorboard.write(step, record)
+        self.progress.update(step, record)
+        if now - self._drawn_at > _CURVES_EVERY:
+            self.draw()
+        self._timed_step, self._timed_at = step, time.perf_counter()
+        self._waited = self._paused = 0.0
+
+    def draw(self) -> None:
+        """Draws the curves of all that is logged so far."""
+        self._drawn_at = time.perf_counter()
+        if self._log is not None and (records := metrics.read(self._curves.with_name("metrics.jsonl"))):
+            metrics.draw_curves(records, self._curves)
+
+
+class StopSignals:
+    """Notes the first Ctrl-C or SIGTERM, to be obeyed between two steps; a second one acts at once."""
+
+    def __init__(self, progress):
+        self.signal: signal.Signals | None = None
+        self._progress = progress
+        self._previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: whoever is there decides
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        self.signal = signal.Signals(number)
+        for handled, handler in self._previous.items():
+            signal.signal(handled, handler)
+        self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
