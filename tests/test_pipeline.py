@@ -64,6 +64,22 @@ def test_a_limit_takes_the_first_images():
     assert np.concatenate(numbers(9, size=20)).max() < 20
 
 
+def test_an_epoch_may_end_with_what_is_left():
+    """Fifty images in seven batches of eight, the last of two and six copies; the same on two hosts."""
+    batches = list(itertools.islice(training_batches(Numbers(50), 8, seed=0, indices=True, remainder=True), 14))
+    for epoch in (batches[:7], batches[7:]):
+        index, weight = (np.concatenate([batch[name] for batch in epoch]) for name in ("index", "weight"))
+        assert sorted(index[weight == 1]) == list(range(50))
+        assert weight[:50].all()
+        assert not weight[50:].any()
+    assert any((a["index"] != b["index"]).any() for a, b in zip(batches[:7], batches[7:], strict=True))
+    options = {"seed": 0, "indices": True, "remainder": True, "start": 6, "hosts": 2}
+    parts = [next(training_batches(Numbers(50), 8, host=host, **options)) for host in range(2)]
+    for name in ("index", "weight"):
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), batches[6][name])
+    assert steps_per_epoch(50, 8, remainder=True) == 7
+
+
 def test_fewer_images_than_a_batch_are_refused():
     with pytest.raises(UsageError, match="batch_size=64 is more than the 50 training images"):
         steps_per_epoch(50, 64)

@@ -22,12 +22,19 @@ _ENDLESS = 2**62  # batches
 _BAD = "bad"  # what a batch says of unreadable images, taken out before it is handed on
 
 
-def steps_per_epoch(size: int, batch_size: int) -> int:
-    """Returns how many whole batches `size` images make.
+def steps_per_epoch(size: int, batch_size: int, *, remainder: bool = False) -> int:
+    """Returns how many batches `size` images make.
+
+    Args:
+      size: images.
+      batch_size: global.
+      remainder: a last, smaller batch counts too.
 
     Raises:
       UsageError: if they do not make one.
     """
+    if remainder and size:
+        return -(-size // batch_size)
     if size < batch_size:
         raise UsageError(f"batch_size={batch_size} is more than the {size} training images: take a smaller one")
     return size // batch_size
@@ -46,6 +53,7 @@ def training_batches(
     processes: int = 0,
     bad_images: BadImages | None = None,
     indices: bool = False,
+    remainder: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the batches of an endless training run, or this host's part of them.
 
@@ -63,18 +71,20 @@ def training_batches(
       bad_images: takes note of unreadable images, each of which is then replaced by a neighbour; None: the first ends
         the iteration. Images that are not cut on the host are always readable.
       indices: also yield which images these are.
+      remainder: an epoch ends with a smaller batch of what is left, filled up with copies; not dropped.
 
     Yields:
       `{"query": uint8 (batch_size / hosts, H, W, 3)}`: the images of which both views are made. From a `ViewSource`
       also `"key"`, likewise: two crops of each image, cut independently; from one that cuts a single view of an image,
       `{"image": ...}`, as a linear probe trains on. With `indices` also `"index"`, int64
-      `(batch_size / hosts,)`.
+      `(batch_size / hosts,)`; with `remainder` also `"weight"`, float32 `(batch_size / hosts,)`, 0 for a copy, else 1.
 
     Raises:
       RunError: if an image cannot be read, or too many.
     """
     size = min(size, len(source)) if size else len(source)
-    whole = steps_per_epoch(size, batch_size) * batch_size
+    steps = steps_per_epoch(size, batch_size, remainder=remainder)
+    whole = size if remainder else steps * batch_size
 
     # The order decides what depends on what. Shuffled and repeated first, the place of an example in the endless stream
     # says which image it is; its random number comes after that, so that it depends on the place too, and before the
@@ -90,7 +100,8 @@ def training_batches(
     else:
         load, readers, ahead = _LookUp(source, indices), threads, 2 * threads
 
-    batches = grain.MapDataset.range(start, _ENDLESS).map(_Piece(examples, batch_size, host, hosts)).map(load)
+    piece = _Piece(examples, batch_size, host, hosts, (steps, whole) if remainder else None)
+    batches = grain.MapDataset.range(start, _ENDLESS).map(piece).map(load)
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead))
     if processes:
         if not flags.FLAGS.is_parsed():
@@ -115,15 +126,26 @@ def _with_number(index: int, rng: np.random.Generator) -> tuple[int, int]:
 
 
 class _Piece:
-    """From the number of a batch to the examples of it that are this host's."""
+    """From the number of a batch to the examples of it that are this host's, and their weights if wanted."""
 
-    def __init__(self, examples: grain.MapDataset, batch_size: int, host: int, hosts: int):
+    def __init__(
+        self, examples: grain.MapDataset, batch_size: int, host: int, hosts: int, epoch: tuple[int, int] | None
+    ):
         self._examples, self._batch_size, self._host, self._local = examples, batch_size, host, batch_size // hosts
+        self._epoch = epoch  # its batches and its examples, if they are no multiple of each other
 
-    def __call__(self, number: int) -> list:
+    def __call__(self, number: int) -> tuple[list, dict[str, np.ndarray]]:
         # A contiguous piece, as the placement over the devices has it.
-        first = number * self._batch_size + self._host * self._local
-        return [self._examples[place] for place in range(first, first + self._local)]
+        first = self._host * self._local
+        if self._epoch is None:
+            begin = number * self._batch_size + first
+            return [self._examples[place] for place in range(begin, begin + self._local)], {}
+        steps, size = self._epoch
+        epoch, within = divmod(number, steps)
+        begin, count = within * self._batch_size, min(self._batch_size, size - within * self._batch_size)
+        places = [begin + min(place, count - 1) for place in range(first, first + self._local)]
+        weights = (np.arange(first, first + self._local) < count).astype(np.float32)
+        return [self._examples[epoch * size + place] for place in places], {"weight": weights}
 
 
 class _LookUp:
@@ -132,9 +154,10 @@ class _LookUp:
     def __init__(self, source: Source, indices: bool):
         self._source, self._indices = source, indices
 
-    def __call__(self, examples: list[int]) -> dict[str, np.ndarray]:
+    def __call__(self, piece: tuple[list[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        examples, more = piece
         numbers = np.asarray(examples)
-        return {"query": self._source.batch(numbers)["image"]} | ({"index": numbers} if self._indices else {})
+        return {"query": self._source.batch(numbers)["image"]} | ({"index": numbers} if self._indices else {}) | more
 
 
 class _Cutter:
@@ -147,14 +170,15 @@ class _Cutter:
     def __getstate__(self):
         return self.__dict__ | {"_pool": None}
 
-    def __call__(self, examples: list[tuple[int, int]]) -> dict[str, Any]:
+    def __call__(self, piece: tuple[list[tuple[int, int]], dict[str, np.ndarray]]) -> dict[str, Any]:
+        examples, more = piece
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "views")  # ends with its last reference
         numbers, views, bad = zip(*self._pool.map(self._cut, examples), strict=True)
         names = ("query", "key") if len(views[0]) == 2 else ("image",)
         batch = {name: np.stack(view) for name, view in zip(names, zip(*views, strict=True), strict=True)}
         batch[_BAD] = [each for some in bad for each in some]
-        return batch | ({"index": np.asarray(numbers)} if self._indices else {})
+        return batch | ({"index": np.asarray(numbers)} if self._indices else {}) | more
 
     def _cut(self, example: tuple[int, int]) -> tuple[int, tuple[np.ndarray, ...], list[tuple[int, str]]]:
         """Returns the image taken, its views, and the unreadable ones met before, each with what is wrong with it."""
