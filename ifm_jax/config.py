@@ -17,7 +17,11 @@ AUGMENTATIONS = ("trifeature", "moco_v1", "moco_v2", "moco_cifar")
 
 # Fields that say how long and how closely a run is watched, and with what its images are read, not what it computes:
 # they may change on resuming. Where the images lie may too; that they are the same ones is checked by themselves.
+# Nor does evaluation change anything.
 FREE_ON_RESUME = (
+    "eval",
+    "linear",
+    "data.label",
     "steps",
     "log_every",
     "checkpoint_every",
@@ -183,6 +187,7 @@ class DataConfig:
       workers: threads that read images, in each process; 0: automatic.
       processes: worker processes that read images; 0: threads of this process do, enough for a dozen processors.
       max_bad: share of the training images that may be unreadable; each is replaced by a neighbour.
+      label: which label of the source an evaluation is about; empty: each of them.
       trifeature: the embedded images.
       augment: strengths of the "trifeature" augmentation.
     """
@@ -197,13 +202,58 @@ class DataConfig:
     workers: int = 0
     processes: int = 0
     max_bad: float = 0.01
+    label: str = ""
     trifeature: TrifeatureConfig = dataclasses.field(default_factory=TrifeatureConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 
 @dataclasses.dataclass
+class EvalConfig:
+    """Evaluation while pre-training: frozen features of a part of the images, now and then.
+
+    Attributes:
+      every: epochs between two evaluations; 0: none.
+      images: at most so many training images, and as many held-out ones; 0: all.
+      neighbors: k of the nearest neighbours.
+      temperature: of their weights.
+    """
+
+    every: int = 0
+    images: int = 10_000
+    neighbors: int = 200
+    temperature: float = 0.07
+
+
+@dataclasses.dataclass
+class LinearConfig:
+    """Linear evaluation of the frozen backbone (`eval_linear.py`); the defaults are the original's.
+
+    Attributes:
+      lr: base learning rates; with weight_decay, a head for every combination (original: 10; MoCo's own: 30).
+      weight_decay: of weights and biases.
+      momentum: of SGD.
+      batch_size: global.
+      epochs: passes over the training images.
+      milestones: epochs at which the learning rate is divided by ten.
+      holdout: share of the training images on which the best of several heads is chosen; not trained on.
+      views: augmented views of each image that the fast protocol trains on; 0: the evaluated view.
+      seed: of heads, order and views.
+    """
+
+    lr: tuple[float, ...] = (10.0,)
+    weight_decay: tuple[float, ...] = (0.0,)
+    momentum: float = 0.9
+    batch_size: int = 128
+    epochs: int = 60
+    milestones: tuple[int, ...] = (30, 40, 50)
+    holdout: float = 0.1
+    views: int = 8
+    seed: int = 0
+
+
+@dataclasses.dataclass
 class Config:
-    """A pre-training run.
+    """A pre-training run, and its evaluation.
 
     Attributes:
       model: encoders.
@@ -211,6 +261,8 @@ class Config:
       ifm: implicit feature modification.
       optim: optimiser and learning rate.
       data: images and views.
+      eval: evaluation while pre-training.
+      linear: linear evaluation afterwards.
       batch_size: global, over all devices and hosts (original: -b).
       epochs: passes over the data (--epochs).
       steps: stop after so many updates, the schedule unchanged; 0: `epochs` decides.
@@ -224,6 +276,8 @@ class Config:
     ifm: IFMConfig = dataclasses.field(default_factory=IFMConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    linear: LinearConfig = dataclasses.field(default_factory=LinearConfig)
     batch_size: int = 256
     epochs: int = 200
     steps: int = 0
@@ -270,7 +324,7 @@ def differences(config: Config, other: Config) -> list[str]:
     return [
         f"{name}: {ours.get(name)!r}, not {theirs.get(name)!r}"
         for name in ours | theirs
-        if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)
+        if not {name, name.split(".")[0]} & set(FREE_ON_RESUME) and ours.get(name) != theirs.get(name)
     ]
 
 
@@ -285,6 +339,7 @@ def validate(config: Config, devices: int = 1) -> None:
       UsageError: for the first mistake found: the field, its value, what was expected.
     """
     model, moco, ifm, opt, data = config.model, config.moco, config.ifm, config.optim, config.data
+    evaluation, linear = config.eval, config.linear
 
     def one_of(name, value, choices):
         if value not in choices:
@@ -318,6 +373,13 @@ def validate(config: Config, devices: int = 1) -> None:
         ("data.limit", data.limit, 0),
         ("data.workers", data.workers, 0),
         ("data.processes", data.processes, 0),
+        ("eval.every", evaluation.every, 0),
+        ("eval.images", evaluation.images, 0),
+        ("eval.neighbors", evaluation.neighbors, 1),
+        ("linear.batch_size", linear.batch_size, 1),
+        ("linear.epochs", linear.epochs, 1),
+        ("linear.views", linear.views, 0),
+        ("linear.seed", linear.seed, 0),
     ):
         check(value >= least, name, value, f"at least {least}")
     check(0.0 <= moco.momentum <= 1.0, "moco.momentum", moco.momentum, "a number from 0 to 1")
@@ -338,6 +400,22 @@ def validate(config: Config, devices: int = 1) -> None:
         "optim.milestones",
         opt.milestones,
         "epochs above 0, for example 120,160",
+    )
+    check(evaluation.temperature > 0, "eval.temperature", evaluation.temperature, "a number above 0")
+    check(linear.lr and min(linear.lr) > 0, "linear.lr", linear.lr, "numbers above 0, for example 1,10,30")
+    check(
+        linear.weight_decay and min(linear.weight_decay) >= 0,
+        "linear.weight_decay",
+        linear.weight_decay,
+        "numbers of at least 0, for example 0,1e-6",
+    )
+    check(0 <= linear.momentum < 1, "linear.momentum", linear.momentum, "a number from 0 to below 1")
+    check(0 < linear.holdout < 1, "linear.holdout", linear.holdout, "a share between 0 and 1")
+    check(
+        all(isinstance(m, int) and m > 0 for m in linear.milestones),
+        "linear.milestones",
+        linear.milestones,
+        "epochs above 0, for example 30,40,50",
     )
     check(
         0 <= opt.warmup_epochs <= config.epochs,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import pathlib
 import pickle
 import shutil
 import sys
@@ -132,10 +131,13 @@ def test_mistakes_are_named(root, tmp_path):
     for name, message in {
         "nothing_such": "'tfds:nothing_such' cannot be opened .*: expected the name of a data set",
         "cifar10": "'tfds:cifar10' is not prepared: expected it in .*file_format='array_record'",
-        str(old): f"is prepared as tfrecord in {old}, .* convert it once with {convert}",
+        str(old): f"is prepared as tfrecord in {old}, .* convert it once, in place, with {convert}",
         str(tmp_path): "holds no dataset_info.json; expected the folder of a prepared version",
     }.items():
         with pytest.raises(UsageError, match=message) as caught:
             open_tfds(name, "train", image_size=16)
         assert "\n" not in str(caught.value)
-    assert pathlib.Path(old).exists()
+    # Converted in place it keeps its old format, and has the new one beside it.
+    both = info | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
+    (old / "dataset_info.json").write_text(json.dumps(both))
+    assert len(open_tfds(str(old), "train", image_size=16).labels()["label"]) == 20

@@ -1,5 +1,6 @@
 """Where images come from: two small protocols, and the source a config names."""
 
+import hashlib
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -129,3 +130,39 @@ def _open_trifeature(data: DataConfig, split: str) -> Trifeature:
     )
     source.images()  # drawn once, now, and looked up from here on
     return source
+
+
+class Subset:
+    """Some of a source's images.
+
+    Attributes:
+      source: of all of them; a `ViewSource`.
+      indices: int `(N,)`, which ones, as they are numbered here.
+    """
+
+    def __init__(self, source: ViewSource, indices: np.ndarray):
+        self.source, self.indices, self.label_names = source, np.asarray(indices), source.label_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of which images these are."""
+        return hashlib.sha256(self.source.fingerprint.encode() + self.indices.astype("<i8").tobytes()).hexdigest()[:24]
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns several images with their labels; see `Source`."""
+        return self.source.batch(self.indices[indices])
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """Returns the labels of all images."""
+        return {name: values[self.indices] for name, values in self.source.labels().items()}
+
+    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+        """Cuts random crops of one image; see `ViewSource`."""
+        return self.source.views(int(self.indices[index]), number)
+
+    def name(self, index: int) -> str:
+        """Returns what to call an image; see `ViewSource`."""
+        return self.source.name(int(self.indices[index]))

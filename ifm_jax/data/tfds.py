@@ -184,11 +184,12 @@ def open_tfds(
             f"\"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record')"
             '.download_and_prepare()", or set TFDS_DATA_DIR to where it is'
         )
-    if info.file_format.value != "array_record":
+    formats = sorted(each.value for each in info.available_file_formats())  # converted in place it has two
+    if "array_record" not in formats:
         raise UsageError(
-            f"{said} is prepared as {info.file_format.value} in {path}, which has no random access: expected "
-            f"array_record; convert it once with tfds convert_format --dataset_version_dir={path} "
-            f"--out_file_format=array_record --out_dir=DIR, then data.source=tfds:DIR"
+            f"{said} is prepared as {' and '.join(formats)} in {path}, which has no random access: expected "
+            f"array_record; convert it once, in place, with tfds convert_format --dataset_version_dir={path} "
+            "--out_file_format=array_record (it needs tensorflow, apache-beam and mlcroissant)"
         )
     features = dict(info.features.items())
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]

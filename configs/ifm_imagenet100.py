@@ -1,0 +1,33 @@
+"""IFM on ImageNet-100: the original's main result. MoCo-v2's recipe with the perturbed loss added.
+
+    python train.py --config=configs/ifm_imagenet100.py --config.data.source=folder:PATH --workdir=runs/ifm100
+
+PATH and all settings but the loss as in moco_v2_imagenet100.py. The epsilon is 0.1; the original's others by a flag,
+--config.ifm.epsilon=0.05 or 0.2, into a workdir of their own. Read out with
+
+    python eval_linear.py --workdir=runs/ifm100
+
+Hardware and time: as moco_v2_imagenet100.py; IFM adds one scalar a query.
+Expected: top-1, linear (README of github.com/joshr17/IFM; seeds and spread not said)
+
+    MoCo-v2    IFM, epsilon 0.05    0.1       0.2
+    80.5 %     81.1 %               81.4 %    80.9 %
+
+Not yet run with this code.
+"""
+
+import pathlib
+import runpy
+
+from ifm_jax.config import Config
+
+# By its place beside this file: `configs` is no package, and the working directory may be any.
+_MOCO = pathlib.Path(__file__).with_name("moco_v2_imagenet100.py")
+
+
+def get_config() -> Config:
+    """Returns the recipe."""
+    config = runpy.run_path(str(_MOCO))["get_config"]()
+    config.ifm.method = "ifm"
+    config.ifm.epsilon = 0.1
+    return config

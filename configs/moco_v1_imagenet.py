@@ -1,0 +1,35 @@
+"""MoCo-v1 on ImageNet, 200 epochs, with the settings of MoCo's code (its defaults).
+
+    python train.py --config=configs/moco_v1_imagenet.py --config.data.source=folder:PATH --workdir=runs/moco_v1
+
+PATH as in moco_v2_imagenet.py, from which this differs in the head (one linear layer), T = 0.07, the augmentation (no
+blur, jitter always and with more hue) and the schedule (a tenth from epoch 120, a hundredth from 160). Read out with
+
+    python eval_linear.py --workdir=runs/moco_v1
+
+Hardware and time: as moco_v2_imagenet.py.
+Expected: 60.8 +- 0.2 % top-1, linear, over five runs; the released checkpoint has 60.6 (README of
+github.com/facebookresearch/moco). Not yet run with this code.
+"""
+
+import pathlib
+import runpy
+
+from ifm_jax.config import Config
+
+# By its place beside this file: `configs` is no package, and the working directory may be any.
+_MOCO_V2 = pathlib.Path(__file__).with_name("moco_v2_imagenet.py")
+
+
+def get_config() -> Config:
+    """Returns the recipe."""
+    config = runpy.run_path(str(_MOCO_V2))["get_config"]()
+
+    config.moco.temperature = 0.07
+    config.moco.mlp = False
+
+    config.optim.schedule = "step"
+    config.optim.milestones = (120, 160)
+
+    config.data.augmentation = "moco_v1"
+    return config
