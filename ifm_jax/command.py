@@ -82,6 +82,40 @@ def define_config(default: str) -> Callable[[], Config]:
     return config
 
 
+def define_config_over(base: Callable[[], Config]) -> Callable[[], Config]:
+    """Defines `--config=FILE.py` and `--config.field=value` on top of a config that is read from somewhere else.
+
+    Args:
+      base: reads it; called now, since the fields' flags are made of it.
+
+    Returns:
+      The function that gives the config once parsed: the file's where one is given, else `base`'s; with the fields
+      changed.
+    """
+    if any(re.fullmatch(r"--?config(=.*)?", argument) for argument in sys.argv[1:]):
+        return define_config(default="")
+    try:
+        config = base()
+        holder = config_flags.DEFINE_config_dataclass("config", config, help_string="Fields to change.")
+    except UsageError as error:
+        _mistakes_at_definition.append(error)
+        return Config
+    except Exception as error:
+        _mistakes_at_definition.append(_config_mistake(error))
+        return Config
+    return lambda: holder.value
+
+
+def flag_on_command_line(name: str) -> str | None:
+    """Returns the value of `--name=value` or `--name value` before flags are parsed; None: not there."""
+    arguments = sys.argv[1:]
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == name:
+            return value if equals else next(iter(arguments[place + 1 :]), None)
+    return None
+
+
 _mistakes_at_definition: list[UsageError] = []
 
 

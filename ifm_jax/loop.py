@@ -89,9 +89,32 @@ def run(
 class Recorder:
     """Takes each step's metrics off the device a few steps later, checks all of them and logs some of them."""
 
-    def __init__(self, log, tensorboard, progress, batch_size: int, epoch_steps: int, curves: pathlib.Path):
+    def __init__(
+        self,
+        log: metrics.MetricsLog | None,
+        tensorboard: metrics.TensorBoardLog | None,
+        progress: metrics.Progress | metrics.Silence,
+        batch_size: int,
+        epoch_steps: int,
+        curves: pathlib.Path,
+        panels: metrics.Panels = metrics.PRETRAINING,
+        remedy: str = "A lower optim.lr, or a higher moco.temperature, may help",
+    ):
+        """Takes where the metrics go.
+
+        Args:
+          log: None on all hosts but the first.
+          tensorboard: likewise.
+          progress: shows them.
+          batch_size: images of a step.
+          epoch_steps: steps of an epoch.
+          curves: the picture to draw.
+          panels: what it shows.
+          remedy: what the user is told when a loss is not finite.
+        """
         self._log, self._tensorboard, self.progress = log, tensorboard, progress
-        self._batch_size, self._epoch_steps, self._curves = batch_size, epoch_steps, curves
+        self._batch_size, self._epoch_steps = batch_size, epoch_steps
+        self._curves, self._panels, self._remedy = curves, panels, remedy
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._timed_step, self._timed_at = None, time.perf_counter()
         self._waited = self._paused = 0.0  # seconds since then, for images and for what is no training
@@ -136,15 +159,15 @@ class Recorder:
                 if not math.isfinite(values.get(name, 0.0)):
                     raise RunError(
                         f"{name} is {values[name]} at step {step}: stopped; the last checkpoint is from before it. "
-                        "A lower optim.lr, or a higher moco.temperature, may help"
+                        + self._remedy
                     )
             self._last = step, values
         self._pending.clear()
         if log_last and self._last is not None:
             step, values = self._last
-            self._write(step, values | dict(extra or {}))
+            self._write(step, values, extra or {})
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _write(self, step: int, values: dict[str, Any], extra: Mapping[str, Any]) -> None:
         now = time.perf_counter()
         seconds = max(now - self._timed_at - self._paused, 1e-9)
         record = {
@@ -153,6 +176,7 @@ class Recorder:
             **{name: float(value) for name, value in values.items()},
             "images_per_sec": (step - self._timed_step) * self._batch_size / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
+            **extra,
         }
         if self._log is not None:
             self._log.write(record)
@@ -167,7 +191,7 @@ class Recorder:
         """Draws the curves of all that is logged so far."""
         self._drawn_at = time.perf_counter()
         if self._log is not None and (records := metrics.read(self._curves.with_name("metrics.jsonl"))):
-            metrics.draw_curves(records, self._curves)
+            metrics.draw_curves(records, self._curves, self._panels)
 
 
 class StopSignals:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -178,7 +179,7 @@ class TensorBoardLog:
         with _without_torch():
             from tensorboardX import event_file_writer
             from tensorboardX.proto import event_pb2, summary_pb2
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event, self._summary, self._histogram = event_pb2.Event, summary_pb2.Summary, summary_pb2.HistogramProto
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # Named by the second, and opened by overwriting: the number saves the file before from a restart that quick.
@@ -204,6 +205,32 @@ class TensorBoardLog:
             if name not in ("step", "epoch") and isinstance(value, int | float):
                 tag = name if "/" in name else f"train/{name}"
                 values.append(self._summary.Value(tag=tag, simple_value=value))
+        self._write(step, values)
+
+    def write_histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[int]]]) -> None:
+        """Adds histograms of that step.
+
+        Args:
+            step: the step they belong to.
+            histograms: name -> edges of the bins, `(bins + 1,)`, and their counts, `(bins,)`.
+        """
+        values = []
+        for name, (edges, counts) in histograms.items():
+            centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+            weighted = [count * centre for count, centre in zip(counts, centres, strict=True)]
+            histo = self._histogram(
+                min=edges[0],
+                max=edges[-1],
+                num=sum(counts),
+                sum=sum(weighted),
+                sum_squares=sum(each * centre for each, centre in zip(weighted, centres, strict=True)),
+                bucket_limit=list(edges[1:]),
+                bucket=list(counts),
+            )
+            values.append(self._summary.Value(tag=name, histo=histo))
+        self._write(step, values)
+
+    def _write(self, step: int, values: list) -> None:
         summary = self._summary(value=values)
         self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed >= self._flush_every:
@@ -240,17 +267,26 @@ def _without_torch() -> Iterator[None]:
 # curves.png
 
 _MAX_POINTS = 2000
-_BLUE, _ORANGE, _GREEN, _SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"  # told apart by all eyes (Okabe and Ito)
-_INK, _GREY = "#333333", "#8a8a8a"
-_PANELS = (
-    ("loss", (("loss", "total", _BLUE), ("loss_clean", "InfoNCE", _ORANGE), ("loss_ifm", "shifted (IFM)", _GREEN))),
-    ("contrast accuracy (%)", (("acc5", "top 5", _SKY), ("acc1", "top 1", _BLUE))),
-    ("learning rate", (("lr", "learning rate", _INK),)),
+BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"  # told apart by all eyes (Okabe and Ito)
+INK, GREY = "#333333", "#8a8a8a"
+# What a picture shows: for each panel its label and its curves, as field, text and colour.
+Panels = Sequence[tuple[str, Sequence[tuple[str, str, str]]]]
+PRETRAINING: Panels = (
+    ("loss", (("loss", "total", BLUE), ("loss_clean", "InfoNCE", ORANGE), ("loss_ifm", "shifted (IFM)", GREEN))),
+    ("contrast accuracy (%)", (("acc5", "top 5", SKY), ("acc1", "top 1", BLUE))),
+    ("learning rate", (("lr", "learning rate", INK),)),
 )
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Draws `curves.png`: loss, contrast accuracy and learning rate over the steps; the legends tell the latest values.
+PROBE: Panels = (
+    ("loss", (("loss", "training", BLUE),)),
+    ("held-out accuracy (%)", (("val_acc5", "top 5", SKY), ("val_acc1", "top 1", BLUE))),
+    ("learning rate", (("lr", "learning rate", INK),)),
+)
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike, panels: Panels = PRETRAINING) -> None:
+    """Draws `curves.png`: loss, accuracy and learning rate over the steps; the legends tell the latest values.
 
     A long run's noisy curves are drawn pale, their running mean (over a fiftieth of the run) on top. At most 2000
     points a curve are drawn. The picture takes the place of the old one at once; no state of matplotlib is touched.
@@ -258,6 +294,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike) -
     Args:
         records: as `read` returns them; fields that are missing are not drawn. Without records nothing is drawn.
         path: the PNG file, 1080 x 1080 px.
+        panels: what it shows; a panel without any value is left out.
     """
     if not records:
         return
@@ -266,21 +303,30 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike) -
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    probe = panels is PROBE
     figure = Figure(figsize=(9, 9), dpi=120, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=(2, 2, 1))
+    found = {name for record in records for name, value in record.items() if value is not None}
+    panels = [panel for panel in panels if found & {name for name, _, _ in panel[1]}] or panels[:1]
+    ratios = [1 if label == "learning rate" else 2 for label, _ in panels]
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
     figure.subplots_adjust(left=0.09, right=0.975, top=0.935, bottom=0.06, hspace=0.09)
 
     count = len(records)
     drawn = np.unique(np.linspace(0, count - 1, min(count, _MAX_POINTS)).round().astype(int))
     steps = np.array([record["step"] for record in records], dtype=float)
     window = count // 50
-    for axis, (label, curves) in zip(axes, _PANELS, strict=True):
+    for axis, (label, curves) in zip(axes, panels, strict=True):
         for name, text, color in curves:
             values = [record.get(name) for record in records]
             if all(value is None for value in values):
                 continue
             values = np.array([math.nan if value is None else value for value in values], dtype=float)
+            known = np.flatnonzero(np.isfinite(values))
+            if len(known) < count:  # found now and then, as by an evaluation
+                style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.8}
+                axis.plot(steps[known], values[known], label=f"{text}  {_latest(name, values[known[-1]])}", **style)
+                continue
             # Under MoCo total and InfoNCE are the same curve: the upper one dashed lets the lower one show.
             style = {"color": color, "linestyle": (0, (4, 2)) if name == "loss_clean" else "-"}
             text = f"{text}  {_latest(name, values[-1])}"
@@ -290,16 +336,16 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike) -
             else:
                 marker = {"marker": "o", "markersize": 4} if count <= 30 else {}
                 axis.plot(steps[drawn], values[drawn], linewidth=1.8, label=text, **style, **marker)
-        axis.set_ylabel(label, color=_INK, fontsize=11)
+        axis.set_ylabel(label, color=INK, fontsize=11)
         axis.grid(color="#e6e6e6", linewidth=0.8)
         axis.set_axisbelow(True)
-        axis.tick_params(colors=_INK, labelsize=9.5, length=0)
+        axis.tick_params(colors=INK, labelsize=9.5, length=0)
         axis.margins(x=0.01)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
         axis.spines["bottom"].set_color("#bbbbbb")
         if axis.lines:
-            axis.legend(loc="best", fontsize=9.5, labelcolor=_INK, framealpha=0.85, edgecolor="none")
+            axis.legend(loc="best", fontsize=9.5, labelcolor=INK, framealpha=0.85, edgecolor="none")
         if label != "loss":
             peak = max((record.get(name) or 0.0 for record in records for name, _, _ in curves), default=0.0)
             axis.set_ylim(0, 1.08 * peak or 1.0)
@@ -307,17 +353,18 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike) -
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
     if count == 1:
         axes[-1].set_xlim(steps[0] - 1, steps[0] + 1)
-    axes[-1].set_xlabel("step", color=_INK, fontsize=11)
+    axes[-1].set_xlabel("step", color=INK, fontsize=11)
     epoch = records[-1].get("epoch")
     title = f"step {records[-1]['step']}" + ("" if epoch is None else f"   epoch {epoch:.4g}")
-    figure.text(0.975, 0.955, title, color=_GREY, fontsize=11, ha="right")
-    figure.text(0.09, 0.955, "Contrastive pre-training", color=_INK, fontsize=13, weight="bold")
+    figure.text(0.975, 0.955, title, color=GREY, fontsize=11, ha="right")
+    title = "Linear evaluation" if probe else "Contrastive pre-training"
+    figure.text(0.09, 0.955, title, color=INK, fontsize=13, weight="bold")
     with _replacing(pathlib.Path(path)) as temporary:
         canvas.print_png(temporary)
 
 
 def _latest(name: str, value: float) -> str:
-    if name.startswith("acc"):
+    if "acc" in name:
         return f"{value:.1f} %"
     return f"{value:.3g}" if name == "lr" else f"{value:.4f}"
 

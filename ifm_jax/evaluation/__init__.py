@@ -1,6 +1,6 @@
-"""What the frozen features hold: linear readouts on them."""
+"""What the frozen features hold: linear evaluation, nearest neighbours, readouts, diagnostics."""
 
-from ifm_jax.evaluation.features import backbone, extract
+from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.readout import linear_readout, linear_readouts
 
-__all__ = ["backbone", "extract", "linear_readout", "linear_readouts"]
+__all__ = ["FrozenEncoder", "extract", "linear_readout", "linear_readouts"]

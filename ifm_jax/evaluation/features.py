@@ -1,49 +1,145 @@
-"""Frozen features of images: the query encoder's backbone, before the projection head, in evaluation mode."""
+"""Frozen features of images: the query encoder in evaluation mode, before or after its projection head."""
 
+import concurrent.futures
 import dataclasses
+import hashlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifm_jax.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
+from ifm_jax import sharding
+from ifm_jax.augment import normalize
 from ifm_jax.data import Source
+from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
 from ifm_jax.models.encoder import Tree
 
+LAYERS = ("backbone", "projection")
 
-def backbone(encoder: Encoder, params: Tree, batch_stats: Tree) -> Callable[[jax.Array], jax.Array]:
-    """Returns the frozen backbone as a compiled function of uint8 images, `(N, H, W, 3)` -> float32 `(N, features)`.
 
-    Args:
-      encoder: of which the head is left out.
-      params: of the encoder, with or without a head.
-      batch_stats: of the encoder; these running averages normalise, and are not moved.
+class FrozenEncoder:
+    """A network that nothing changes: its running averages normalise, no gradient flows into it.
+
+    Attributes:
+      weights: parameters and running averages, on every device of the mesh; the first argument of `apply`.
+      mesh: the devices.
     """
-    headless = dataclasses.replace(encoder, dim=0)
-    params = {name: value for name, value in params.items() if name != "fc"}
 
-    @jax.jit
-    def features(params, batch_stats, images):
-        views = normalize(images.astype(jnp.float32) / 255.0, IMAGENET_MEAN, IMAGENET_STD)
-        module = headless.bind(params, batch_stats)
-        return module(views.astype(headless.compute_dtype), train=False).astype(jnp.float32)
+    def __init__(
+        self,
+        encoder: Encoder,
+        params: Tree,
+        batch_stats: Tree,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        layer: str = "backbone",
+    ):
+        """Takes an encoder as it is.
 
-    return lambda images: features(params, batch_stats, images)
+        Args:
+          encoder: which network it is.
+          params: of the encoder, with or without a head.
+          batch_stats: of the encoder.
+          mesh: the devices; None: all of them.
+          layer: "backbone", the pooled features, or "projection", the embedding, L2-normalised.
+
+        Raises:
+          UsageError: if the projection is asked for and there is no head.
+        """
+        if layer == "projection" and "fc" not in params:
+            raise UsageError("the checkpoint has no projection head: expected one, or the features of the backbone")
+        if layer == "backbone":
+            encoder = dataclasses.replace(encoder, dim=0)
+            params = {name: value for name, value in params.items() if name != "fc"}
+        self._encoder, self._layer = encoder, layer
+        self.mesh = sharding.make_mesh() if mesh is None else mesh
+        self.weights = jax.tree.map(self._place, (params, batch_stats))
+        whole = sharding.replicated(self.mesh)
+        self._of_images = jax.jit(self._features, in_shardings=(whole, sharding.split(self.mesh)), out_shardings=whole)
+
+    def _place(self, value) -> jax.Array:
+        value = np.asarray(value)
+        placement = sharding.replicated(self.mesh)
+        return jax.make_array_from_callback(value.shape, placement, lambda index: value[index])
+
+    def apply(self, weights: tuple[Tree, Tree], views: jax.Array) -> jax.Array:
+        """Returns the features of normalised views, `(N, H, W, 3)` -> `(N, features)`, float32 or better.
+
+        A pure function, to be part of a compiled step. The weights are an argument, not a constant: as one, XLA would
+        try to compute with them while it compiles.
+        """
+        views = views.astype(self._encoder.compute_dtype)
+        if self._layer == "projection":
+            return self._encoder(*weights, views, train=False)[0]
+        features = self._encoder.bind(*weights)(views, train=False)
+        return features.astype(np.promote_types(features.dtype, jnp.float32))
+
+    def _features(self, weights, images):
+        dtype = jnp.float64 if self._encoder.compute_dtype == "float64" else jnp.float32
+        return self.apply(weights, normalize(images.astype(dtype) / 255))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the features of uint8 images `(N, H, W, 3)`, split over the devices, on every device."""
+        return self._of_images(self.weights, images)
+
+    def digest(self) -> str:
+        """Returns a hash of all tensors."""
+        digest = hashlib.sha256()
+        for path, value in jax.tree_util.tree_leaves_with_path(self.weights):
+            value = np.asarray(value)
+            digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+            digest.update(np.ascontiguousarray(value))
+        return digest.hexdigest()[:24]
 
 
-def extract(function: Callable, source: Source, batch_size: int = 256) -> np.ndarray:
-    """Returns the features of every image of a source, float32 `(len(source), features)`, in its order.
+def extract(
+    frozen: FrozenEncoder, source: Source, batch_size: int = 256, *, progress: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Returns the features of every image of a source as it is evaluated, in its order, each exactly once.
+
+    Every host reads its piece of each batch; all get the whole result.
 
     Args:
-      function: from `backbone`.
+      frozen: the network.
       source: of images.
-      batch_size: images at a time; the last batch is filled up, so that one program serves all.
+      batch_size: images at a time on all devices, rounded up to a multiple of their number; the last batch is filled
+        up, so that one program serves all.
+      progress: is told how many images are done.
+
+    Returns:
+      `(len(source), features)`, float32 or better.
+
+    Raises:
+      RunError: if an image cannot be read.
     """
-    parts = []
-    for begin in range(0, len(source), batch_size):
-        indices = np.arange(begin, begin + batch_size)
-        images = source.batch(np.minimum(indices, len(source) - 1))["image"]
-        parts.append(function(images))
-    return np.concatenate(jax.device_get(parts))[: len(source)]
+    count, devices = len(source), frozen.mesh.size
+    batch_size = -(-min(batch_size, count) // devices) * devices
+    local = batch_size // jax.process_count()
+
+    def read(begin: int) -> np.ndarray:
+        indices = begin + jax.process_index() * local + np.arange(local)
+        return source.batch(np.minimum(indices, count - 1))["image"]
+
+    begins = range(0, count, batch_size)
+    result, pending = None, None
+    # Images are read and results fetched while the device computes.
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        following = reader.submit(read, 0)
+        for begin in [*begins, None]:
+            computing = None
+            if begin is not None:
+                images = following.result()
+                if begin + batch_size < count:
+                    following = reader.submit(read, begin + batch_size)
+                computing = begin, frozen(sharding.put_batch(frozen.mesh, {"image": images})["image"])
+            if pending is not None:
+                done, features = pending[0], np.asarray(pending[1])
+                if result is None:
+                    result = np.empty((count, features.shape[1]), features.dtype)
+                result[done : done + batch_size] = features[: count - done]
+                if progress is not None:
+                    progress(min(done + batch_size, count))
+            pending = computing
+    return result

@@ -1,12 +1,17 @@
 """Readouts as a table and as a picture."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import matplotlib
 import numpy as np
 import rich.console
 import rich.table
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from ifm_jax.evaluation.linear import Result
 from ifm_jax.evaluation.suppression import Readouts
 
 
@@ -23,6 +28,81 @@ def print_table(rows: Sequence[Readouts], console: rich.console.Console | None =
     (console or rich.console.Console()).print(table)
 
 
+def print_linear(results: Sequence[Result], console: rich.console.Console | None = None) -> None:
+    """Prints what linear evaluation found: a table for each label, a line for each classifier."""
+    console = console or rich.console.Console()
+    for result in results:
+        title = f"Linear evaluation of {result.label!r} ({result.protocol} protocol): {result.test_images:,} images, "
+        table = rich.table.Table(title=title + f"{result.classes} classes, held-out accuracy in percent")
+        columns = ["lr", "weight decay", "top-1", "top-5", "best top-1", "in epoch"]
+        aside = result.best.holdout_top1 is not None
+        for column in [*columns, *(["set aside", "chosen"] if aside else [])]:
+            table.add_column(column, justify="right")
+        for number, head in enumerate(result.heads):
+            cells = [f"{head.lr:g}", f"{head.weight_decay:g}", f"{head.top1:.2f}", f"{head.top5:.2f}"]
+            cells += [f"{head.best_top1:.2f}", str(head.best_epoch)]
+            if aside:
+                cells += [f"{head.holdout_top1:.2f}", "*" if number == result.chosen else ""]
+            table.add_row(*cells, style="bold" if number == result.chosen and aside else None)
+        console.print(table)
+
+
+def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Draws the histograms of the cosine similarities of positives and of negatives.
+
+    Args:
+      found: what `evaluate.diagnose` returns.
+      path: of the PNG.
+    """
+    figure, axes = _figure(8, 4)
+    edges = np.asarray(found["edges"])
+    for kind, color in (("negative", "#3182bd"), ("positive", "#e6550d")):
+        counts = np.asarray(found[f"{kind}_histogram"], float)
+        density = counts / max(counts.sum(), 1) / np.diff(edges)
+        text = f"{kind}s, mean {found[f'{kind}_mean']:.3f}"
+        axes.stairs(density, edges, fill=True, color=color, alpha=0.55, label=text)
+    axes.set_xlabel("cosine similarity of two embeddings")
+    axes.set_ylabel("density")
+    axes.set_xlim(-1, 1)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("Views of the same image, and of different ones", fontsize=12, loc="left")
+    figure.savefig(path, dpi=150)
+
+
+def draw_map(
+    points: np.ndarray, labels: Mapping[str, tuple[np.ndarray, Sequence[str]]], path: str | os.PathLike
+) -> None:
+    """Draws images as points, once for each label, in the colours of its classes.
+
+    Args:
+      points: `(N, 2)`.
+      labels: name -> int `(N,)`, and the names of the classes.
+      path: of the PNG.
+    """
+    figure, grid = _figure(1 + 5.5 * len(labels), 6, len(labels))
+    for axes, (name, (classes, names)) in zip(np.atleast_1d(grid), labels.items(), strict=True):
+        few = len(names) <= 20
+        colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20" if few else "hsv"]
+        for number, text in enumerate(names):
+            chosen = points[classes == number]
+            color = colors(number) if few else colors(number / len(names))
+            axes.scatter(*chosen.T, s=4, color=color, linewidths=0, label=text if few else None)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(name, fontsize=12, loc="left")
+        if few:
+            axes.legend(markerscale=3, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    """Returns a figure and its axes, without touching any state of matplotlib."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns)
+
+
 def draw_readouts(rows: Sequence[Readouts], path: str | os.PathLike, chance: dict[str, float] | None = None) -> None:
     """Draws grouped bars, a group for each label and a bar for each run, with the accuracy on top.
 
@@ -31,9 +111,6 @@ def draw_readouts(rows: Sequence[Readouts], path: str | os.PathLike, chance: dic
       path: of the PNG.
       chance: label -> accuracy of guessing in percent, drawn as a dashed line.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     labels = list(rows[0].accuracy)
     figure = Figure(figsize=(2.2 + 2.2 * len(labels), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -71,9 +148,6 @@ def draw_samples(images: np.ndarray, views: Sequence[np.ndarray], path: str | os
       views: each float or uint8 `(N, h, w, 3)`; floats in [0, 1].
       path: of the PNG.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [("image", images), *((f"view {i + 1}", view) for i, view in enumerate(views))]
     figure = Figure(figsize=(0.9 + len(images), len(rows) * 1.06), layout="constrained")
     FigureCanvasAgg(figure)

@@ -15,7 +15,7 @@ from ifm_jax import data, training
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-from ifm_jax.evaluation.features import backbone, extract
+from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.readout import linear_readouts
 from ifm_jax.state import TrainState
 
@@ -63,7 +63,7 @@ def read_out(name: str, config: Config, train_state: TrainState) -> Readouts:
     train_source, test_source = data.open_source(config.data, "train"), data.open_source(config.data, "test")
     if not train_source.label_names:
         raise UsageError(f"data.source={config.data.source!r} has no labels: expected a source with labels to read out")
-    function = backbone(training.make_encoder(config), train_state.params, train_state.batch_stats)
+    function = FrozenEncoder(training.make_encoder(config), train_state.params, train_state.batch_stats)
     accuracy = linear_readouts(
         extract(function, train_source), train_source.labels(), extract(function, test_source), test_source.labels()
     )

@@ -1,0 +1,275 @@
+"""One evaluation as the script asks for it: what is wanted of which checkpoint, printed and written to results.json."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ifm_jax import metrics, sharding, training
+from ifm_jax.augment import example_rngs
+from ifm_jax.config import Config
+from ifm_jax.data import open_source, steps_per_epoch, training_batches
+from ifm_jax.data.sources import Subset
+from ifm_jax.errors import UsageError
+from ifm_jax.evaluation import diagnostics, export, knn, linear, readout, report, subject
+from ifm_jax.evaluation.features import extract
+from ifm_jax.evaluation.subject import Subject
+
+RESULTS = "results.json"
+
+_READOUT_LIMIT = 2e10  # images x features x classes, up to which logistic regression takes minutes
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What to evaluate. Nothing in particular is the full linear protocol.
+
+    Attributes:
+      fast: the fast linear protocol.
+      knn: k nearest neighbours.
+      diagnostics: alignment, uniformity, effective rank, similarities.
+      features: file to write features to.
+      map: file to draw them into.
+      map_method: "tsne" or "umap".
+      split: whose features to write or to draw.
+      layer: which ones.
+    """
+
+    fast: bool = False
+    knn: bool = False
+    diagnostics: bool = False
+    features: str | None = None
+    map: str | None = None
+    map_method: str = "tsne"
+    split: str = "test"
+    layer: str = "backbone"
+
+
+def evaluate(
+    path: str | os.PathLike,
+    config: Config,
+    output: str | os.PathLike,
+    wanted: Wanted = Wanted(),
+    *,
+    devices: list[jax.Device] | None = None,
+    quiet: bool = False,
+):
+    """Evaluates a checkpoint and adds what it finds to results.json.
+
+    Args:
+      path: a run's workdir, one of its checkpoints, or a PyTorch file.
+      config: to evaluate under.
+      output: directory of results.json.
+      wanted: what to do.
+      devices: to run on; None: all there are.
+      quiet: nothing on the terminal.
+
+    Returns:
+      None; or how it was stopped, if a signal stopped it, saved.
+
+    Raises:
+      UsageError: for a mistake of the caller's.
+      RunError: if images cannot be read.
+    """
+    output = pathlib.Path(output)
+    of = subject.load(path, config)
+    for note in of.snapshot.notes if not quiet else ():
+        print(f"{path}: {note}")
+    say = (lambda text: None) if quiet or jax.process_index() else print
+    others = wanted.knn or wanted.diagnostics or wanted.features or wanted.map
+    if wanted.fast or not others:
+        protocol = "fast" if wanted.fast else "full"
+        found = linear.run(of, output / f"linear-{protocol}", fast=wanted.fast, devices=devices, quiet=quiet)
+        if not isinstance(found, dict):
+            return found
+        say("")
+        if not quiet and not jax.process_index():
+            report.print_linear(list(found.values()))
+        add_result(output, of, f"linear_{protocol}", {name: result.to_dict() for name, result in found.items()})
+    if wanted.fast:
+        _readouts(of, output, devices, say)
+    if wanted.knn:
+        _knn(of, output, devices, say)
+    if wanted.diagnostics:
+        _diagnostics(of, output, devices, say)
+    if wanted.features or wanted.map:
+        _export(of, wanted, devices, say)
+    return None
+
+
+def add_result(output: pathlib.Path, of: Subject, name: str, found: dict[str, Any]) -> None:
+    """Writes a result into results.json beside what is there; a result of the same name is replaced.
+
+    Raises:
+      UsageError: if the file cannot be read or written.
+    """
+    if jax.process_index() > 0:
+        return
+    path = output / RESULTS
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[name] = {"checkpoint": of.path, "step": of.step, "source": of.config.data.source} | found
+        output.mkdir(parents=True, exist_ok=True)
+        temporary = output / f".{RESULTS}.{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(known, indent=2) + "\n")
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read or written ({error}): pass another --output") from None
+
+
+def _features(of: Subject, devices, split: str, layer: str = "backbone") -> tuple[np.ndarray, Any]:
+    source = subject.labelled(of.config, split)
+    return extract(of.frozen(devices, layer), source), source
+
+
+def _readouts(of: Subject, output: pathlib.Path, devices, say) -> None:
+    train, train_source = _features(of, devices, "train")
+    test, test_source = _features(of, devices, "test")
+    found = {}
+    for label in subject.chosen_labels(of.config, train_source):
+        classes = len(train_source.label_names[label])
+        if train.size * classes > _READOUT_LIMIT:
+            say(f"Logistic regression of {label!r} is left out: {len(train):,} images are too many for it.")
+            continue
+        found[label] = {
+            "top1": readout.linear_readout(train, train_source.labels()[label], test, test_source.labels()[label])
+        }
+        say(f"Logistic regression (L-BFGS) of {label!r}: {found[label]['top1']:.2f} %")
+    add_result(output, of, "logistic_regression", found)
+
+
+def _knn(of: Subject, output: pathlib.Path, devices, say) -> None:
+    settings = of.config.eval
+    frozen = of.frozen(devices)
+    train_source, test_source = subject.labelled(of.config, "train"), subject.labelled(of.config, "test")
+    train, test = extract(frozen, train_source), extract(frozen, test_source)
+    found = {}
+    for label in subject.chosen_labels(of.config, train_source):
+        votes = knn.classify(
+            train,
+            train_source.labels()[label],
+            test,
+            len(train_source.label_names[label]),
+            k=settings.neighbors,
+            temperature=settings.temperature,
+            mesh=frozen.mesh,
+        )
+        truth = test_source.labels()[label]
+        found[label] = {
+            "top1": 100 * float(np.mean(votes.predicted == truth)),
+            "top5": 100 * float(np.mean((votes.classes == truth[:, None]).any(axis=1))),
+            "k": min(settings.neighbors, len(train)),
+            "temperature": settings.temperature,
+            "train_images": len(train),
+            "test_images": len(test),
+        }
+        say(
+            f"{found[label]['k']} nearest neighbours of {label!r}: top-1 {found[label]['top1']:.2f} %, top-5 "
+            f"{found[label]['top5']:.2f} %, {len(test):,} images"
+        )
+    add_result(output, of, "knn", found)
+
+
+def _diagnostics(of: Subject, output: pathlib.Path, devices, say) -> None:
+    found = diagnose(of, devices)
+    say(
+        f"Alignment {found['alignment']:.3f}, uniformity {found['uniformity']:.3f}; cosine similarity of positives "
+        f"{found['positive_mean']:.3f}, of negatives {found['negative_mean']:.3f}; effective rank of the features "
+        f"{found['effective_rank']:.1f} of {found['num_features']}"
+    )
+    add_result(output, of, "diagnostics", found)
+    if not jax.process_index():
+        report.draw_similarities(found, output / "similarities.png")
+        with metrics.TensorBoardLog(output / "tensorboard", of.step) as log:
+            log.write(of.step, {f"diagnostics/{name}": value for name, value in found.items()})
+            log.write_histograms(
+                of.step,
+                {
+                    f"diagnostics/{kind} similarity": (np.array(found["edges"]), np.array(found[f"{kind}_histogram"]))
+                    for kind in ("positive", "negative")
+                },
+            )
+
+
+def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, Any]:
+    """Returns the diagnostics of held-out images, or of the training images where there are no others.
+
+    Similarities, alignment and uniformity are of the embeddings (of the features, where a checkpoint has no head) of
+    two views as in pre-training; the effective rank is of the features of the images as they are evaluated. At most
+    `eval.images` images.
+    """
+    config = of.config
+    try:
+        source = open_source(config.data, "test")
+    except UsageError:  # one set of images, all of them for training
+        source = open_source(config.data, "train")
+    count = min(len(source), config.eval.images or len(source))
+    layer = "projection" if of.snapshot.state.params.get("fc") is not None else "backbone"
+    embed = of.frozen(devices, layer)
+    augment = training.make_augmentation(config)
+    whole, split = sharding.replicated(embed.mesh), sharding.split(embed.mesh)
+
+    def embeddings(weights, batch, number):
+        place = jnp.arange(batch["query"].shape[0], dtype=jnp.int32)
+        rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.linear.seed), number))
+        images = batch["query"], batch.get("key", batch["query"])
+        return [
+            embed.apply(weights, augment(example_rngs(rng, place), view))
+            for rng, view in zip(rngs, images, strict=True)
+        ]
+
+    compute = jax.jit(embeddings, in_shardings=(whole, split, whole), out_shardings=whole)
+    batch_size = -(-min(256, count) // embed.mesh.size) * embed.mesh.size
+    batches = training_batches(
+        source,
+        batch_size,
+        seed=config.linear.seed,
+        size=count,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        remainder=True,
+    )
+    parts = []
+    for number in range(steps_per_epoch(count, batch_size, remainder=True)):
+        batch = next(batches)
+        batch.pop("weight")
+        views = compute(embed.weights, sharding.put_batch(embed.mesh, batch), jnp.asarray(number, jnp.int32))
+        parts.append([np.asarray(view) for view in views])
+    batches.close()
+    # What fills the last batch up comes last.
+    first, second = (np.concatenate(view)[:count] for view in zip(*parts, strict=True))
+    found = diagnostics.diagnose(first, second)
+    features = extract(of.frozen(devices), source if count == len(source) else Subset(source, np.arange(count)))
+    found |= {
+        "effective_rank": diagnostics.effective_rank(features),
+        "effective_rank_embeddings": found["effective_rank"],
+        "num_features": features.shape[1],
+        "images": count,
+    }
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
+
+
+def _export(of: Subject, wanted: Wanted, devices, say) -> None:
+    for path, suffixes, flag in (
+        (wanted.features, (".npz", ".array_record"), "--features"),
+        (wanted.map, (".png",), "--map"),
+    ):
+        if path:
+            export.check_suffix(pathlib.Path(path), suffixes, flag)
+    features, source = _features(of, devices, wanted.split, wanted.layer)
+    if jax.process_index():
+        return
+    if wanted.features:
+        export.write(wanted.features, features, source)
+        say(f"Features of {len(features):,} images, {features.shape[1]} each, written to {wanted.features}.")
+    if wanted.map:
+        shown, points = export.two_dimensions(features, wanted.map_method)
+        labels = subject.chosen_labels(of.config, source)
+        of_shown = {label: (source.labels()[label][shown], source.label_names[label]) for label in labels}
+        report.draw_map(points, of_shown, wanted.map)
+        say(f"A map of {len(points):,} images, coloured by {', '.join(labels)}, drawn into {wanted.map}.")

@@ -1,0 +1,99 @@
+"""Features for other programs: written with labels and names, or drawn in two dimensions."""
+
+import os
+import pathlib
+
+import numpy as np
+
+from ifm_jax.data.sources import ViewSource
+from ifm_jax.errors import UsageError
+
+_MAP_IMAGES = 5000  # more take long, and hide each other
+
+
+def write(path: str | os.PathLike, features: np.ndarray, source: ViewSource) -> None:
+    """Writes the features of a source's images.
+
+    `.npz`: `features` `(N, D)`, `names` text `(N,)`, and for each label int32 `label_<name>` `(N,)` with its classes,
+    text, as `classes_<name>`. `.array_record`: a record for each image, a dict of the same without the classes, as
+    `flax.serialization.msgpack_restore` reads it: `features` `(D,)`, `name`, `label_<name>`.
+
+    Args:
+      path: of the file; its suffix decides.
+      features: `(N, D)`.
+      source: of the N images.
+
+    Raises:
+      UsageError: for another suffix, or a file that cannot be written.
+    """
+    path = pathlib.Path(path)
+    check_suffix(path, (".npz", ".array_record"), "--features")
+    names = [source.name(index) for index in range(len(source))]
+    labels = {f"label_{name}": values for name, values in source.labels().items()}
+    # Under another name first: a file that is there is whole.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".npz":
+            classes = {f"classes_{name}": np.array(each) for name, each in source.label_names.items()}
+            with temporary.open("wb") as file:
+                np.savez(file, features=features, names=np.array(names), **labels, **classes)
+        else:
+            _write_records(temporary, features, names, labels)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(
+            f"--features={path} cannot be written ({error.strerror or error}): name another file"
+        ) from None
+
+
+def _write_records(path: pathlib.Path, features, names, labels) -> None:
+    from array_record.python import array_record_module
+    from flax import serialization
+
+    path.touch()  # raises what the writer would only print
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    try:
+        for index, name in enumerate(names):
+            of_image = {label: int(values[index]) for label, values in labels.items()}
+            writer.write(serialization.msgpack_serialize({"features": features[index], "name": name} | of_image))
+    finally:
+        writer.close()
+
+
+def check_suffix(path: pathlib.Path, suffixes: tuple[str, ...], flag: str) -> None:
+    """Raises a `UsageError` for a file of another kind, or in a folder that is not there."""
+    if path.suffix not in suffixes:
+        raise UsageError(f"{flag}={path}: expected a name that ends in {' or '.join(suffixes)}")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag}={path}: {path.absolute().parent} is not there; name a file in a folder that is")
+
+
+def two_dimensions(features: np.ndarray, method: str = "tsne", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which images are shown, at most 5,000 chosen at random, and their places in two dimensions.
+
+    Args:
+      features: `(N, D)`; compared by cosine.
+      method: "tsne" (scikit-learn's t-SNE) or "umap" (needs umap-learn).
+      seed: of the choice and of the method.
+
+    Returns:
+      Places in `features`, int `(n,)`, and float `(n, 2)`.
+
+    Raises:
+      UsageError: if the method's package is missing, or there are fewer than four images.
+    """
+    if len(features) < 4:
+        raise UsageError(f"{len(features)} images are too few for a map: expected at least four")
+    shown = np.sort(np.random.default_rng(seed).permutation(len(features))[:_MAP_IMAGES])
+    chosen = features[shown]
+    if method == "umap":
+        try:
+            import umap
+        except ImportError:
+            raise UsageError("--map_method=umap needs umap-learn: pip install 'ifm_jax[umap]', or take tsne") from None
+        return shown, umap.UMAP(metric="cosine", random_state=seed).fit_transform(chosen)
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(chosen) - 1) / 3)
+    return shown, TSNE(metric="cosine", perplexity=perplexity, random_state=seed).fit_transform(chosen)

@@ -1,0 +1,496 @@
+"""Linear evaluation: linear classifiers trained on the frozen backbone, as the original's protocol has it.
+
+The backbone of the query encoder in evaluation mode; SGD with momentum on random crops (0.08 to 1 of the area) and
+flips, 60 epochs; accuracy on every held-out image, as `central_view` shows it. The held-out features never change, so
+they are computed once.
+
+The fast protocol is the same, but for the views: those of the first `linear.views` epochs are computed once, kept, and
+used again in turn. With as many views as epochs it is the full one.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ifm_jax import config as configs
+from ifm_jax import loop, metrics, sharding
+from ifm_jax.augment import ProbeAugmentation, example_rngs
+from ifm_jax.checkpoint import Checkpoints, abstract_state
+from ifm_jax.data import BadImages, steps_per_epoch, training_batches
+from ifm_jax.data.sources import Subset, ViewSource
+from ifm_jax.errors import RunError, UsageError
+from ifm_jax.evaluation import heads
+from ifm_jax.evaluation.features import FrozenEncoder, extract
+from ifm_jax.evaluation.subject import Subject, chosen_labels, labelled
+
+
+class ProbeState(NamedTuple):
+    """Everything that changes while classifiers are trained.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      heads: label -> its classifiers.
+    """
+
+    step: jax.Array
+    heads: dict[str, heads.HeadsState]
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """One classifier: how it was trained and what it reached.
+
+    Attributes:
+      lr: base learning rate.
+      weight_decay: of weights and bias.
+      top1: held-out accuracy in percent, after the last epoch.
+      top5: likewise, among the five highest.
+      best_top1: the highest of any epoch.
+      best_epoch: when that was; 1 is the first.
+      holdout_top1: accuracy in percent on the training images that the choice is made on; None without a choice.
+    """
+
+    lr: float
+    weight_decay: float
+    top1: float
+    top5: float
+    best_top1: float
+    best_epoch: int
+    holdout_top1: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What linear evaluation found of one label.
+
+    Attributes:
+      label: its name.
+      protocol: "full" or "fast".
+      classes: their number.
+      train_images: that the classifiers were trained on.
+      test_images: held out, each counted once.
+      heads: all classifiers.
+      chosen: the place of the one that counts: the best on training images kept aside.
+    """
+
+    label: str
+    protocol: str
+    classes: int
+    train_images: int
+    test_images: int
+    heads: tuple[Head, ...]
+    chosen: int
+
+    @property
+    def best(self) -> Head:
+        """The classifier that counts."""
+        return self.heads[self.chosen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, and those of the classifier that counts, for JSON."""
+        return dataclasses.asdict(self.best) | dataclasses.asdict(self)
+
+
+def grid(config: configs.LinearConfig) -> list[tuple[float, float]]:
+    """Returns learning rate and weight decay of every classifier."""
+    return list(itertools.product(config.lr, config.weight_decay))
+
+
+def run(
+    subject: Subject,
+    directory: str | os.PathLike,
+    *,
+    fast: bool = False,
+    devices: list[jax.Device] | None = None,
+    quiet: bool = False,
+) -> dict[str, Result] | loop.StopSignals:
+    """Trains classifiers on the frozen backbone, or goes on with what the directory holds.
+
+    Args:
+      subject: what is evaluated.
+      directory: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png.
+      fast: the fast protocol.
+      devices: to run on; None: all there are.
+      quiet: no progress on the terminal.
+
+    Returns:
+      Label -> result; or, if a signal stopped it, saved, what says so.
+
+    Raises:
+      UsageError: for images without labels, or a directory that belongs to another evaluation.
+      RunError: if images cannot be read, or the loss is no longer finite.
+    """
+    config, linear = subject.config, subject.config.linear
+    directory = pathlib.Path(directory).absolute()
+    frozen = subject.frozen(devices)
+    mesh, digest = frozen.mesh, frozen.digest()
+    if linear.batch_size % mesh.size:
+        raise UsageError(
+            f"linear.batch_size={linear.batch_size} is not a multiple of the {mesh.size} devices: change it, or run on "
+            "fewer devices"
+        )
+    source, test = labelled(config, "train"), labelled(config, "test")
+    names = chosen_labels(config, source)
+    combinations = grid(linear)
+    aside = None
+    if len(combinations) > 1:
+        order = np.random.default_rng(linear.seed).permutation(len(source))
+        count = max(1, round(linear.holdout * len(source)))
+        if count >= len(source):
+            raise UsageError(f"{len(source)} training images are too few to keep {linear.holdout:g} of them aside")
+        aside, source = Subset(source, np.sort(order[:count])), Subset(source, np.sort(order[count:]))
+    epoch_steps = steps_per_epoch(len(source), linear.batch_size, remainder=True)
+    last_step = linear.epochs * epoch_steps
+    _open_directory(directory, config, {"protocol": "fast" if fast else "full", "backbone": digest}, source, test)
+    primary = jax.process_index() == 0
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=1))
+        first = checkpoints.latest_step() or 0
+        log = tensorboard = None
+        if primary:
+            log = stack.enter_context(metrics.MetricsLog(directory / "metrics.jsonl", first))
+            tensorboard = stack.enter_context(metrics.TensorBoardLog(directory / "tensorboard", first))
+        progress = stack.enter_context(
+            metrics.Progress(last_step, epochs=linear.epochs, start_step=first, steps_per_epoch=epoch_steps)
+            if primary and not quiet
+            else metrics.Silence()
+        )
+        bad_images = BadImages(len(source), config.data.max_bad, directory / "bad_images.txt", progress.message)
+
+        progress.message(f"Features of {len(test):,} held-out images")
+        held = {"test": _Held(frozen, test, names)}
+        if aside is not None:
+            held["holdout"] = _Held(frozen, aside, names)
+
+        def create() -> ProbeState:
+            features = held["test"].features
+            return ProbeState(
+                jnp.zeros((), jnp.int32),
+                {
+                    label: heads.create(
+                        jax.random.fold_in(jax.random.key(linear.seed), number),
+                        len(combinations),
+                        features.shape[1],
+                        len(source.label_names[label]),
+                        features.dtype,
+                    )
+                    for number, label in enumerate(names)
+                },
+            )
+
+        placement = sharding.replicated(mesh)
+        if first:
+            state = checkpoints.restore(first, abstract_state(create, placement))
+        else:
+            state = jax.jit(create, out_shardings=placement)()
+
+        views = _Views(frozen, config, source, names, bad_images)
+        if fast:
+            batches = views.kept(first, progress)
+            step_fn = _step(config, names, epoch_steps, mesh, lambda weights, batch: batch["features"])
+        else:
+            batches = views.fresh(first)
+            step_fn = _step(config, names, epoch_steps, mesh, views.features)
+
+        def next_batch():
+            return sharding.put_batch(mesh, next(batches))
+
+        def evaluate(state: ProbeState) -> dict[str, Any]:
+            return _summary({part: of.evaluate(state) for part, of in held.items()})
+
+        if first < last_step:
+            stack.callback(batches.close)
+            stop = stack.enter_context(loop.StopSignals(progress))
+            recorder = loop.Recorder(
+                *(log, tensorboard, progress, linear.batch_size, epoch_steps, directory / "curves.png"),
+                panels=metrics.PROBE,
+                remedy="A lower linear.lr may help",
+            )
+            done, state = loop.run(
+                lambda state, batch: step_fn(state, frozen.weights, batch),
+                state,
+                next_batch(),
+                next_batch,
+                first=first,
+                last_step=last_step,
+                recorder=recorder,
+                stop=stop,
+                save=lambda state: checkpoints.save(state, configs.to_dict(config)),
+                log_every=config.log_every,
+                checkpoint_every=config.checkpoint_every,
+                evaluate=evaluate,
+                evaluate_every=epoch_steps,
+            )
+            checkpoints.wait()
+            if done < last_step:
+                return stop
+    if frozen.digest() != digest:
+        raise RunError("a tensor of the frozen backbone has changed: the evaluation is void; please report it")
+    history = [record["heads"] for record in metrics.read(directory / "metrics.jsonl") if "heads" in record]
+    return {label: _result(label, "fast" if fast else "full", combinations, history, source, test) for label in names}
+
+
+class _Held:
+    """Images that classifiers are tested on: their features, computed once, on the devices."""
+
+    def __init__(self, frozen: FrozenEncoder, source: ViewSource, names: list[str], batch_size: int = 1024):
+        self.features, self._count, self._mesh = extract(frozen, source), len(source), frozen.mesh
+        labels = source.labels()
+        rows = -(-min(batch_size, self._count) // self._mesh.size) * self._mesh.size
+        place = sharding.split(self._mesh)
+        self._batches = []
+        for begin in range(0, self._count, rows):
+            index = np.minimum(begin + np.arange(rows), self._count - 1)
+            parts = {"features": self.features[index], "mask": begin + np.arange(rows) < self._count}
+            parts |= {f"label/{name}": labels[name][index] for name in names}
+            self._batches.append(
+                {
+                    name: jax.make_array_from_callback(part.shape, place, lambda where, part=part: part[where])
+                    for name, part in parts.items()
+                }
+            )
+        whole = sharding.replicated(self._mesh)
+
+        def count(params, batch):
+            return {
+                name: heads.evaluate(params[name], batch["features"], batch[f"label/{name}"], batch["mask"])
+                for name in names
+            }
+
+        self._evaluate = jax.jit(count, in_shardings=(whole, place), out_shardings=whole)
+
+    def evaluate(self, state: ProbeState) -> dict[str, dict[str, list[float]]]:
+        """Returns, for each label, accuracy in percent of every head: `top1` and `top5`."""
+        params = {name: of.params for name, of in state.heads.items()}
+        counts = [self._evaluate(params, batch) for batch in self._batches]
+        total = jax.tree.map(lambda *parts: np.sum([np.asarray(part) for part in parts], axis=0), *counts)
+        return {
+            name: {top: (100 * found[top] / self._count).tolist() for top in ("top1", "top5")}
+            for name, found in total.items()
+        }
+
+
+class _Views:
+    """The training batches: crops of the frozen backbone's images, or their features."""
+
+    def __init__(self, frozen: FrozenEncoder, config: configs.Config, source: ViewSource, names, bad_images):
+        self._frozen, self._config, self._source, self._bad_images = frozen, config, source, bad_images
+        self._labels = {name: source.labels()[name] for name in names}
+        dtype = jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
+        self._augment = ProbeAugmentation(dtype=dtype)
+
+    def _batches(self, source, start: int, bad_images=None) -> Iterator[dict[str, np.ndarray]]:
+        linear = self._config.linear
+        return training_batches(
+            source,
+            linear.batch_size,
+            seed=linear.seed,
+            start=start,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            threads=self._config.data.workers,
+            processes=self._config.data.processes,
+            bad_images=bad_images,
+            indices=True,
+            remainder=True,
+        )
+
+    def _with_labels(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        index = batch["index"]
+        return {name: value for name, value in batch.items() if name != "index"} | {
+            f"label/{name}": values[index] for name, values in self._labels.items()
+        }
+
+    def fresh(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields crops with labels and weights, new ones in every epoch."""
+        for number, batch in enumerate(self._batches(self._source, start, self._bad_images), start):
+            yield self._with_labels(batch) | {"number": np.full(len(batch["image"]), number, np.int32)}
+
+    def features(self, weights, batch: dict[str, jax.Array]) -> jax.Array:
+        """Returns the features of a batch of crops; part of the compiled step."""
+        rng = jax.random.fold_in(jax.random.key(self._config.linear.seed), batch["number"][0])
+        place = jnp.arange(batch["image"].shape[0], dtype=jnp.int32)
+        return self._frozen.apply(weights, self._augment(example_rngs(rng, place), batch["image"]))
+
+    def kept(self, start: int, progress) -> Iterator[dict[str, np.ndarray]]:
+        """Yields features with labels and weights: those of the first epochs' crops, computed now, in turn.
+
+        Without any views they are those of the images as they are evaluated.
+        """
+        count, views = len(self._source), self._config.linear.views
+        if not views:
+            progress.message(f"Features of {count:,} training images")
+            stored = extract(self._frozen, self._source)[None]
+        else:
+            stored = self._compute(min(views, self._config.linear.epochs), progress)
+        steps = steps_per_epoch(count, self._config.linear.batch_size, remainder=True)
+        order = self._batches(_Order(count), start)
+        for number, batch in enumerate(order, start):
+            features = stored[number // steps % len(stored), batch["index"]]
+            yield self._with_labels({"features": features, "index": batch["index"], "weight": batch["weight"]})
+
+    def _compute(self, views: int, progress) -> np.ndarray:
+        """Returns the features of every image's first views, `(views, N, D)`."""
+        mesh, count = self._frozen.mesh, len(self._source)
+        whole, split = sharding.replicated(mesh), sharding.split(mesh)
+        compute = jax.jit(
+            lambda weights, batch: (self.features(weights, batch), batch["index"]),
+            in_shardings=(whole, split),
+            out_shardings=whole,
+        )
+        steps = steps_per_epoch(count, self._config.linear.batch_size, remainder=True)
+        stored = None
+        batches = self._batches(self._source, 0, self._bad_images)
+        for number in range(views * steps):
+            if number % steps == 0:
+                progress.message(f"Features of {count:,} training images, view {number // steps + 1} of {views}")
+            batch = next(batches)
+            batch["number"] = np.full(len(batch["image"]), number, np.int32)
+            # What fills a batch up is a copy of another row in it, but flipped by itself: only the first one counts.
+            batch["index"] = np.where(batch.pop("weight") > 0, batch["index"], -1)
+            features, index = compute(self._frozen.weights, sharding.put_batch(mesh, batch))
+            features, index = np.asarray(features), np.asarray(index)
+            if stored is None:
+                stored = np.empty((views, count, features.shape[1]), features.dtype)
+            stored[number // steps, index[index >= 0]] = features[index >= 0]
+        batches.close()
+        return stored
+
+
+class _Order:
+    """A source of nothing but the order of its images."""
+
+    label_names: dict[str, tuple[str, ...]] = {}  # noqa: RUF012
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns no images."""
+        return {"image": np.empty((len(indices), 0), np.uint8)}
+
+
+def _step(config: configs.Config, names: list[str], epoch_steps: int, mesh, features):
+    """Returns the compiled step, `(state, weights, batch) -> (state, metrics)`."""
+    linear = config.linear
+    combinations = grid(linear)
+    table = heads.learning_rates(
+        [lr for lr, _ in combinations],
+        epochs=linear.epochs,
+        steps_per_epoch=epoch_steps,
+        milestones=tuple(linear.milestones),
+    )
+    decay = [weight_decay for _, weight_decay in combinations]
+
+    def step(state: ProbeState, weights, batch):
+        of_images = features(weights, batch)
+        new, found = {}, {}
+        for name in names:
+            dtype = state.heads[name].params["weight"].dtype
+            lr = jnp.asarray(table, dtype)[state.step]
+            new[name], found[name] = heads.update(
+                state.heads[name],
+                of_images,
+                batch[f"label/{name}"],
+                lr,
+                jnp.asarray(decay, dtype),
+                linear.momentum,
+                mask=batch["weight"],
+            )
+        # Of several classifiers the best one: one whose learning rate is too high may diverge while others go on.
+        mean = {
+            metric: jnp.mean(jnp.stack([choose(found[name][metric]) for name in names]))
+            for metric, choose in (("loss", jnp.nanmin), ("acc1", jnp.nanmax), ("acc5", jnp.nanmax))
+        }
+        return ProbeState(state.step + 1, new), mean | {"lr": lr[0]}
+
+    whole, split = sharding.replicated(mesh), sharding.split(mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, split), out_shardings=(whole, whole))
+
+
+def _summary(found: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
+    """Returns what is logged after an epoch: accuracy of the classifier that is best so far, and of all of them."""
+    record: dict[str, Any] = {}
+    for name, test in found["test"].items():
+        chosen = int(np.argmax(found.get("holdout", found["test"])[name]["top1"]))
+        suffix = "" if len(found["test"]) == 1 else f"/{name}"
+        record |= {f"val_acc1{suffix}": test["top1"][chosen], f"val_acc5{suffix}": test["top5"][chosen]}
+    if len(found["test"]) > 1:
+        for top in ("val_acc1", "val_acc5"):
+            record[top] = float(np.mean([value for name, value in record.items() if name.startswith(f"{top}/")]))
+    return record | {"heads": found}
+
+
+def _result(label, protocol, combinations, history, source, test) -> Result:
+    """Puts together what was logged after each epoch."""
+    top1 = np.array([record["test"][label]["top1"] for record in history])  # (epochs, heads)
+    last = history[-1]
+    aside = last["holdout"][label]["top1"] if "holdout" in last else None
+    made = tuple(
+        Head(
+            lr=lr,
+            weight_decay=weight_decay,
+            top1=float(top1[-1, number]),
+            top5=last["test"][label]["top5"][number],
+            best_top1=float(top1[:, number].max()),
+            best_epoch=int(top1[:, number].argmax()) + 1,
+            holdout_top1=aside[number] if aside else None,
+        )
+        for number, (lr, weight_decay) in enumerate(combinations)
+    )
+    chosen = int(np.argmax(aside)) if aside else 0
+    return Result(label, protocol, len(source.label_names[label]), len(source), len(test), made, chosen)
+
+
+def _open_directory(directory: pathlib.Path, config: configs.Config, subject: dict, source, test) -> None:
+    """Makes the directory, or checks that it is this evaluation's.
+
+    Raises:
+      UsageError: if it cannot be written to, or belongs to another.
+    """
+    settings = configs.to_dict(config)
+    identity = subject | {
+        "linear": settings["linear"],
+        "label": config.data.label,
+        "image_size": config.data.image_size,
+        "train": source.fingerprint,
+        "test": test.fingerprint,
+    }
+    path = directory / "evaluation.json"
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read ({error}): pass another --output, or delete it") from None
+        if known != identity:
+            known, now = configs.flatten(known), configs.flatten(identity)
+            differing = [name for name in known | now if known.get(name) != now.get(name)]
+            raise UsageError(
+                f"{directory} holds another evaluation ({', '.join(differing)} differ): pass another --output, or "
+                "delete it"
+            )
+    if jax.process_index() > 0:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, values in (("config.json", settings), ("evaluation.json", identity)):
+            temporary = directory / f".{name}.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(values, indent=2) + "\n")
+            os.replace(temporary, directory / name)
+    except OSError as error:
+        raise UsageError(
+            f"{directory} cannot be written to ({error.strerror}): pass an --output directory that can"
+        ) from None

@@ -1,0 +1,121 @@
+"""What is evaluated: a frozen encoder, whatever holds it, and the labelled images it is evaluated on."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+
+from ifm_jax import config as configs
+from ifm_jax import sharding, snapshot, torch_checkpoint, training
+from ifm_jax.config import Config
+from ifm_jax.data.sources import SPLITS, Subset, ViewSource, open_views
+from ifm_jax.errors import UsageError
+from ifm_jax.evaluation.features import FrozenEncoder
+from ifm_jax.snapshot import Snapshot
+
+PROBE_LEAST_AREA = 0.08  # of a training crop, relative to the image's
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A checkpoint and the config that it is evaluated under.
+
+    Attributes:
+      config: resolved; its network is the checkpoint's.
+      snapshot: of a run, one of its checkpoints, or a PyTorch file.
+      path: where it is.
+    """
+
+    config: Config
+    snapshot: Snapshot
+    path: str
+
+    @property
+    def step(self) -> int:
+        """Updates that it was trained for."""
+        return int(self.snapshot.state.step)
+
+    def frozen(self, devices: list[jax.Device] | None = None, layer: str = "backbone") -> FrozenEncoder:
+        """Returns its query encoder.
+
+        Args:
+          devices: to run on; None: all there are.
+          layer: one of `features.LAYERS`.
+        """
+        return FrozenEncoder(
+            training.make_encoder(self.config),
+            self.snapshot.state.params,
+            self.snapshot.state.batch_stats,
+            mesh=sharding.make_mesh(devices),
+            layer=layer,
+        )
+
+
+def load(path: str | os.PathLike, config: Config | None = None) -> Subject:
+    """Reads what is to be evaluated.
+
+    Args:
+      path: a run's workdir (its newest checkpoint), one of its checkpoints, or a `.pth.tar`.
+      config: to evaluate under; None: the checkpoint's own. Fields that describe the network and have their default
+        follow the checkpoint.
+
+    Raises:
+      UsageError: if nothing can be read there, or the config describes another network.
+    """
+    found = torch_checkpoint.read(path)
+    config = configs.from_dict(configs.to_dict(found.config if config is None else config))
+    given, default, own = (snapshot.structure(each) for each in (config, Config(), found.config))
+    for name in given:
+        if given[name] == default[name] != own[name]:
+            holder, _, field = name.partition(".")
+            setattr(getattr(config, holder), field, own[name])
+    snapshot.check_config(config, found, path)
+    configs.validate(config)
+    config = training.resolve(config, found.config if found.config.model.compute_dtype != "auto" else None)
+    training.configure_jax(config.model.compute_dtype)
+    return Subject(config, found, os.fspath(path))
+
+
+def labelled(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:
+    """Returns the images of a split that have labels, to be evaluated, or to train a classifier on.
+
+    Args:
+      config: a validated one.
+      split: "train" or "test".
+      count: views of an image.
+      least_area: of a view, relative to the image's.
+
+    Returns:
+      The source; of its labels, only `data.label` if that names one.
+
+    Raises:
+      UsageError: if there are no labels, not the one named, or no images.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+    source = open_views(config.data, split, count=count, least_area=least_area)
+    said = f"data.source={config.data.source!r}"
+    if not source.label_names:
+        raise UsageError(f"{said} has no labels: expected a source with labels, such as a folder for each class")
+    chosen_labels(config, source)
+    known = np.all([values >= 0 for values in source.labels().values()], axis=0)
+    if split == "train" and config.data.limit:
+        known[config.data.limit :] = False
+    if not known.any():
+        raise UsageError(f"{said}: none of its {len(source)} {split} images has a label; expected labelled ones")
+    return source if known.all() else Subset(source, np.flatnonzero(known))
+
+
+def chosen_labels(config: Config, source: ViewSource) -> list[str]:
+    """Returns the names of the labels that the evaluation is about.
+
+    Raises:
+      UsageError: if the source lacks the one that the config names.
+    """
+    if config.data.label and config.data.label not in source.label_names:
+        raise UsageError(
+            f"data.label={config.data.label!r} is no label of data.source={config.data.source!r}: expected one of "
+            f"{', '.join(source.label_names)}"
+        )
+    return [config.data.label] if config.data.label else list(source.label_names)
