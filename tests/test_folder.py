@@ -209,16 +209,24 @@ def test_crops_are_pils(photographs, tmp_path, size):
         views = source(tmp_path, size=size).views
         whole = Image.open(path).convert("RGB")
         for draw in range(12):
-            for view, box in zip(views(number, draw), crops.TWO_VIEWS.boxes(draw, *photograph.shape[:2]), strict=True):
+            for view, box in zip(views(number, draws(draw)), boxes(draw, *photograph.shape[:2]), strict=True):
                 top, left, height, width = snapped(draw, box, photograph.shape[:2], size)
                 peer = whole.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR)
                 error = np.abs(view.astype(float) - np.asarray(peer)).mean()
                 assert error < 3, (number, draw, box)
 
 
+def draws(number):
+    return np.random.default_rng(number).random(crops.TWO_VIEWS.draws).tolist()
+
+
+def boxes(number, height, width):
+    return crops.TWO_VIEWS.boxes(draws(number), height, width)
+
+
 def snapped(draw, box, shape, size):
     """The box in whole pixels of the reduced image, where one is decoded; half a pixel of the view at most."""
-    shrink = min(min(other[2:]) for other in crops.TWO_VIEWS.boxes(draw, *shape)) / size
+    shrink = min(min(other[2:]) for other in boxes(draw, *shape)) / size
     reduction = max(r for r in (1, 2, 4, 8) if r == 1 or 1.5 * r <= shrink)
     reduced = crops.reduced_box(box, reduction, *(-(-side // reduction) for side in shape))
     moved = [reduction * side for side in reduced]
@@ -250,15 +258,18 @@ def test_equal_sizes_are_left_alone(photographs):
 # Which crops.
 
 
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (60, 200)])
-def test_boxes_are_distributed_as_torchvisions(height, width):
-    """In the second case, more than three times as wide as high, some find none that fits."""
+@pytest.mark.parametrize(("height", "width", "least"), [(375, 500, 0.2), (375, 500, 0.08), (60, 200, 0.2)])
+def test_boxes_are_distributed_as_torchvisions(height, width, least):
+    """In the last case, more than three times as wide as high, some find none that fits."""
     count = 20_000 if width == 500 else 5_000
-    ours = np.array([crops.TWO_VIEWS.boxes(number, height, width) for number in range(count // 2)]).reshape(-1, 4)
+    random_crops = crops.RandomCrops(2, (least, 1.0))
+    rng = np.random.default_rng(0)
+    ours = [random_crops.boxes(rng.random(random_crops.draws).tolist(), height, width) for _ in range(count // 2)]
+    ours = np.array(ours).reshape(-1, 4)
     torch.manual_seed(0)
     image = torch.zeros(3, 1, 1).expand(3, height, width)
     get_params = torchvision.transforms.RandomResizedCrop.get_params
-    theirs = np.array([get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
+    theirs = np.array([get_params(image, [least, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
     for name, our, their in zip(("top", "left", "height", "width"), ours.T, theirs.T, strict=True):
         assert scipy.stats.ks_2samp(our, their).pvalue > 0.001, name
     assert (ours[:, :2] >= 0).all()
@@ -266,7 +277,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
 
 
 def test_the_two_boxes_are_independent():
-    query, key = np.array([crops.TWO_VIEWS.boxes(number, 375, 500) for number in range(4000)]).transpose(1, 2, 0)
+    query, key = np.array([boxes(number, 375, 500) for number in range(4000)]).transpose(1, 2, 0)
     assert np.abs(np.corrcoef(query, key)[:4, 4:]).max() < 0.08
 
 
@@ -329,9 +340,9 @@ def test_a_source_may_cut_one_view_and_say_of_which_image(root):
     single = source(root, random_crops=crops.RandomCrops(1, (0.08, 1.0)))
     batch = next(training_batches(single, 8, seed=0, indices=True))
     assert batch.keys() == {"image", "index"}
-    number = 5
-    box = crops.RandomCrops(1, (0.08, 1.0)).boxes(number, 75, 100)[0]
-    assert crops.TWO_VIEWS.boxes(number, 75, 100)[0] != box
+    assert single.random_crops.draws == crops.TWO_VIEWS.draws // 2
+    small_crops = single.random_crops.boxes([0.0] * 22, 100, 100)
+    assert small_crops == [(0, 0, 33, 24)]  # a share of 0.08, three to four
 
 
 def test_memory_stays_flat_over_epochs(root):

@@ -8,6 +8,7 @@ import abc
 import concurrent.futures
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -74,7 +75,7 @@ class Images(abc.ABC):
         """Returns what tells these images from others, wherever they lie."""
 
     @abc.abstractmethod
-    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+    def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""
 
     @abc.abstractmethod
@@ -122,12 +123,12 @@ class EncodedImages(Images):
           UnreadableImageError: if they cannot be had.
         """
 
-    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+    def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""
         encoded = self.encoded(index)
         size = jpeg_size(encoded)
         image = None if size else decode(self.name(index), encoded)
-        boxes = self.random_crops.boxes(number, *(size or image.shape[:2]))
+        boxes = self.random_crops.boxes(uniforms, *(size or image.shape[:2]))
         if image is None:
             reduction = _reduction(min(min(height, width) for _, _, height, width in boxes) / self.image_size)
             image = decode(self.name(index), encoded, reduction)
@@ -149,10 +150,10 @@ class PixelImages(Images):
     def pixels(self, index: int) -> np.ndarray:
         """Returns an image, uint8 `(H, W, 3)`: red, green, blue."""
 
-    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+    def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""
         image = self.pixels(index)
-        boxes = self.random_crops.boxes(number, *image.shape[:2])
+        boxes = self.random_crops.boxes(uniforms, *image.shape[:2])
         return tuple(crops.cut(image, box, self.image_size) for box in boxes)
 
     def central_view(self, index: int) -> np.ndarray:

@@ -6,6 +6,7 @@ hosts changes nothing either; nor does the number of threads or processes that r
 """
 
 import concurrent.futures
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -86,17 +87,14 @@ def training_batches(
     steps = steps_per_epoch(size, batch_size, remainder=remainder)
     whole = size if remainder else steps * batch_size
 
-    # The order decides what depends on what. Shuffled and repeated first, the place of an example in the endless stream
-    # says which image it is; its random number comes after that, so that it depends on the place too, and before the
-    # hosts take their pieces, so that they do not count.
+    # Shuffled and repeated, the place of an example in the endless stream says which image it is. Its random numbers
+    # are drawn for a whole global batch at once and depend on its place too, so that hosts do not count.
     examples = grain.MapDataset.range(size).seed(seed).shuffle()[:whole].repeat()
     cuts = isinstance(source, ViewSource)
-    if cuts:
-        examples = examples.random_map(_with_number)
     threads = threads or (max(1, _processors() // max(1, processes)) if cuts else 2)
     if cuts:
         # All threads work on one batch, two of which are under way: as fast as a batch a thread, in less memory.
-        load, readers, ahead = _Cutter(source, size, threads, bad_images is not None, indices), 2, 3
+        load, readers, ahead = _Cutter(source, size, batch_size, seed, threads, bad_images is not None, indices), 2, 3
     else:
         load, readers, ahead = _LookUp(source, indices), threads, 2 * threads
 
@@ -118,15 +116,37 @@ def _checked(batches: Iterator[dict[str, Any]], source: Source, bad_images: BadI
         yield batch
 
 
-def _with_number(index: int, rng: np.random.Generator) -> tuple[int, int]:
-    return index, int(rng.integers(2**63))
-
-
 # Classes, not closures: they travel to worker processes.
 
 
+@dataclasses.dataclass
+class _Part:
+    """What is this host's of a batch.
+
+    Attributes:
+      number: of the batch.
+      first: place of the first example in the global batch.
+      images: int64 `(N,)`, which they are.
+      weights: float32 `(N,)`; None: all count alike.
+    """
+
+    number: int
+    first: int
+    images: np.ndarray
+    weights: np.ndarray | None = None
+
+    def finished(self, views: dict[str, Any], indices: bool) -> dict[str, Any]:
+        """Returns the batch: the views and what else is wanted."""
+        batch = dict(views)
+        if indices:
+            batch["index"] = self.images
+        if self.weights is not None:
+            batch["weight"] = self.weights
+        return batch
+
+
 class _Piece:
-    """From the number of a batch to the examples of it that are this host's, and their weights if wanted."""
+    """From the number of a batch to what is this host's of it."""
 
     def __init__(
         self, examples: grain.MapDataset, batch_size: int, host: int, hosts: int, epoch: tuple[int, int] | None
@@ -134,18 +154,20 @@ class _Piece:
         self._examples, self._batch_size, self._host, self._local = examples, batch_size, host, batch_size // hosts
         self._epoch = epoch  # its batches and its examples, if they are no multiple of each other
 
-    def __call__(self, number: int) -> tuple[list, dict[str, np.ndarray]]:
+    def __call__(self, number: int) -> _Part:
         # A contiguous piece, as the placement over the devices has it.
         first = self._host * self._local
+        places, weights = np.arange(first, first + self._local), None
         if self._epoch is None:
-            begin = number * self._batch_size + first
-            return [self._examples[place] for place in range(begin, begin + self._local)], {}
-        steps, size = self._epoch
-        epoch, within = divmod(number, steps)
-        begin, count = within * self._batch_size, min(self._batch_size, size - within * self._batch_size)
-        places = [begin + min(place, count - 1) for place in range(first, first + self._local)]
-        weights = (np.arange(first, first + self._local) < count).astype(np.float32)
-        return [self._examples[epoch * size + place] for place in places], {"weight": weights}
+            places += number * self._batch_size
+        else:
+            steps, size = self._epoch
+            epoch, within = divmod(number, steps)
+            count = min(self._batch_size, size - within * self._batch_size)
+            weights = (places < count).astype(np.float32)
+            places = epoch * size + within * self._batch_size + np.minimum(places, count - 1)
+        images = np.array([self._examples[place] for place in places.tolist()])
+        return _Part(number, first, images, weights)
 
 
 class _LookUp:
@@ -154,41 +176,54 @@ class _LookUp:
     def __init__(self, source: Source, indices: bool):
         self._source, self._indices = source, indices
 
-    def __call__(self, piece: tuple[list[int], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        examples, more = piece
-        numbers = np.asarray(examples)
-        return {"query": self._source.batch(numbers)["image"]} | ({"index": numbers} if self._indices else {}) | more
+    def __call__(self, part: _Part) -> dict[str, np.ndarray]:
+        return part.finished({"query": self._source.batch(part.images)["image"]}, self._indices)
 
 
 class _Cutter:
-    """From image and random number of each example to a batch of views, an image a task."""
+    """From the numbers of images to a batch of their views, which threads share among them."""
 
-    def __init__(self, source: ViewSource, size: int, threads: int, replace: bool, indices: bool):
-        self._source, self._size, self._threads, self._replace, self._indices = source, size, threads, replace, indices
+    def __init__(
+        self, source: ViewSource, size: int, batch_size: int, seed: int, threads: int, replace: bool, indices: bool
+    ):
+        self._source, self._size, self._batch_size, self._seed = source, size, batch_size, seed
+        self._threads, self._replace, self._indices = threads, replace, indices
         self._pool = None
 
     def __getstate__(self):
         return self.__dict__ | {"_pool": None}
 
-    def __call__(self, piece: tuple[list[tuple[int, int]], dict[str, np.ndarray]]) -> dict[str, Any]:
-        examples, more = piece
+    def __call__(self, part: _Part) -> dict[str, Any]:
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "views")  # ends with its last reference
-        numbers, views, bad = zip(*self._pool.map(self._cut, examples), strict=True)
-        names = ("query", "key") if len(views[0]) == 2 else ("image",)
-        batch = {name: np.stack(view) for name, view in zip(names, zip(*views, strict=True), strict=True)}
-        batch[_BAD] = [each for some in bad for each in some]
-        return batch | ({"index": np.asarray(numbers)} if self._indices else {}) | more
+        count, side, crops = len(part.images), self._source.image_size, self._source.random_crops
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, part.number))))
+        uniforms = rng.random((self._batch_size, crops.draws))[part.first : part.first + count].tolist()
+        names = ("query", "key") if crops.count == 2 else ("image",)
+        views = {name: np.empty((count, side, side, 3), np.uint8) for name in names}
+        images, bad = part.images.copy(), []
 
-    def _cut(self, example: tuple[int, int]) -> tuple[int, tuple[np.ndarray, ...], list[tuple[int, str]]]:
-        """Returns the image taken, its views, and the unreadable ones met before, each with what is wrong with it."""
+        def cut(places: range) -> None:
+            for place in places:
+                images[place], of_image = self._views(int(images[place]), uniforms[place], bad)
+                for name, view in zip(names, of_image, strict=True):
+                    views[name][place] = view
+
+        # Every thread takes its share in a few runs: one at a time would cost as much as a tenth of the work.
+        run = max(1, count // (4 * self._threads))
+        for _ in self._pool.map(cut, [range(count)[first : first + run] for first in range(0, count, run)]):
+            pass
+        part.images = images
+        return part.finished(views | {_BAD: sorted(bad)}, self._indices)
+
+    def _views(self, index: int, uniforms: list[float], bad: list) -> tuple[int, tuple[np.ndarray, ...]]:
+        """Returns the image taken and its views; adds the unreadable ones met before, with what is wrong with them."""
         from ifm_jax.data.images import UnreadableImageError
 
-        index, number = example
-        bad, error = [], None
+        error = None
         for taken in (index, *(neighbours(index, self._size) if self._replace else ())):
             try:
-                return taken, self._source.views(taken, number), bad
+                return taken, self._source.views(taken, uniforms)
             except UnreadableImageError as unreadable:
                 bad.append((taken, unreadable.reason))
                 error = error or unreadable

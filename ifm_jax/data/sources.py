@@ -1,13 +1,17 @@
 """Where images come from: two small protocols, and the source a config names."""
 
 import hashlib
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from ifm_jax.config import DataConfig
 from ifm_jax.data.trifeature import Trifeature
 from ifm_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from ifm_jax.data.crops import RandomCrops
 
 SPLITS = ("train", "test")
 
@@ -38,14 +42,22 @@ class Source(Protocol):
 
 @runtime_checkable
 class ViewSource(Source, Protocol):
-    """A source that cuts the views of an image itself, on the host, to uint8; the rest happens on the device."""
+    """A source that cuts the views of an image itself, on the host, to uint8; the rest happens on the device.
 
-    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+    Attributes:
+      image_size: side of a view in pixels.
+      random_crops: how many views there are, and of which size.
+    """
+
+    image_size: int
+    random_crops: "RandomCrops"
+
+    def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Returns random crops of one image, each uint8 `(H, W, 3)`, cut independently. Threads may call it at once.
 
         Args:
           index: of the image.
-          number: a random number, 0 to 2**63 - 1; the same one gives the same views.
+          uniforms: `random_crops.draws` random numbers in [0, 1); the same ones give the same views.
 
         Raises:
           UnreadableImageError: if the image cannot be read.
@@ -142,6 +154,7 @@ class Subset:
 
     def __init__(self, source: ViewSource, indices: np.ndarray):
         self.source, self.indices, self.label_names = source, np.asarray(indices), source.label_names
+        self.image_size, self.random_crops = source.image_size, source.random_crops
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -159,9 +172,9 @@ class Subset:
         """Returns the labels of all images."""
         return {name: values[self.indices] for name, values in self.source.labels().items()}
 
-    def views(self, index: int, number: int) -> tuple[np.ndarray, ...]:
+    def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""
-        return self.source.views(int(self.indices[index]), number)
+        return self.source.views(int(self.indices[index]), uniforms)
 
     def name(self, index: int) -> str:
         """Returns what to call an image; see `ViewSource`."""
