@@ -14,7 +14,7 @@ import time
 import numpy as np
 from absl import flags
 
-from ifm_jax import command, training
+from ifm_jax import assembly, command, training
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     results: dict[str, list[suppression.Readouts]] = {}
     for seed in range(base.seed, base.seed + _SEEDS.value):
         config = _with(base, seed=seed)
-        results.setdefault("untrained", []).append(suppression.read_out_untrained(training.resolve(config)))
+        results.setdefault("untrained", []).append(suppression.read_out_untrained(assembly.resolve(config)))
         for name, (method, temperature) in RUNS.items():
             config = _with(base, seed=seed, method=method, temperature=temperature)
             directory = workdir / f"{method}-t{temperature:g}-seed{seed}"
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
                 return command.say_stopped(result, directory)
             results.setdefault(name, []).append(suppression.read_out_workdir(directory, name))
 
-    means = [_mean(name, rows) for name, rows in results.items()]
+    means = [suppression.mean(name, rows) for name, rows in results.items()]
     print()
     report.print_table(means)
     chance = {
@@ -70,16 +70,11 @@ def main(arguments: list[str]) -> int:
             strict=True,
         )
     }
-    report.draw_readouts(means, workdir / "readouts.png", chance)
+    errors = {name: each for name, rows in results.items() if (each := suppression.standard_errors(rows))}
+    report.draw_readouts(means, workdir / "readouts.png", chance, errors)
     text = _findings(results)
     print(text)
-    summary = {
-        "seeds": _SEEDS.value,
-        "text": text,
-        "runs": {name: [row.to_dict() for row in rows] for name, rows in results.items()},
-        "mean": {row.name: row.to_dict() for row in means},
-        "standard_error": {name: _standard_errors(rows) for name, rows in results.items()},
-    }
+    summary = {"seeds": _SEEDS.value, "text": text} | suppression.summary(results)
     (workdir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\nWritten to {workdir}: results.json, readouts.png, samples.png; each run's curves.png and metrics.jsonl.")
     print(f"Took {(time.perf_counter() - begun) / 60:.1f} minutes.")
@@ -88,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def _with(base: Config, *, seed: int, method: str | None = None, temperature: float | None = None) -> Config:
     """Returns a copy of the recipe with these fields changed."""
-    config = training.resolve(base)
+    config = assembly.resolve(base)
     config.seed = seed
     if method is not None:
         config.ifm.method = method
@@ -96,38 +91,15 @@ def _with(base: Config, *, seed: int, method: str | None = None, temperature: fl
     return config
 
 
-def _mean(name, rows):
-    """The mean of one run's readouts over seeds."""
-    from ifm_jax.evaluation.suppression import Readouts
-
-    return Readouts(
-        name, rows[0].step, {label: float(np.mean([r.accuracy[label] for r in rows])) for label in rows[0].accuracy}
-    )
-
-
-def _standard_errors(rows) -> dict[str, float] | None:
-    """The standard error of each label's mean over seeds; None for a single seed."""
-    if len(rows) < 2:
-        return None
-    return {
-        label: float(np.std([r.accuracy[label] for r in rows], ddof=1) / np.sqrt(len(rows)))
-        for label in rows[0].accuracy
-    }
-
-
 def _findings(results) -> str:
     """Says what the table shows, in numbers, and what it cannot show."""
-    suppressed = ("shape", "texture")
+    from ifm_jax.evaluation import suppression
+
     warm, cold, ifm = (results[name] for name in RUNS)
 
     def effect(of, against):
-        """Mean difference and its standard error, paired by seed, for each suppressed label."""
-        parts = []
-        for label in suppressed:
-            paired = [a.accuracy[label] - b.accuracy[label] for a, b in zip(of, against, strict=True)]
-            error = f" +- {np.std(paired, ddof=1) / np.sqrt(len(paired)):.1f}" if len(paired) > 1 else ""
-            parts.append(f"{label} {np.mean(paired):+.1f}{error}")
-        return ", ".join(parts)
+        found = suppression.differences(of, against)
+        return ", ".join(f"{label} {found[label]}" for label in ("shape", "texture"))
 
     seeds = len(cold)
     lines = [
@@ -153,10 +125,10 @@ def _draw_samples(config: Config, path: pathlib.Path) -> None:
     from ifm_jax.data import open_source
     from ifm_jax.evaluation import report
 
-    config = training.resolve(config)
-    training.configure_jax(config.model.compute_dtype)
+    config = assembly.resolve(config)
+    assembly.configure_jax(config.model.compute_dtype)
     images = open_source(config.data, "train").batch(np.arange(10))["image"]
-    augment = jax.jit(training.make_augmentation(config))
+    augment = jax.jit(assembly.make_augmentation(config))
     views = []
     for rng in jax.random.split(jax.random.key(config.seed), 2):
         view = augment(example_rngs(rng, jnp.arange(len(images))), images)

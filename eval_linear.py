@@ -18,7 +18,7 @@ import pathlib
 
 from absl import flags
 
-from ifm_jax import command, training
+from ifm_jax import assembly, command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 
@@ -37,7 +37,7 @@ _LAYER = flags.DEFINE_enum("layer", "backbone", ["backbone", "projection"], "Whi
 
 def _base() -> Config:
     workdir = command.flag_on_command_line("workdir")
-    return training.read_config(workdir) if workdir else Config()
+    return assembly.read_config(workdir) if workdir else Config()
 
 
 _CONFIG = command.define_config_over(_base)

@@ -38,7 +38,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import command, metrics, sharding, training
+from ifm_jax import assembly, command, metrics, sharding, training
 from ifm_jax.augment import IMAGENET_MEAN, IMAGENET_STD, example_rngs
 from ifm_jax.config import Config, DataConfig
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
@@ -119,7 +119,7 @@ class Network:
             self.batch_size,
         )
         config.data.source, config.data.image_size, config.data.augmentation = source, self.size, "moco_v2"
-        return training.resolve(config)
+        return assembly.resolve(config)
 
 
 # On a CPU, one that it trains in minutes, and the recipe's with a small batch; on an accelerator the recipe's, which is
@@ -430,15 +430,15 @@ def device_share(network: Network, repeats: int = 5) -> dict:
       A row: the medians in milliseconds, and the share.
     """
     config = network.config("folder:none")
-    training.configure_jax(config.model.compute_dtype)
+    assembly.configure_jax(config.model.compute_dtype)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    state = jax.jit(training.state_creator(config), out_shardings=sharding.replicated(mesh))()
+    state = jax.jit(assembly.state_creator(config), out_shardings=sharding.replicated(mesh))()
     shape = (network.batch_size, network.size, network.size, 3)
     rng = np.random.default_rng(0)
     batch = {name: rng.integers(0, 256, shape, np.uint8) for name in ("query", "key")}
     batch = sharding.put_batch(mesh, batch)
-    step = training.make_step(config, mesh, 1000).jit().lower(state, batch).compile()
-    augmentation = training.make_augmentation(config)
+    step = assembly.make_step(config, mesh, 1000).jit().lower(state, batch).compile()
+    augmentation = assembly.make_augmentation(config)
 
     @jax.jit
     def views(rng, batch):

@@ -35,7 +35,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from ifm_jax import command, optim, sharding, snapshot, torch_checkpoint, training
+from ifm_jax import assembly, command, optim, sharding, snapshot, torch_checkpoint
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
@@ -109,15 +109,15 @@ def replay(
     rates = _learning_rates(config, start, views, steps_per_epoch)
 
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        encoder = training.make_encoder(config)
-        optimizer = training.make_optimizer(config)
+        encoder = assembly.make_encoder(config)
+        optimizer = assembly.make_optimizer(config)
         step_fn = PretrainStep(
             encoder=encoder,
             optimizer=optimizer,
             # Read at the state's own step, so that what the step draws is what it would have drawn.
             learning_rates=np.concatenate([np.zeros(first_step), rates]),
             augment=lambda rngs, images: images,
-            **training.method_fields(config),
+            **assembly.method_fields(config),
             mesh=mesh,
         ).jit()
         state = _place(start.state, optimizer, dtype, sharding.replicated(mesh))
@@ -356,7 +356,7 @@ def main(arguments: list[str], options: dict[str, Any]) -> int:
     reference = load_npz(option["reference"], "quantities of a reference") if option["reference"] else {}
     start = torch_checkpoint.read(option["start"])
     config = _resolve_config(options["config"], start, option["start"])
-    training.configure_jax()
+    assembly.configure_jax()
 
     begun = time.perf_counter()
     out = replay(config, start, views, dtype=option["dtype"], steps_per_epoch=option["steps_per_epoch"])

@@ -16,17 +16,13 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from ifm_jax import cache, loop, metrics, optim, sharding, snapshot, state
+from ifm_jax import assembly, loop, metrics, sharding, snapshot
 from ifm_jax import config as configs
-from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.config import Config
 from ifm_jax.data import BadImages, Source, open_source, steps_per_epoch, training_batches
 from ifm_jax.errors import UsageError
-from ifm_jax.models import Encoder
-from ifm_jax.pretrain import PretrainStep
 from ifm_jax.snapshot import CHECKPOINTS, CONFIG, CONVERTED
 
 BAD_IMAGES = "bad_images.txt"  # in a workdir: the images that could not be read
@@ -46,137 +42,6 @@ class Result:
     step: int
     total_steps: int
     stopped_by: signal.Signals | None = None
-
-
-def configure_jax(compute_dtype: str = "float32") -> None:
-    """Sets what has to be set before the first computation: 64-bit types if asked for, the compilation cache.
-
-    Compiled programs are kept in `$JAX_COMPILATION_CACHE_DIR` (`~/.cache/ifm_jax/xla` if unset), so that only the first
-    start of a recipe waits for the compiler.
-
-    Args:
-      compute_dtype: "float64" turns 64-bit types on.
-    """
-    if compute_dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache.directory("xla")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def resolve(config: Config, stored: Config | None = None) -> Config:
-    """Returns a copy of the config with what is automatic settled: as in `stored`, or for this machine.
-
-    Args:
-      config: as the caller gave it.
-      stored: of the run that is to go on; it goes on as it began, whatever the machine is now.
-    """
-    config = configs.from_dict(configs.to_dict(config))
-    if config.model.compute_dtype == "auto":
-        here = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        config.model.compute_dtype = stored.model.compute_dtype if stored else here
-    return config
-
-
-def make_encoder(config: Config) -> Encoder:
-    """Returns the encoder of a resolved config."""
-    model, moco = config.model, config.moco
-    return Encoder(
-        arch=model.arch,
-        dim=moco.dim,
-        mlp=moco.mlp,
-        stem=model.stem,
-        width=model.width,
-        bn_groups=model.bn_groups,
-        running_stats=model.running_stats,
-        compute_dtype=model.compute_dtype,
-        param_dtype="float64" if model.compute_dtype == "float64" else "float32",
-    )
-
-
-def make_augmentation(config: Config):
-    """Returns the augmentation that the config names, `(rngs (N,), images (N, H, W, 3)) -> views`.
-
-    Of MoCo's, it is what comes after the crop: they take the crops of a `ViewSource`.
-
-    Raises:
-      UsageError: if it is not for the config's source.
-    """
-    name, dtype = config.data.augmentation, jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
-    if name != "trifeature":
-        of_mocos = {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation, "moco_cifar": MoCoCIFARAugmentation}
-        return of_mocos[name](dtype=dtype)
-    if config.data.source != "trifeature":
-        raise UsageError(
-            f"data.augmentation='trifeature' is not for data.source={config.data.source!r}: expected moco_v2 or "
-            "moco_v1, as in configs/ifm_own_images.py"
-        )
-    strength = config.data.augment
-    return TrifeatureAugmentation(
-        crop_scale=(strength.crop_min, 1.0),
-        rotation=strength.rotation,
-        flip=strength.flip,
-        brightness=strength.brightness,
-        contrast=strength.contrast,
-        noise=strength.noise,
-        dtype=dtype,
-    )
-
-
-def make_optimizer(config: Config):
-    """Returns the optimiser of a config."""
-    return optim.make(config.optim.name, config.optim.momentum, config.optim.weight_decay)
-
-
-def initial_rngs(config: Config) -> tuple[jax.Array, jax.Array]:
-    """Returns the random keys of the start (weights, queue) and of the steps."""
-    start, steps = jax.random.split(jax.random.key(config.seed))
-    return start, steps
-
-
-def method_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of `PretrainStep` that say what is computed, whatever images and schedule it is fed with."""
-    return {
-        "rng": initial_rngs(config)[1],
-        "key_momentum": config.moco.momentum,
-        "temperature": config.moco.temperature,
-        "method": config.ifm.method,
-        "epsilon": configs.epsilons(config.ifm),
-        "alpha": config.ifm.alpha,
-        "shuffle": config.moco.shuffle_bn,
-    }
-
-
-def make_step(config: Config, mesh: jax.sharding.Mesh, epoch_steps: int) -> PretrainStep:
-    """Returns the training step of a resolved config.
-
-    Args:
-      config: resolved.
-      mesh: the devices.
-      epoch_steps: updates in an epoch.
-    """
-    return PretrainStep(
-        encoder=make_encoder(config),
-        optimizer=make_optimizer(config),
-        learning_rates=optim.learning_rates(
-            config.optim.lr,
-            schedule=config.optim.schedule,
-            epochs=config.epochs,
-            steps_per_epoch=epoch_steps,
-            milestones=tuple(config.optim.milestones),
-            warmup_epochs=config.optim.warmup_epochs,
-            per_step=config.optim.per_step,
-        ),
-        augment=make_augmentation(config),
-        **method_fields(config),
-        mesh=mesh,
-    )
-
-
-def state_creator(config: Config):
-    """Returns the function without arguments that makes the state a run starts with."""
-    start = initial_rngs(config)[0]
-    return lambda: state.create(start, make_encoder(config), make_optimizer(config), config.moco.queue_size)
 
 
 def train(
@@ -199,9 +64,9 @@ def train(
     mesh = sharding.make_mesh(devices)
     configs.validate(config, devices=mesh.size)
     workdir = pathlib.Path(workdir).absolute()
-    config = resolve(config, read_config(workdir) if (workdir / CONFIG).exists() else None)
-    configure_jax(config.model.compute_dtype)
-    make_augmentation(config)
+    config = assembly.resolve(config, assembly.read_config(workdir) if (workdir / CONFIG).exists() else None)
+    assembly.configure_jax(config.model.compute_dtype)
+    assembly.make_augmentation(config)
     # The images before the workdir: one made for a mistaken folder would refuse the right one.
     source = open_source(config.data, "train")
     size = min(config.data.limit, len(source)) if config.data.limit else len(source)
@@ -211,13 +76,18 @@ def train(
             f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
             "expected a complete one (query and key encoder, queue)"
         )
+    evaluation = None
+    if config.eval.every:
+        from ifm_jax.evaluation.online import OnlineEvaluation  # with scikit-learn, for those who ask for it
+
+        evaluation = OnlineEvaluation(config, mesh)
     _open_workdir(workdir, config, source)
     primary = jax.process_index() == 0
     total_steps = config.epochs * epoch_steps
     last_step = min(config.steps, total_steps) if config.steps else total_steps
 
     with contextlib.ExitStack() as stack:
-        create = state_creator(config)
+        create = assembly.state_creator(config)
         checkpoints = stack.enter_context(Checkpoints(workdir / CHECKPOINTS))
         latest = checkpoints.latest_step()
         first = latest or 0
@@ -262,7 +132,7 @@ def train(
             f"Compiling the training step ({config.model.arch}, batch {config.batch_size}, {devices_text})"
         )
         begun = time.perf_counter()
-        step_fn = make_step(config, mesh, epoch_steps).jit().lower(train_state, batch).compile()
+        step_fn = assembly.make_step(config, mesh, epoch_steps).jit().lower(train_state, batch).compile()
         progress.message(f"Compiled in {time.perf_counter() - begun:.1f} s.")
         if first:
             progress.message(f"Going on after step {first} of {last_step}.")
@@ -281,6 +151,8 @@ def train(
             save=lambda state: checkpoints.save(state, configs.to_dict(config)),
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
+            evaluate=evaluation,
+            evaluate_every=config.eval.every * epoch_steps,
         )
         checkpoints.wait()
     return Result(step, last_step, stop.signal if step < last_step else None)
@@ -292,7 +164,7 @@ def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None
     Raises:
       UsageError: if it cannot be written to, or belongs to a run with another config or on other images.
     """
-    if (workdir / CONFIG).exists() and (differing := configs.differences(config, read_config(workdir))):
+    if (workdir / CONFIG).exists() and (differing := configs.differences(config, assembly.read_config(workdir))):
         raise UsageError(
             f"workdir {workdir} belongs to a run with another config ({'; '.join(differing)}): "
             "pass another --workdir, or the config it was started with"
@@ -328,18 +200,3 @@ def _read_data(workdir: pathlib.Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): remove it, and its images are not checked") from None
-
-
-def read_config(workdir: str | os.PathLike) -> Config:
-    """Returns the config of the run in `workdir`.
-
-    Raises:
-      UsageError: if there is none, or it cannot be read.
-    """
-    path = pathlib.Path(workdir) / CONFIG
-    try:
-        return configs.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is not there: expected the workdir of a training run") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): expected the config of a training run") from None

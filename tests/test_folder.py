@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ifm_jax import augment, metrics, training
+from ifm_jax import assembly, augment, metrics, training
 from ifm_jax.config import DataConfig
 from ifm_jax.data import BadImages, ViewSource, crops, folder, images, open_source, training_batches
 from ifm_jax.errors import RunError, UsageError
@@ -484,7 +484,7 @@ def test_the_config_chooses_the_augmentation(root):
     for name, expected in (("moco_v1", augment.MoCoV1Augmentation), ("moco_v2", augment.MoCoV2Augmentation)):
         config = own_images(root)
         config.data.augmentation = name
-        assert training.make_augmentation(config) == expected()
+        assert assembly.make_augmentation(config) == expected()
 
 
 def test_a_mistaken_folder_leaves_no_workdir(root, tmp_path):

@@ -7,18 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from ifm_jax import metrics, snapshot, training
+from ifm_jax import assembly, metrics, snapshot, training
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.errors import RunError, UsageError
 from tests import small
 
 
 def final_state(workdir):
-    config = training.read_config(workdir)
+    config = assembly.read_config(workdir)
     placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.latest_step()
-        return checkpoints.restore(step, abstract_state(training.state_creator(config), placement))
+        return checkpoints.restore(step, abstract_state(assembly.state_creator(config), placement))
 
 
 def train(config, workdir, devices=1):
@@ -143,9 +143,9 @@ def test_limit_shortens_the_epoch(tmp_path):
 
 def test_auto_dtype_is_settled_by_the_machine_then_by_the_run():
     auto = small.config(model__compute_dtype="auto")
-    assert training.resolve(auto).model.compute_dtype == "float32"
+    assert assembly.resolve(auto).model.compute_dtype == "float32"
     assert (
-        training.resolve(auto, stored=small.config(model__compute_dtype="bfloat16")).model.compute_dtype == "bfloat16"
+        assembly.resolve(auto, stored=small.config(model__compute_dtype="bfloat16")).model.compute_dtype == "bfloat16"
     )
 
 
@@ -169,7 +169,7 @@ def test_the_step_compiles_once(tmp_path):
 
 def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
     """A conversion may be at step 0; its weights are what the run starts with."""
-    other = jax.jit(training.state_creator(small.config(seed=5)))()
+    other = jax.jit(assembly.state_creator(small.config(seed=5)))()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(other, {})
         checkpoints.wait()
@@ -180,7 +180,7 @@ def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
 
 def test_an_incomplete_conversion_cannot_be_gone_on_from(tmp_path):
     config = small.config()
-    full = jax.device_get(jax.jit(training.state_creator(config))())
+    full = jax.device_get(jax.jit(assembly.state_creator(config))())
     stripped = full._replace(key_params=None, key_batch_stats=None, queue=None, queue_ptr=None, opt_state=None)
     origin = snapshot.Origin("released.pth.tar", "moco", 200, 0, None, {})
     snapshot.write(snapshot.Snapshot(config, stripped, origin, None, ()), tmp_path / "run", overwrite=False)

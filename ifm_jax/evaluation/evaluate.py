@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifm_jax import metrics, sharding, training
+from ifm_jax import assembly, metrics, sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
@@ -211,7 +211,7 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
     count = min(len(source), config.eval.images or len(source))
     layer = "projection" if of.snapshot.state.params.get("fc") is not None else "backbone"
     embed = of.frozen(devices, layer)
-    augment = training.make_augmentation(config)
+    augment = assembly.make_augmentation(config)
     whole, split = sharding.replicated(embed.mesh), sharding.split(embed.mesh)
 
     def embeddings(weights, batch, number):

@@ -1,6 +1,7 @@
 """Frozen features of images: the query encoder in evaluation mode, before or after its projection head."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable
@@ -63,6 +64,18 @@ class FrozenEncoder:
         value = np.asarray(value)
         placement = sharding.replicated(self.mesh)
         return jax.make_array_from_callback(value.shape, placement, lambda index: value[index])
+
+    def holding(self, params: Tree, batch_stats: Tree) -> "FrozenEncoder":
+        """Returns the same with other weights, without compiling anything anew.
+
+        Args:
+          params: on the devices of the mesh.
+          batch_stats: likewise.
+        """
+        other = copy.copy(self)
+        params = {name: value for name, value in params.items() if name in self.weights[0]}
+        other.weights = params, batch_stats
+        return other
 
     def apply(self, weights: tuple[Tree, Tree], views: jax.Array) -> jax.Array:
         """Returns the features of normalised views, `(N, H, W, 3)` -> `(N, features)`, float32 or better.

@@ -103,13 +103,19 @@ def _figure(width: float, height: float, columns: int = 1):
     return figure, figure.subplots(1, columns)
 
 
-def draw_readouts(rows: Sequence[Readouts], path: str | os.PathLike, chance: dict[str, float] | None = None) -> None:
+def draw_readouts(
+    rows: Sequence[Readouts],
+    path: str | os.PathLike,
+    chance: dict[str, float] | None = None,
+    errors: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
     """Draws grouped bars, a group for each label and a bar for each run, with the accuracy on top.
 
     Args:
       rows: one for each run; the same labels in all.
       path: of the PNG.
       chance: label -> accuracy of guessing in percent, drawn as a dashed line.
+      errors: run -> label -> standard error in points, drawn as a bar of its own.
     """
     labels = list(rows[0].accuracy)
     figure = Figure(figsize=(2.2 + 2.2 * len(labels), 4.4), layout="constrained")
@@ -120,8 +126,14 @@ def draw_readouts(rows: Sequence[Readouts], path: str | os.PathLike, chance: dic
     places = np.arange(len(labels))
     for i, row in enumerate(rows):
         left = places + (i - (len(rows) - 1) / 2) * width
+        of_row = (errors or {}).get(row.name)
         bars = axes.bar(
-            left, [row.accuracy[label] for label in labels], 0.94 * width, color=colors[i % 6], label=row.name
+            left,
+            [row.accuracy[label] for label in labels],
+            0.94 * width,
+            yerr=[of_row[label] for label in labels] if of_row else None,
+            color=colors[i % 6],
+            label=row.name,
         )
         axes.bar_label(bars, fmt="%.0f", padding=1, fontsize=9)
     for place, label in zip(places, labels, strict=True):

@@ -6,8 +6,8 @@ import os
 import jax
 import numpy as np
 
+from ifm_jax import assembly, sharding, snapshot, torch_checkpoint
 from ifm_jax import config as configs
-from ifm_jax import sharding, snapshot, torch_checkpoint, training
 from ifm_jax.config import Config
 from ifm_jax.data.sources import SPLITS, Subset, ViewSource, open_views
 from ifm_jax.errors import UsageError
@@ -44,7 +44,7 @@ class Subject:
           layer: one of `features.LAYERS`.
         """
         return FrozenEncoder(
-            training.make_encoder(self.config),
+            assembly.make_encoder(self.config),
             self.snapshot.state.params,
             self.snapshot.state.batch_stats,
             mesh=sharding.make_mesh(devices),
@@ -72,8 +72,8 @@ def load(path: str | os.PathLike, config: Config | None = None) -> Subject:
             setattr(getattr(config, holder), field, own[name])
     snapshot.check_config(config, found, path)
     configs.validate(config)
-    config = training.resolve(config, found.config if found.config.model.compute_dtype != "auto" else None)
-    training.configure_jax(config.model.compute_dtype)
+    config = assembly.resolve(config, found.config if found.config.model.compute_dtype != "auto" else None)
+    assembly.configure_jax(config.model.compute_dtype)
     return Subject(config, found, os.fspath(path))
 
 

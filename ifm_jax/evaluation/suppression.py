@@ -1,38 +1,49 @@
 """Which features a run has learned and which it has suppressed: linear readouts of every label, run by run.
 
+    python -m ifm_jax.evaluation.suppression WORKDIR [WORKDIR ...] [--output=DIR]
+
 Robinson et al. 2021, section 4.2: on images with several independent labels, a contrastive encoder may do well with one
-of them and leave the others; how much of each is linearly readable shows it.
+of them and leave the others; how much of each is linearly readable shows it. Runs that differ in their seed only are
+one method: mean and standard error over seeds; methods are compared with the first one, paired by seed. Writes
+suppression.json, suppression.md and suppression.png.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from absl import flags
 
-from ifm_jax import data, training
-from ifm_jax.checkpoint import Checkpoints, abstract_state
+from ifm_jax import assembly, command, sharding
+from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.evaluation import subject
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.readout import linear_readouts
-from ifm_jax.state import TrainState
+
+_METHODS = {"moco": "MoCo", "ifm": "IFM", "ifm_only": "IFM only"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Readouts:
-    """The linear readouts of one encoder.
+    """The linear readouts of one encoder, or their mean over seeds.
 
     Attributes:
       name: of the run.
       step: updates it had; 0: untrained.
       accuracy: label -> held-out accuracy in percent.
+      seed: of the run.
     """
 
     name: str
     step: int
     accuracy: dict[str, float]
+    seed: int = 0
 
     @property
     def mean(self) -> float:
@@ -49,30 +60,30 @@ class Readouts:
         return dataclasses.asdict(self) | {"mean": self.mean, "worst": self.worst}
 
 
-def read_out(name: str, config: Config, train_state: TrainState) -> Readouts:
-    """Reads every label of the config's source out of the frozen backbone of the query encoder.
+def read_out(name: str, config: Config, frozen: FrozenEncoder, step: int) -> Readouts:
+    """Reads every label of the config's source out of a frozen backbone.
 
     Args:
       name: for the result.
       config: a resolved config.
-      train_state: whose query encoder is read.
+      frozen: the backbone.
+      step: updates it had.
 
     Raises:
       UsageError: if the source has no labels.
     """
-    train_source, test_source = data.open_source(config.data, "train"), data.open_source(config.data, "test")
-    if not train_source.label_names:
-        raise UsageError(f"data.source={config.data.source!r} has no labels: expected a source with labels to read out")
-    function = FrozenEncoder(training.make_encoder(config), train_state.params, train_state.batch_stats)
-    accuracy = linear_readouts(
-        extract(function, train_source), train_source.labels(), extract(function, test_source), test_source.labels()
-    )
-    return Readouts(name, int(train_state.step), accuracy)
+    train, test = subject.labelled(config, "train"), subject.labelled(config, "test")
+    accuracy = linear_readouts(extract(frozen, train), train.labels(), extract(frozen, test), test.labels())
+    return Readouts(name, step, accuracy, config.seed)
 
 
 def read_out_untrained(config: Config) -> Readouts:
     """Reads out the network that the config's runs start from."""
-    return read_out("untrained", config, jax.jit(training.state_creator(config))())
+    config = assembly.resolve(config)
+    assembly.configure_jax(config.model.compute_dtype)
+    start = jax.jit(assembly.state_creator(config))()
+    frozen = FrozenEncoder(assembly.make_encoder(config), start.params, start.batch_stats, mesh=_one_device())
+    return read_out("untrained", config, frozen, 0)
 
 
 def read_out_workdir(workdir: str | os.PathLike, name: str | None = None) -> Readouts:
@@ -80,26 +91,191 @@ def read_out_workdir(workdir: str | os.PathLike, name: str | None = None) -> Rea
 
     Args:
       workdir: of the run.
-      name: for the result; None: the directory's.
+      name: for the result; None: what its config says of the method.
 
     Raises:
-      UsageError: if there is no run or no checkpoint there.
+      UsageError: if there is no run or no checkpoint there, or its images have no labels.
     """
-    config, train_state = restore(workdir)
-    return read_out(name or pathlib.Path(workdir).resolve().name, config, train_state)
+    of = subject.load(workdir)
+    return read_out(name or method_name(of.config), of.config, of.frozen(jax.local_devices()[:1]), of.step)
 
 
-def restore(workdir: str | os.PathLike) -> tuple[Config, TrainState]:
-    """Returns the config and the newest state of a run, on this process's first device.
+def _one_device() -> jax.sharding.Mesh:
+    return sharding.make_mesh(jax.local_devices()[:1])
+
+
+def method_name(config: Config) -> str:
+    """Returns a name for all runs with a config's method: `IFM (eps 0.1), T = 0.07`."""
+    ifm = config.ifm
+    budget = "" if ifm.method == "moco" else f" (eps {'/'.join(f'{e:g}' for e in sorted(set(configs.epsilons(ifm))))})"
+    return f"{_METHODS[ifm.method]}{budget}, T = {config.moco.temperature:g}"
+
+
+def grouped(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[str | os.PathLike]]:
+    """Returns the runs of each method, which differ in nothing but their seed, in the order given.
+
+    Methods whose names agree get what tells them apart in addition.
 
     Raises:
-      UsageError: if there is no run or no checkpoint there.
+      UsageError: if a workdir is no run, or two runs of a method have the same seed.
     """
-    config = training.read_config(workdir)
-    training.configure_jax(config.model.compute_dtype)
-    placement = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with Checkpoints(pathlib.Path(workdir) / training.CHECKPOINTS, read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UsageError(f"{workdir}: no checkpoint there yet; expected a run that has saved one")
-        return config, checkpoints.restore(step, abstract_state(training.state_creator(config), placement))
+    groups: list[tuple[Config, list]] = []
+    for workdir in workdirs:
+        config = assembly.read_config(workdir)
+        alike = configs.from_dict(configs.to_dict(config))
+        alike.seed = 0
+        for known, members in groups:
+            if not configs.differences(alike, known):
+                if any(assembly.read_config(other).seed == config.seed for other in members):
+                    raise UsageError(f"{workdir} has the config and the seed of another workdir given: name it once")
+                members.append(workdir)
+                break
+        else:
+            groups.append((alike, [workdir]))
+    names = [method_name(config) for config, _ in groups]
+    result = {}
+    for name, (config, members) in zip(names, groups, strict=True):
+        if names.count(name) > 1:
+            first = next(other for other, other_name in zip(groups, names, strict=True) if other_name == name)[0]
+            differing = [text.split(", not ")[0] for text in configs.differences(config, first)]
+            name = f"{name}; {', '.join(differing)}" if differing else name
+        result[name] = members
+    return result
+
+
+def mean(name: str, rows: Sequence[Readouts]) -> Readouts:
+    """Returns the mean of one method's readouts over seeds."""
+    accuracy = {label: float(np.mean([row.accuracy[label] for row in rows])) for label in rows[0].accuracy}
+    return Readouts(name, rows[0].step, accuracy)
+
+
+def standard_errors(rows: Sequence[Readouts]) -> dict[str, float] | None:
+    """Returns the standard error of each label's mean over seeds; None for a single seed."""
+    if len(rows) < 2:
+        return None
+    return {label: _standard_error([row.accuracy[label] for row in rows]) for label in rows[0].accuracy}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much better one method reads out a label than another, in points, paired by seed.
+
+    Attributes:
+      mean: over the seeds that both have.
+      standard_error: of the mean; None for a single seed.
+      seeds: how many.
+    """
+
+    mean: float
+    standard_error: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.1f}"
+        return f"{self.mean:+.1f}{error}"
+
+
+def differences(of: Sequence[Readouts], against: Sequence[Readouts]) -> dict[str, Difference]:
+    """Returns label -> difference over the seeds that both methods have; empty if there are none."""
+    pairs = [(one, other) for one in of for other in against if one.seed == other.seed]
+    if not pairs:
+        return {}
+    found = {}
+    for label in pairs[0][0].accuracy:
+        points = [one.accuracy[label] - other.accuracy[label] for one, other in pairs]
+        found[label] = Difference(
+            float(np.mean(points)), _standard_error(points) if len(points) > 1 else None, len(points)
+        )
+    return found
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def summary(results: dict[str, list[Readouts]]) -> dict:
+    """Returns all that a report says, for JSON: runs, means, standard errors, differences from the first method."""
+    names = [name for name in results if name != "untrained"]
+    return {
+        "runs": {name: [row.to_dict() for row in rows] for name, rows in results.items()},
+        "mean": {name: mean(name, rows).to_dict() for name, rows in results.items()},
+        "standard_error": {name: standard_errors(rows) for name, rows in results.items()},
+        "differences": {
+            f"{name} - {names[0]}": {
+                label: dataclasses.asdict(each) for label, each in differences(results[name], results[names[0]]).items()
+            }
+            for name in names[1:]
+        },
+    }
+
+
+def markdown(results: dict[str, list[Readouts]]) -> str:
+    """Returns the report as a Markdown table: mean +- standard error in percent, and the differences in points."""
+    labels = list(next(iter(results.values()))[0].accuracy)
+    lines = [f"| method | seeds | {' | '.join(labels)} |", f"|---|---|{'---|' * len(labels)}"]
+    for name, rows in results.items():
+        errors = standard_errors(rows)
+        cells = [
+            f"{mean(name, rows).accuracy[label]:.1f}" + (f" +- {errors[label]:.1f}" if errors else "")
+            for label in labels
+        ]
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
+    names = [name for name in results if name != "untrained"]
+    for name in names[1:]:
+        found = differences(results[name], results[names[0]])
+        if found:
+            seeds = next(iter(found.values())).seeds
+            lines.append(f"| {name}, less {names[0]} | {seeds} | {' | '.join(str(found[label]) for label in labels)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(results: dict[str, list[Readouts]], directory: str | os.PathLike, extra: dict | None = None) -> None:
+    """Writes suppression.json, suppression.md and suppression.png.
+
+    Args:
+      results: method -> its readouts.
+      directory: to write into; made if it is not there.
+      extra: more for the JSON file.
+
+    Raises:
+      UsageError: if it cannot be written to.
+    """
+    from ifm_jax.evaluation import report
+
+    directory = pathlib.Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps((extra or {}) | summary(results), indent=2)
+        (directory / "suppression.json").write_text(text + "\n")
+        (directory / "suppression.md").write_text(markdown(results))
+        errors = {name: each for name, rows in results.items() if (each := standard_errors(rows))}
+        means = [mean(name, rows) for name, rows in results.items()]
+        report.draw_readouts(means, directory / "suppression.png", errors=errors)
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be written to ({error.strerror}): pass an --output that can") from None
+
+
+def main(arguments: list[str]) -> int:
+    """Reads out the runs named; returns the exit status."""
+    from ifm_jax.evaluation import report
+
+    if not arguments:
+        raise UsageError("no workdir is named: expected one or more, of training runs")
+    groups = grouped(arguments)
+    results = {"untrained": []}
+    for name, workdirs in groups.items():
+        results[name] = [read_out_workdir(workdir, name) for workdir in workdirs]
+    first = next(iter(groups.values()))
+    results["untrained"] = [read_out_untrained(assembly.read_config(workdir)) for workdir in first]
+    report.print_table([mean(name, rows) for name, rows in results.items()])
+    print(markdown(results))
+    output = flags.FLAGS.output
+    write(results, output)
+    print(f"Written to {output}: suppression.json, suppression.md, suppression.png.")
+    return 0
+
+
+if __name__ == "__main__":
+    # Here, since the scripts have flags of their own.
+    flags.DEFINE_string("output", ".", "Directory for suppression.json, suppression.md and suppression.png.")
+    command.run(main)

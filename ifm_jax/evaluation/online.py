@@ -1,0 +1,80 @@
+"""Evaluation while pre-training: frozen features of a part of the images, nearest neighbours and a linear readout.
+
+Nothing is trained along with the encoder, so that the steps in between cost nothing more and no gradient reaches it.
+"""
+
+import jax
+import numpy as np
+from sklearn.linear_model import RidgeClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from ifm_jax import assembly
+from ifm_jax.config import Config
+from ifm_jax.data.sources import Subset
+from ifm_jax.evaluation import diagnostics, knn
+from ifm_jax.evaluation.features import FrozenEncoder, extract
+from ifm_jax.evaluation.subject import chosen_labels, labelled
+from ifm_jax.state import TrainState
+
+
+class OnlineEvaluation:
+    """What a state of pre-training is worth: `(state) -> record`.
+
+    Args:
+      config: resolved.
+      mesh: the devices.
+
+    Raises:
+      UsageError: if the source has no labels, or no held-out images.
+    """
+
+    def __init__(self, config: Config, mesh: jax.sharding.Mesh):
+        self._config, self._mesh, self._frozen = config, mesh, None
+        self._sources = [self._part(labelled(config, split)) for split in ("train", "test")]
+        self._labels = chosen_labels(config, self._sources[0])
+
+    def _part(self, source):
+        wanted = self._config.eval.images
+        if not wanted or len(source) <= wanted:
+            return source
+        order = np.random.default_rng(self._config.seed).permutation(len(source))
+        return Subset(source, np.sort(order[:wanted]))
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """Evaluates the query encoder.
+
+        Args:
+          state: on the devices of the mesh.
+
+        Returns:
+          `knn` and `linear`, held-out accuracy in percent (with several labels their mean, and each one as
+          `knn/<label>`, `linear/<label>`): weighted nearest neighbours, and ridge regression on standardised features
+          in closed form; `effective_rank` of the held-out features.
+        """
+        if self._frozen is None:
+            encoder = assembly.make_encoder(self._config)
+            self._frozen = FrozenEncoder(encoder, state.params, state.batch_stats, mesh=self._mesh)
+        frozen = self._frozen.holding(state.params, state.batch_stats)
+        train, test = (extract(frozen, source) for source in self._sources)
+        record = {}
+        for label in self._labels:
+            of_train, of_test = (source.labels()[label] for source in self._sources)
+            votes = knn.classify(
+                train,
+                of_train,
+                test,
+                len(self._sources[0].label_names[label]),
+                k=self._config.eval.neighbors,
+                temperature=self._config.eval.temperature,
+                mesh=self._mesh,
+            )
+            record[f"knn/{label}"] = 100 * float(np.mean(votes.predicted == of_test))
+            readout = make_pipeline(StandardScaler(), RidgeClassifier(alpha=1e-3 * len(train)))
+            record[f"linear/{label}"] = 100 * float(readout.fit(train, of_train).score(test, of_test))
+        means = {
+            kind: float(np.mean([record[f"{kind}/{label}"] for label in self._labels])) for kind in ("knn", "linear")
+        }
+        if len(self._labels) == 1:
+            record = {}
+        return means | record | {"effective_rank": diagnostics.effective_rank(test)}

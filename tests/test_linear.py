@@ -1,0 +1,223 @@
+"""Linear evaluation: the original's protocol, on any number of devices, stopped and gone on with."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from ifm_jax import assembly, loop, metrics, training
+from ifm_jax.augment import normalize
+from ifm_jax.errors import UsageError
+from ifm_jax.evaluation import evaluate, features, heads, linear, subject
+from tests import small
+
+LABELS = ("shape", "texture", "color")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps on 60 training images and 37 held-out ones, no multiple of any batch."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = small.config(steps=2, data__trifeature__train_size=60, data__trifeature__test_size=37)
+    training.train(config, workdir, devices=jax.devices()[:1], quiet=True)
+    return workdir
+
+
+def of(run, **fields):
+    """The run as it is evaluated: three epochs, the middle one's end a milestone."""
+    config = assembly.read_config(run)
+    changes = {"epochs": 3, "milestones": (2,), "batch_size": 16, "lr": (1.0,)} | fields
+    for name, value in changes.items():
+        holder, _, field = name.rpartition("__")
+        setattr(getattr(config, holder) if holder else config.linear, field or name, value)
+    return subject.load(run, config)
+
+
+def results(run, directory, *, devices=1, fast=False, **fields):
+    return linear.run(of(run, **fields), directory, fast=fast, devices=jax.devices()[:devices], quiet=True)
+
+
+@pytest.fixture(scope="module")
+def full(run, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("full")
+    return results(run, directory), directory
+
+
+def test_every_label_is_evaluated_on_every_image(full):
+    found, directory = full
+    assert tuple(found) == LABELS
+    for label, result in found.items():
+        assert (result.label, result.protocol, result.classes) == (label, "full", 10)
+        assert (result.train_images, result.test_images) == (60, 37)
+        (head,) = result.heads
+        for value in (head.top1, head.top5, head.best_top1):
+            assert value * 37 / 100 == pytest.approx(round(value * 37 / 100), abs=1e-9)
+        assert head.top1 <= head.top5
+        assert head.best_top1 >= head.top1
+        assert head.holdout_top1 is None
+    records = metrics.read(directory / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["lr"] for record in records] == pytest.approx([1.0] * 8 + [0.1] * 4)
+    evaluated = [record for record in records if "heads" in record]
+    assert [record["epoch"] for record in evaluated] == [1, 2, 3]
+    assert evaluated[-1]["val_acc1/shape"] == found["shape"].best.top1
+    assert (directory / "curves.png").exists()
+
+
+def test_the_training_is_pytorchs(run, full):
+    """The same crops through the same backbone into torch's own linear layer: losses and accuracy agree."""
+    of_run = of(run)
+    frozen = of_run.frozen(jax.devices()[:1])
+    source, test = (subject.labelled(of_run.config, split) for split in ("train", "test"))
+    views = linear._Views(frozen, of_run.config, source, ["shape"], None)
+    start = heads.create(jax.random.fold_in(jax.random.key(0), 0), 1, frozen_features(frozen, test).shape[1], 10)
+    fc = torch.nn.Linear(*reversed(start.params["weight"][0].shape))
+    fc.weight.data = torch.tensor(np.asarray(start.params["weight"][0]))
+    fc.bias.data.zero_()
+    optimizer = torch.optim.SGD(fc.parameters(), 1.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])
+    compute = jax.jit(views.features)
+    batches, losses = views.fresh(0), []
+    for epoch in range(3):
+        for step in range(4):
+            batch = next(batches)
+            assert batch["weight"].sum() == (16 if step < 3 else 12)
+            of_images = torch.tensor(np.asarray(compute(frozen.weights, batch)))[batch["weight"] > 0]
+            labels = torch.tensor(batch["label/shape"][batch["weight"] > 0]).long()
+            loss = torch.nn.functional.cross_entropy(fc(of_images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        schedule.step()
+
+    theirs = fc(torch.tensor(frozen_features(frozen, test))).argmax(1).numpy()
+    found, directory = full
+    assert found["shape"].best.top1 == pytest.approx(100 * np.mean(theirs == test.labels()["shape"]))
+    only = results(run, directory.parent / "only", data__label="shape")
+    assert tuple(only) == ("shape",)
+    assert only["shape"].best == found["shape"].best
+    ours = [record["loss"] for record in metrics.read(directory.parent / "only" / "metrics.jsonl")]
+    np.testing.assert_allclose(ours, losses, rtol=1e-4)
+
+
+def frozen_features(frozen, source):
+    return features.extract(frozen, source, 16)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_features_do_not_depend_on_devices_or_batch(run, devices):
+    of_run = of(run)
+    test = subject.labelled(of_run.config, "test")
+    one = of_run.frozen(jax.devices()[:1])
+    plain = frozen_features(one, test)
+    images = normalize(test.batch(np.arange(37))["image"] / np.float32(255))
+    np.testing.assert_allclose(plain, one.apply(one.weights, images), rtol=1e-5, atol=1e-6)
+    for batch_size in (7, 64):
+        split = features.extract(of_run.frozen(jax.devices()[:devices]), test, batch_size)
+        np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatch):
+    plain = loop.run
+    monkeypatch.setattr(loop, "run", lambda *arguments, **options: plain(*arguments, **(options | {"last_step": 5})))
+    results(run, tmp_path / "probe")
+    monkeypatch.setattr(loop, "run", plain)
+    found = results(run, tmp_path / "probe")
+    assert found == full[0]
+    lines = [small.without_speed(metrics.read(path / "metrics.jsonl")) for path in (tmp_path / "probe", full[1])]
+    assert lines[0] == lines[1]
+
+
+def test_as_many_kept_views_as_epochs_are_the_full_protocol(run, full, tmp_path):
+    found = results(run, tmp_path / "fast", fast=True, views=3)
+    for label in LABELS:
+        assert found[label].protocol == "fast"
+        assert found[label].heads == full[0][label].heads
+    fewer = results(run, tmp_path / "fewer", fast=True, views=0, data__label="color")
+    assert fewer["color"].test_images == 37
+
+
+def test_the_best_of_a_sweep_is_chosen_on_training_images(run, tmp_path):
+    found = results(run, tmp_path / "sweep", devices=2, lr=(1e-4, 1.0), weight_decay=(0.0, 1e-3), data__label="color")
+    result = found["color"]
+    assert (result.train_images, result.test_images) == (54, 37)
+    assert [(head.lr, head.weight_decay) for head in result.heads] == [(1e-4, 0), (1e-4, 1e-3), (1, 0), (1, 1e-3)]
+    aside = [head.holdout_top1 for head in result.heads]
+    assert result.best.holdout_top1 == max(aside)
+    assert result.to_dict()["top1"] == result.best.top1
+    # A head is the same alone, where nothing is set aside; so on the same 54 images it is not comparable: only that
+    # the others do not count is tested in test_heads.
+
+
+def test_a_directory_is_one_evaluations(run, full):
+    with pytest.raises(UsageError, match=r"holds another evaluation \(linear.lr differ\): pass another --output"):
+        results(run, full[1], lr=(2.0,))
+
+
+def test_what_cannot_be_evaluated_is_said(run, tmp_path):
+    config = assembly.read_config(run)
+    config.data.label = "size"
+    with pytest.raises(UsageError, match=r"data.label='size' is no label of .*: expected one of shape, texture, color"):
+        subject.labelled(subject.load(run, config).config, "train")
+    config = assembly.read_config(run)
+    config.model.arch = "resnet18"
+    with pytest.raises(UsageError, match=r"the config does not fit .*model.arch='resnet18', there 'resnet8'"):
+        subject.load(run, config)
+    np.savez(tmp_path / "bare.npz", images=np.zeros((20, 32, 32, 3), np.uint8))
+    config = assembly.read_config(run)
+    config.data.source, config.data.augmentation = f"array:{tmp_path}/bare.npz", "moco_v2"
+    with pytest.raises(UsageError, match="has no labels: expected a source with labels"):
+        subject.labelled(subject.load(run, config).config, "train")
+    with pytest.raises(UsageError, match=r"linear.batch_size=16 is not a multiple of the 3 devices"):
+        results(run, tmp_path / "three", devices=3)
+
+
+def test_all_at_once(run, tmp_path, capsys):
+    """Nearest neighbours, diagnostics, features and a map, from the script's function."""
+    shutil.copytree(run, tmp_path / "run")
+    wanted = evaluate.Wanted(
+        knn=True, diagnostics=True, features=str(tmp_path / "f.npz"), map=str(tmp_path / "map.png"), split="test"
+    )
+    options = {"devices": jax.devices()[:2]}
+    assert evaluate.evaluate(tmp_path / "run", assembly.read_config(run), tmp_path / "run", wanted, **options) is None
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(found) == {"knn", "diagnostics"}
+    assert set(LABELS) < set(found["knn"])
+    assert found["knn"]["shape"]["k"] == 60
+    assert found["knn"]["shape"]["test_images"] == found["diagnostics"]["images"] == 37
+    assert found["diagnostics"]["positive_mean"] > found["diagnostics"]["negative_mean"]
+    assert 1 <= found["diagnostics"]["effective_rank"] <= 37
+    said = capsys.readouterr().out
+    assert "60 nearest neighbours of 'shape': top-1" in said
+    with np.load(tmp_path / "f.npz") as file:
+        frozen = of(run).frozen(jax.devices()[:1])
+        source = subject.labelled(of(run).config, "test")
+        np.testing.assert_allclose(file["features"], frozen_features(frozen, source), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(file["label_color"], source.labels()["color"])
+        assert list(file["classes_color"])[:2] == ["red", "green"]
+        assert file["names"][3] == "image 3"
+    for name in ("map.png", "run/similarities.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_records_and_projections(run, tmp_path):
+    from array_record.python import array_record_data_source
+    from flax import serialization
+
+    wanted = evaluate.Wanted(features=str(tmp_path / "f.array_record"), layer="projection")
+    config = assembly.read_config(run)
+    evaluate.evaluate(run, config, tmp_path / "out", wanted, devices=jax.devices()[:1], quiet=True)
+    records = array_record_data_source.ArrayRecordDataSource(str(tmp_path / "f.array_record"))
+    assert len(records) == 37
+    record = serialization.msgpack_restore(records[5])
+    assert record["features"].shape == (8,)
+    assert np.linalg.norm(record["features"]) == pytest.approx(1, rel=1e-5)
+    assert record["label_shape"] == subject.labelled(config, "test").labels()["shape"][5]
+    for flag, suffixes in {"features": ".npz or .array_record", "map": ".png"}.items():
+        wanted = evaluate.Wanted(**{flag: str(tmp_path / "f.txt")})
+        with pytest.raises(UsageError, match=f"--{flag}=.*f.txt: expected a name that ends in {suffixes}"):
+            evaluate.evaluate(run, config, tmp_path / "out", wanted, quiet=True)
