@@ -81,7 +81,7 @@ def test_the_training_is_pytorchs(run, full):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])
     compute = jax.jit(views.features)
     batches, losses = views.fresh(0), []
-    for epoch in range(3):
+    for _ in range(3):
         for step in range(4):
             batch = next(batches)
             assert batch["weight"].sum() == (16 if step < 3 else 12)
