@@ -402,9 +402,13 @@ def validate(config: Config, devices: int = 1) -> None:
         "epochs above 0, for example 120,160",
     )
     check(evaluation.temperature > 0, "eval.temperature", evaluation.temperature, "a number above 0")
-    check(linear.lr and min(linear.lr) > 0, "linear.lr", linear.lr, "numbers above 0, for example 1,10,30")
+
+    def numbers(values):
+        return len(values) > 0 and all(isinstance(value, int | float) for value in values)
+
+    check(numbers(linear.lr) and min(linear.lr) > 0, "linear.lr", linear.lr, "numbers above 0, for example 1,10,30")
     check(
-        linear.weight_decay and min(linear.weight_decay) >= 0,
+        numbers(linear.weight_decay) and min(linear.weight_decay) >= 0,
         "linear.weight_decay",
         linear.weight_decay,
         "numbers of at least 0, for example 0,1e-6",

@@ -96,7 +96,7 @@ def read_out_workdir(workdir: str | os.PathLike, name: str | None = None) -> Rea
     Raises:
       UsageError: if there is no run or no checkpoint there, or its images have no labels.
     """
-    of = subject.load(workdir)
+    of = subject.load(workdir, assembly.read_config(workdir))
     return read_out(name or method_name(of.config), of.config, of.frozen(jax.local_devices()[:1]), of.step)
 
 
@@ -229,13 +229,12 @@ def markdown(results: dict[str, list[Readouts]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(results: dict[str, list[Readouts]], directory: str | os.PathLike, extra: dict | None = None) -> None:
+def write(results: dict[str, list[Readouts]], directory: str | os.PathLike) -> None:
     """Writes suppression.json, suppression.md and suppression.png.
 
     Args:
       results: method -> its readouts.
       directory: to write into; made if it is not there.
-      extra: more for the JSON file.
 
     Raises:
       UsageError: if it cannot be written to.
@@ -245,8 +244,7 @@ def write(results: dict[str, list[Readouts]], directory: str | os.PathLike, extr
     directory = pathlib.Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps((extra or {}) | summary(results), indent=2)
-        (directory / "suppression.json").write_text(text + "\n")
+        (directory / "suppression.json").write_text(json.dumps(summary(results), indent=2) + "\n")
         (directory / "suppression.md").write_text(markdown(results))
         errors = {name: each for name, rows in results.items() if (each := standard_errors(rows))}
         means = [mean(name, rows) for name, rows in results.items()]
@@ -255,23 +253,38 @@ def write(results: dict[str, list[Readouts]], directory: str | os.PathLike, extr
         raise UsageError(f"{directory} cannot be written to ({error.strerror}): pass an --output that can") from None
 
 
-def main(arguments: list[str]) -> int:
-    """Reads out the runs named; returns the exit status."""
+def compare(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict[str, list[Readouts]]:
+    """Reads out runs, method by method, prints the table and writes the report.
+
+    Args:
+      workdirs: of the runs; those of the first method also say what the untrained network is.
+      output: directory of the report.
+
+    Returns:
+      Method -> its readouts, "untrained" first.
+
+    Raises:
+      UsageError: if a workdir is no run, or named twice, or the report cannot be written.
+    """
     from ifm_jax.evaluation import report
 
-    if not arguments:
-        raise UsageError("no workdir is named: expected one or more, of training runs")
-    groups = grouped(arguments)
-    results = {"untrained": []}
-    for name, workdirs in groups.items():
-        results[name] = [read_out_workdir(workdir, name) for workdir in workdirs]
+    groups = grouped(workdirs)
     first = next(iter(groups.values()))
-    results["untrained"] = [read_out_untrained(assembly.read_config(workdir)) for workdir in first]
+    results = {"untrained": [read_out_untrained(assembly.read_config(workdir)) for workdir in first]}
+    for name, members in groups.items():
+        results[name] = [read_out_workdir(workdir, name) for workdir in members]
     report.print_table([mean(name, rows) for name, rows in results.items()])
     print(markdown(results))
-    output = flags.FLAGS.output
     write(results, output)
     print(f"Written to {output}: suppression.json, suppression.md, suppression.png.")
+    return results
+
+
+def main(arguments: list[str]) -> int:
+    """Reads out the runs named; returns the exit status."""
+    if not arguments:
+        raise UsageError("no workdir is named: expected one or more, of training runs")
+    compare(arguments, flags.FLAGS.output)
     return 0
 
 
