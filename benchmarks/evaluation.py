@@ -1,10 +1,11 @@
-"""What evaluation costs: a sweep of classifiers against one, nearest neighbours against a loop, evaluating now and then.
+"""What evaluation costs: a sweep of classifiers, nearest neighbours, evaluating now and then while pre-training.
 
     python -m benchmarks.evaluation [--json=FILE]
 
 The sweep: one step of linear evaluation (features of a batch of crops, then every classifier's update) with 1 and with
-16 classifiers, alternating. Nearest neighbours: 5,000 queries in a bank of 5,000 x 512 features, against NumPy, query by
-query. Now and then: steps of pre-training with `eval.every`, without the evaluations themselves, against a run without.
+16 classifiers, alternating. Nearest neighbours: 5,000 queries in a bank of 5,000 x 512 features, against a loop over the
+queries in NumPy. Now and then: steps of pre-training with `eval.every`, without the evaluations themselves, against
+those of a run without.
 """
 
 import statistics
