@@ -46,14 +46,14 @@ _JOIN_HOSTS = command.define_hosts()
 
 def main(arguments: list[str]) -> int:
     """Evaluates; returns the exit status."""
-    from ifm_jax.evaluation import evaluate
-
     command.refuse_arguments(arguments)
     if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
         raise UsageError("expected either --workdir, the directory of a training run, or --pretrained, a checkpoint")
     path = _WORKDIR.value or _PRETRAINED.value
     output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or pathlib.Path("runs") / _name(path))
     _JOIN_HOSTS()
+    from ifm_jax.evaluation import evaluate  # with scikit-learn and matplotlib, once it is known what is wanted
+
     wanted = evaluate.Wanted(
         fast=_FAST.value,
         knn=_KNN.value,

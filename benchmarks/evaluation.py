@@ -3,9 +3,9 @@
     python -m benchmarks.evaluation [--json=FILE]
 
 The sweep: one step of linear evaluation (features of a batch of crops, then every classifier's update) with 1 and with
-16 classifiers, alternating. Nearest neighbours: 5,000 queries in a bank of 5,000 x 512 features, against a loop over the
-queries in NumPy. Now and then: steps of pre-training with `eval.every`, without the evaluations themselves, against
-those of a run without.
+16 classifiers, alternating. Nearest neighbours: 5,000 queries in a bank of 5,000 x 512 features, against a loop over
+them in NumPy. Now and then: steps of pre-training with `eval.every`, without the evaluations themselves, against those
+of a run without.
 """
 
 import statistics

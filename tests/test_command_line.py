@@ -56,16 +56,17 @@ def test_a_run_with_the_default_workdir(finished):
 
 
 def test_eval_linear(finished):
+    """A sweep over one label, and a field of the run's own config changed, from the command line."""
     workdir, _ = finished
-    done = run("eval_linear.py", f"--workdir={workdir}")
+    fields = ["data.label=texture", "linear.lr=0.1,1", "linear.epochs=2", "linear.batch_size=32"]
+    done = run("eval_linear.py", f"--workdir={workdir}", *(f"--config.{field}" for field in fields))
     assert done.returncode == 0, done.stderr
-    results = json.loads((workdir / "results.json").read_text())
-    assert set(results) == {"untrained", "trifeature"}
-    assert results["trifeature"]["step"] == 8
-    for row in results.values():
-        assert set(row["accuracy"]) == {"shape", "texture", "color"}
-        assert row["worst"] == min(row["accuracy"].values())
-    assert "texture" in done.stdout
+    assert done.stderr == ""
+    assert "Linear evaluation of 'texture' (full protocol)" in done.stdout
+    found = json.loads((workdir / "results.json").read_text())["linear_full"]
+    assert (found["step"], found["texture"]["protocol"]) == (8, "full")
+    assert [head["lr"] for head in found["texture"]["heads"]] == [0.1, 1.0]
+    assert {"config.json", "metrics.jsonl", "curves.png", "checkpoints"} <= set(os.listdir(workdir / "linear-full"))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,9 @@ def test_eval_linear(finished):
         ("train.py", ["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written to"),
         ("train.py", ["--config.data.source=folder:/nowhere"], "data.source='folder:/nowhere'"),
         ("eval_linear.py", ["--workdir=/nowhere"], "/nowhere/config.json is not there"),
-        ("eval_linear.py", [], "--workdir is missing"),
+        ("eval_linear.py", [], "expected either --workdir, the directory of a training run, or --pretrained"),
+        ("eval_linear.py", ["--pretrained=/nowhere.pth"], "/nowhere.pth is not there"),
+        ("eval_linear.py", ["--pretrained=x", "--config.linear.rate=1"], "there is no config field 'rate'"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(tmp_path, script, arguments, message):
