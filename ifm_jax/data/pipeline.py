@@ -20,6 +20,7 @@ from ifm_jax.data.sources import Source, ViewSource
 from ifm_jax.errors import UsageError
 
 _ENDLESS = 2**62  # batches
+_ORDER, _CROPS = 0, 1  # what random numbers are for
 _BAD = "bad"  # what a batch says of unreadable images, taken out before it is handed on
 
 
@@ -85,11 +86,7 @@ def training_batches(
     """
     size = min(size, len(source)) if size else len(source)
     steps = steps_per_epoch(size, batch_size, remainder=remainder)
-    whole = size if remainder else steps * batch_size
 
-    # Shuffled and repeated, the place of an example in the endless stream says which image it is. Its random numbers
-    # are drawn for a whole global batch at once and depend on its place too, so that hosts do not count.
-    examples = grain.MapDataset.range(size).seed(seed).shuffle()[:whole].repeat()
     cuts = isinstance(source, ViewSource)
     threads = threads or (max(1, _processors() // max(1, processes)) if cuts else 2)
     if cuts:
@@ -98,7 +95,7 @@ def training_batches(
     else:
         load, readers, ahead = _LookUp(source, indices), threads, 2 * threads
 
-    piece = _Piece(examples, batch_size, host, hosts, (steps, whole) if remainder else None)
+    piece = _Piece(_Order(size, seed), steps, batch_size, host, hosts, remainder)
     batches = grain.MapDataset.range(start, _ENDLESS).map(piece).map(load)
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead))
     if processes:
@@ -145,29 +142,45 @@ class _Part:
         return batch
 
 
+class _Order:
+    """The order of the images: a fresh permutation in every epoch, whatever part of it is asked for."""
+
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+        self._known: tuple[int, np.ndarray] | None = None  # an epoch and its permutation
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """Returns int64 `(size,)`."""
+        known = self._known
+        if known is None or known[0] != epoch:
+            rng = _rng(self._seed, _ORDER, epoch)
+            self._known = known = epoch, rng.permutation(self._size)
+        return known[1]
+
+
 class _Piece:
     """From the number of a batch to what is this host's of it."""
 
-    def __init__(
-        self, examples: grain.MapDataset, batch_size: int, host: int, hosts: int, epoch: tuple[int, int] | None
-    ):
-        self._examples, self._batch_size, self._host, self._local = examples, batch_size, host, batch_size // hosts
-        self._epoch = epoch  # its batches and its examples, if they are no multiple of each other
+    def __init__(self, order: _Order, steps: int, batch_size: int, host: int, hosts: int, remainder: bool):
+        self._order, self._steps, self._batch_size, self._remainder = order, steps, batch_size, remainder
+        self._first, self._local = host * (batch_size // hosts), batch_size // hosts
 
     def __call__(self, number: int) -> _Part:
+        epoch, within = divmod(number, self._steps)
+        order = self._order(epoch)
         # A contiguous piece, as the placement over the devices has it.
-        first = self._host * self._local
-        places, weights = np.arange(first, first + self._local), None
-        if self._epoch is None:
-            places += number * self._batch_size
-        else:
-            steps, size = self._epoch
-            epoch, within = divmod(number, steps)
-            count = min(self._batch_size, size - within * self._batch_size)
+        places, begin = np.arange(self._first, self._first + self._local), within * self._batch_size
+        weights = None
+        if self._remainder:
+            count = min(self._batch_size, len(order) - begin)
             weights = (places < count).astype(np.float32)
-            places = epoch * size + within * self._batch_size + np.minimum(places, count - 1)
-        images = np.array([self._examples[place] for place in places.tolist()])
-        return _Part(number, first, images, weights)
+            places = np.minimum(places, count - 1)
+        return _Part(number, self._first, order[begin + places], weights)
+
+
+def _rng(seed: int, *where: int) -> np.random.Generator:
+    """Returns the random numbers of one thing, which depend on nothing but the seed and what it is."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *where))))
 
 
 class _LookUp:
@@ -197,8 +210,9 @@ class _Cutter:
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "views")  # ends with its last reference
         count, side, crops = len(part.images), self._source.image_size, self._source.random_crops
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, part.number))))
-        uniforms = rng.random((self._batch_size, crops.draws))[part.first : part.first + count].tolist()
+        # Drawn for the whole global batch, so that hosts do not count.
+        uniforms = _rng(self._seed, _CROPS, part.number).random((self._batch_size, crops.draws))
+        uniforms = uniforms[part.first : part.first + count].tolist()
         names = ("query", "key") if crops.count == 2 else ("image",)
         views = {name: np.empty((count, side, side, 3), np.uint8) for name in names}
         images, bad = part.images.copy(), []
