@@ -1,0 +1,290 @@
+"""The compiled training step against PyTorch's on the same device: same network, shapes and method, in one run.
+
+    python -m benchmarks.train_step [--json=FILE] [--profile=DIR] [--cases=resnet8:32:256,...] [--rounds=9]
+
+Variants, one step of each in turn, in another order every round: this package with IFM and with MoCo; PyTorch with IFM
+(a) as published, float32 and contiguous, and (b) as strong as it gets: bfloat16 autocast, channels_last,
+torch.compile, fused SGD. Here the step computes in float32 on a CPU, in bfloat16 elsewhere. The views are given (float,
+normalised), so that augmentation, which PyTorch does elsewhere, is on neither side; BatchNorm has one group.
+
+For each: median and quartiles of a step's milliseconds, images/s, compile time, memory that the compiled program needs
+(PyTorch's peak on CUDA), and ours' model FLOPs a second. Then the share of a step's time by its parts, measured by
+leaving them out. `--profile=DIR` writes a trace of three steps for TensorBoard or Perfetto.
+
+Takes jax, flax, optax and numpy; PyTorch for the peers.
+"""
+
+import dataclasses
+import importlib.util
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks import reporting
+from ifm_jax import command, losses, optim, queue, state
+from ifm_jax.errors import UsageError
+from ifm_jax.models import Encoder
+from ifm_jax.models.resnet import ARCHITECTURES
+from ifm_jax.pretrain import PretrainStep
+
+_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
+_PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of three steps of the first case.")
+_CASES = flags.DEFINE_list("cases", None, "ARCH:PIXELS:BATCH, ...; what fits the device if not given.")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "How often everything is timed.")
+
+DIM = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network at a size.
+
+    Attributes:
+      arch: of `ARCHITECTURES`.
+      pixels: side of a view.
+      batch: images of a step.
+    """
+
+    arch: str
+    pixels: int
+    batch: int
+
+    @property
+    def stem(self) -> str:
+        """The stem that fits the size."""
+        return "imagenet" if self.pixels > 96 else "small_stride2" if self.arch == "resnet8" else "imagenet"
+
+    @property
+    def queue_size(self) -> int:
+        """K."""
+        return 65536 if self.pixels > 96 else 16 * self.batch
+
+    def __str__(self) -> str:
+        return f"{self.arch}, {self.pixels} px, batch {self.batch}"
+
+
+def _views(case: Case) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (case.batch, case.pixels, case.pixels, 3)
+    return {name: rng.normal(size=shape).astype(np.float32) for name in ("query", "key")}
+
+
+def _encoder(case: Case) -> Encoder:
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return Encoder(arch=case.arch, stem=case.stem, dim=DIM, compute_dtype=dtype)
+
+
+def _step(case: Case, method: str) -> PretrainStep:
+    return PretrainStep(
+        encoder=_encoder(case),
+        optimizer=optim.sgd(0.9, 1e-4),
+        learning_rates=np.full(1_000_000, 0.03),
+        augment=lambda rngs, images: images,
+        rng=jax.random.key(0),
+        method=method,
+        shuffle=False,
+    )
+
+
+def _ours(case: Case, method: str) -> tuple[Callable[[], None], dict]:
+    """Returns what takes a step and waits for it, and what is known of the program."""
+    step = _step(case, method)
+    begin = jax.jit(lambda: state.create(jax.random.key(0), step.encoder, step.optimizer, case.queue_size))()
+    batch = jax.device_put(_views(case))
+    begun = time.perf_counter()
+    program = step.jit().lower(begin, batch).compile()
+    seconds = time.perf_counter() - begun
+    memory = program.memory_analysis()
+    held = [begin]
+
+    def run() -> None:
+        held[0], metrics = program(held[0], batch)
+        jax.block_until_ready(metrics)
+
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    known = {"compile s": seconds, "bytes": peak - memory.alias_size_in_bytes}
+    return run, known | {"flops": _flops(program)}
+
+
+def _flops(program) -> float | None:
+    analysis = program.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return analysis.get("flops") if analysis else None
+
+
+def _torchs(case: Case, best: bool) -> tuple[Callable[[], None], dict]:
+    """Returns the same of PyTorch's step, with IFM."""
+    import torch
+
+    from benchmarks.torch_moco import Step
+
+    cuda = jax.default_backend() == "gpu" and torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    step = Step(case.arch, case.stem, DIM, case.queue_size, "ifm", best, device)
+    layout = torch.channels_last if best else torch.contiguous_format
+    query, key = (
+        torch.tensor(view.transpose(0, 3, 1, 2)).to(device).contiguous(memory_format=layout)
+        for view in _views(case).values()
+    )
+
+    def run() -> None:
+        step(query, key)
+        if cuda:
+            torch.cuda.synchronize()
+
+    begun = time.perf_counter()
+    run()
+    known = {"compile s": time.perf_counter() - begun}
+    if cuda:
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        known["bytes"] = torch.cuda.max_memory_allocated()
+    return run, known
+
+
+def measure(case: Case, rounds: int) -> list[dict]:
+    """Returns a row for each variant of a case."""
+    variants = {"ifm_jax, IFM": _ours(case, "ifm"), "ifm_jax, MoCo": _ours(case, "moco")}
+    plain = ARCHITECTURES[case.arch].groups == 1 and ARCHITECTURES[case.arch].width_per_group == 64
+    if importlib.util.find_spec("torch") and plain:
+        variants["PyTorch, as published"] = _torchs(case, best=False)
+        try:
+            variants["PyTorch, best"] = _torchs(case, best=True)
+        except Exception as error:  # torch.compile needs a compiler that is not everywhere
+            print(f"PyTorch, best: left out ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
+    times = {name: [] for name in variants}
+    for number in range(rounds + 2):
+        for name in random.Random(number).sample(sorted(variants), len(variants)):
+            begun = time.perf_counter()
+            variants[name][0]()
+            if number > 1:
+                times[name].append(1e3 * (time.perf_counter() - begun))
+    rows = []
+    for name, (_, known) in variants.items():
+        low, median, high = statistics.quantiles(times[name], n=4)
+        row = {"case": str(case), "variant": name, "ms": median, "quartiles": [low, high], "times": times[name]}
+        row |= {"images_per_sec": case.batch / median * 1e3} | known
+        if known.get("flops"):
+            row["tflops_per_sec"] = known["flops"] / median / 1e9
+        rows.append(row)
+    return rows
+
+
+def parts(case: Case, rounds: int) -> dict:
+    """Returns what each part of a step takes, in milliseconds, compiled by itself."""
+    step = _step(case, "ifm")
+    begin = jax.jit(lambda: state.create(jax.random.key(0), step.encoder, step.optimizer, case.queue_size))()
+    batch = jax.device_put(_views(case))
+    embeddings = jax.nn.standardize(jax.random.normal(jax.random.key(1), (2, case.batch, DIM)))
+    embeddings = embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+    def forward(params, images):
+        return step.encoder(params, begin.batch_stats, images, train=True)[0]
+
+    def backward(params, images):
+        return jax.grad(lambda params: jnp.sum(forward(params, images) * embeddings[0]))(params)
+
+    def loss(query, key, negatives):
+        return jnp.mean(losses.ifm_info_nce(query, key, negatives, step.temperature, step.epsilon))
+
+    def update(params, gradient, opt_state):
+        direction, opt_state = step.optimizer.update(gradient, opt_state, params)
+        return optim.descend(params, direction, jnp.asarray(0.03)), opt_state
+
+    def momentum(key_params, params):
+        return jax.tree.map(lambda k, q: 0.999 * k + 0.001 * q, key_params, params)
+
+    programs = {
+        "forward": (forward, (begin.params, batch["query"])),
+        "forward and backward": (backward, (begin.params, batch["query"])),
+        "loss": (jax.value_and_grad(loss), (embeddings[0], embeddings[1], begin.queue)),
+        "optimiser": (update, (begin.params, begin.params, begin.opt_state)),
+        "momentum update": (momentum, (begin.key_params, begin.params)),
+        "enqueue": (queue.enqueue, (begin.queue, begin.queue_ptr, embeddings[1])),
+    }
+    row = {"case": str(case)}
+    for name, (function, arguments) in programs.items():
+        program = jax.jit(function).lower(*arguments).compile()
+        times = []
+        for _ in range(rounds + 1):
+            begun = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            times.append(1e3 * (time.perf_counter() - begun))
+        row[f"{name} ms"] = statistics.median(times[1:])
+    row["backward ms"] = max(row["forward and backward ms"] - row["forward ms"], 0.0)
+    return row
+
+
+def summary(rows: list[dict]) -> dict:
+    """Returns the ratios of the last case, the largest, and of each."""
+    cases = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["variant"]] = row
+    found = {}
+    for name, variants in cases.items():
+        ours, moco = variants["ifm_jax, IFM"], variants["ifm_jax, MoCo"]
+        ratios = [a / b for a, b in zip(ours["times"], moco["times"], strict=True)]
+        of_case = {"ifm_over_moco": statistics.median(ratios), "peak_bytes": ours["bytes"]}
+        for field, peer in (("vs_torch_original", "PyTorch, as published"), ("vs_torch_best", "PyTorch, best")):
+            if peer in variants:
+                of_case[field] = variants[peer]["ms"] / ours["ms"]
+        found[name] = of_case
+    return list(found.values())[-1] | {"cases": found}
+
+
+def _cases(given: list[str] | None) -> list[Case]:
+    if given is None:
+        backend = jax.default_backend()
+        given = ["resnet8:32:256", "resnet18:64:32"] if backend == "cpu" else ["resnet50:224:64", "resnet50:224:256"]
+    cases = []
+    for text in given:
+        try:
+            arch, pixels, batch = text.split(":")
+            cases.append(Case(arch, int(pixels), int(batch)))
+        except ValueError:
+            raise UsageError(f"--cases={text}: expected ARCH:PIXELS:BATCH, such as resnet50:224:256") from None
+        if arch not in ARCHITECTURES:
+            raise UsageError(f"--cases={text}: expected one of {', '.join(ARCHITECTURES)}")
+    return cases
+
+
+def main(arguments: list[str]) -> int:
+    """Measures and reports; returns the exit status."""
+    command.refuse_arguments(arguments)
+    reporting.check_path(_JSON.value)
+    cases, rounds = _cases(_CASES.value), _ROUNDS.value
+    rows, of_parts = [], []
+    for case in cases:
+        print(f"{case} ...", flush=True)
+        rows += measure(case, rounds)
+        of_parts.append(parts(case, rounds))
+    if _PROFILE.value:
+        run, _ = _ours(cases[0], "ifm")
+        run()
+        with jax.profiler.trace(_PROFILE.value):
+            for _ in range(3):
+                run()
+    columns = {"case": "", "variant": "", "ms": ".1f", "images_per_sec": ".0f", "compile s": ".1f"}
+    columns |= {"bytes": lambda value: f"{value / 2**20:.0f} MiB", "tflops_per_sec": ".2f"}
+    reporting.print_table("A training step", rows, columns)
+    names = [name for name in of_parts[0] if name.endswith(" ms")]
+    reporting.print_table("Its parts, each compiled by itself", of_parts, {"case": ""} | dict.fromkeys(names, ".1f"))
+    found = summary(rows)
+    ratios = [{"case": name} | values for name, values in found["cases"].items()]
+    columns = dict.fromkeys(("ifm_over_moco", "vs_torch_original", "vs_torch_best"), ".2f")
+    reporting.print_table(
+        "Ratios: time of IFM's step over MoCo's; our images/s over PyTorch's", ratios, {"case": ""} | columns
+    )
+    reporting.write(reporting.report("train_step", rows + of_parts, found, ["torch"]), _JSON.value)
+    return 0
+
+
+if __name__ == "__main__":
+    command.run(main)
