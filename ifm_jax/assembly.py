@@ -140,6 +140,7 @@ def make_step(config: Config, mesh: jax.sharding.Mesh, epoch_steps: int) -> Pret
         augment=make_augmentation(config),
         **method_fields(config),
         mesh=mesh,
+        queue_sharded=config.moco.queue_sharded,
     )
 
 

@@ -5,8 +5,11 @@ import os
 import re
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -35,6 +38,8 @@ def define_hosts() -> Callable[[], None]:
             sharding.initialize(coordinator.value, num_processes.value, process_id.value)
         except ValueError as error:
             raise UsageError(str(error)) from None
+        except RuntimeError as error:
+            raise RunError(f"the processes of the run did not find each other: {error}") from None
 
     return initialize
 
@@ -144,7 +149,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     argv = sys.argv if argv is None else argv
     name = os.path.basename(argv[0])
     # The libraries' own remarks are for their authors; what concerns the user is raised.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         status = main(_parse(argv)[1:])
     except UsageError as error:
@@ -155,8 +160,31 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         status = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         status = _say(name, "interrupted; what was saved is intact", 128 + signal.SIGINT)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            status = _say(name, f"{sharding.PEER_ENDED} ({str(error).strip().splitlines()[0][:200]})", 1)
+        else:
+            traceback.print_exc()
+            status = 1
     sys.stdout.flush()
+    if status and status < 128 and jax.distributed.is_initialized():
+        _leave_the_others(status)
     sys.exit(status or 0)
+
+
+def _leave_the_others(status: int) -> None:
+    """Ends a process of several that has failed, perhaps alone.
+
+    The ordinary end would wait for the others, which may wait for this one. Once process 0 is gone the runtime ends all
+    the others at once; where all of them have failed alike they have a few seconds to say so.
+    """
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())  # all is said; the runtime says more
+    if jax.process_index() == 0:
+        time.sleep(3.0)
+    os._exit(status)
 
 
 def _say(name: str, error: object, status: int) -> int:

@@ -25,11 +25,15 @@ FREE_ON_RESUME = (
     "steps",
     "log_every",
     "checkpoint_every",
+    "checkpoint_minutes",
+    "checkpoint_keep",
+    "checkpoint_best",
     "data.source",
     "data.classes",
     "data.workers",
     "data.processes",
     "data.max_bad",
+    "moco.queue_sharded",
 )
 
 
@@ -66,6 +70,7 @@ class MoCoConfig:
       temperature: tau (--moco-t).
       mlp: two-layer projection head, MoCo-v2's (--mlp).
       shuffle_bn: keys in a random order of the batch, so that BatchNorm does not tell a key from the negatives.
+      queue_sharded: each device holds its part of the queue, not all of it: for very large queues. The same results.
     """
 
     dim: int = 128
@@ -74,6 +79,7 @@ class MoCoConfig:
     temperature: float = 0.2
     mlp: bool = True
     shuffle_bn: bool = True
+    queue_sharded: bool = False
 
 
 @dataclasses.dataclass
@@ -269,6 +275,11 @@ class Config:
       seed: of everything random.
       log_every: steps between two lines of metrics.
       checkpoint_every: steps between two checkpoints; the last step is always saved.
+      checkpoint_minutes: most minutes between two checkpoints; 0: steps alone decide.
+      checkpoint_keep: how many of the newest checkpoints are kept.
+      checkpoint_best: the measure of `eval` (knn, linear, effective_rank, or one label's, knn/shape) whose best
+        checkpoint is kept beside them; each evaluation is saved then. Empty: none.
+      init_from: a run's workdir, one of its checkpoints or a .pth.tar, whose weights a new run starts with, at step 0.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -284,6 +295,10 @@ class Config:
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 0.0
+    checkpoint_keep: int = 3
+    checkpoint_best: str = ""
+    init_from: str = ""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -365,6 +380,8 @@ def validate(config: Config, devices: int = 1) -> None:
         ("seed", config.seed, 0),
         ("log_every", config.log_every, 1),
         ("checkpoint_every", config.checkpoint_every, 1),
+        ("checkpoint_minutes", config.checkpoint_minutes, 0),
+        ("checkpoint_keep", config.checkpoint_keep, 1),
         ("model.width", model.width, 0),
         ("model.bn_groups", model.bn_groups, 1),
         ("moco.dim", moco.dim, 1),
@@ -382,6 +399,14 @@ def validate(config: Config, devices: int = 1) -> None:
         ("linear.seed", linear.seed, 0),
     ):
         check(value >= least, name, value, f"at least {least}")
+    best = config.checkpoint_best
+    check(
+        not best or best == "effective_rank" or best.split("/")[0] in ("knn", "linear"),
+        "checkpoint_best",
+        best,
+        "knn, linear, effective_rank, or one label's, for example knn/shape",
+    )
+    check(not best or evaluation.every, "checkpoint_best", best, "eval.every of at least 1 with it: its epochs")
     check(0.0 <= moco.momentum <= 1.0, "moco.momentum", moco.momentum, "a number from 0 to 1")
     check(moco.temperature > 0, "moco.temperature", moco.temperature, "a number above 0 (MoCo-v2: 0.2)")
     check(ifm.epsilon >= 0, "ifm.epsilon", ifm.epsilon, "a number of at least 0 (the paper: 0.05 to 0.2)")

@@ -1,5 +1,6 @@
 """The loop around a compiled step: metrics, checkpoints, Ctrl-C; for pre-training and for the linear probe."""
 
+import collections
 import contextlib
 import math
 import pathlib
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from ifm_jax import metrics
 from ifm_jax.errors import RunError
@@ -33,8 +35,12 @@ def run(
     save: Callable[[State], None],
     log_every: int,
     checkpoint_every: int,
+    checkpoint_seconds: float = 0.0,
     evaluate: Callable[[State], Mapping[str, Any]] | None = None,
     evaluate_every: int = 0,
+    save_evaluated: bool = False,
+    vote: Callable[[np.ndarray], jax.Array] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[int, State]:
     """Takes steps until the last one, or until a signal stops it.
 
@@ -46,12 +52,16 @@ def run(
       first: steps done before.
       last_step: the step to end with.
       recorder: takes the metrics.
-      stop: says when to stop.
-      save: saves a state; called every `checkpoint_every` steps and at the end.
+      stop: says when to stop; afterwards its `signal` is the one all hosts have stopped for.
+      save: saves a state; called every `checkpoint_every` steps, every `checkpoint_seconds`, and at the end.
       log_every: steps between two lines of metrics.
       checkpoint_every: steps between two checkpoints.
+      checkpoint_seconds: most seconds between two checkpoints; 0: steps alone decide.
       evaluate: what it finds is added to the metrics of its step.
       evaluate_every: steps between two evaluations; 0: none.
+      save_evaluated: save after each evaluation too.
+      check: called after each step; raises what has gone wrong in the background.
+      vote: of several hosts: the elementwise maximum of what each of them gives, as `sharding.maximum_over_hosts`.
 
     Returns:
       The steps done in all, and the state after them.
@@ -60,7 +70,9 @@ def run(
       RunError: if a loss is not finite; nothing is saved of that step or after it.
     """
     step = first
-    while step < last_step and stop.signal is None:
+    found = None
+    decisions = _Decisions(stop, checkpoint_seconds, vote)
+    while step < last_step and not decisions.stop:
         state, step_metrics = step_fn(state, batch)
         step += 1
         recorder.add(step, step_metrics)
@@ -76,14 +88,51 @@ def run(
             recorder.flush(log_last=True, extra=found)
         else:
             recorder.progress.update(step)
-        if step % checkpoint_every == 0 and step < last_step:
+        check()
+        decisions.take()
+        due = step % checkpoint_every == 0 or decisions.save or (save_evaluated and found is not None)
+        if due and step < last_step and not decisions.stop:
             recorder.flush()  # a state is saved only once its losses are known to be finite
             save(state)
+            decisions.saved()
     recorder.flush()
     if step > first:
         save(state)
     recorder.draw()
     return step, state
+
+
+class _Decisions:
+    """What the number of a step does not decide, the clock and signals do; the same after the same step on all hosts.
+
+    Each host adds its own wish to every step, and all of them learn the outcome with the results of that step, a few
+    steps later: nobody waits, and a single host does nothing of this.
+    """
+
+    def __init__(self, stop: "StopSignals", seconds: float, vote: Callable[[np.ndarray], jax.Array] | None):
+        self.stop = self.save = False
+        self._signals, self._seconds, self._vote = stop, seconds, vote
+        self._votes: collections.deque[jax.Array] = collections.deque()
+        self._stale = 0
+        self._saved_at = time.monotonic()
+
+    def take(self) -> None:
+        """Decides, after a step, whether to stop, and whether to save."""
+        late = bool(self._seconds) and time.monotonic() - self._saved_at >= self._seconds
+        number = int(self._signals.signal or 0)
+        if self._vote is not None:
+            self._votes.append(self._vote(np.array([number, late], np.int32)))
+            number, late = np.asarray(self._votes.popleft()) if len(self._votes) > _STEPS_AHEAD else (0, False)
+            if number:
+                self._signals.signal = signal.Signals(int(number))
+            late = late and not self._stale
+            self._stale = max(self._stale - 1, 0)
+        self.stop, self.save = bool(number), bool(late)
+
+    def saved(self) -> None:
+        """Takes note of a checkpoint; what is on its way that wishes for one is from before it."""
+        self._saved_at = time.monotonic()
+        self._stale = len(self._votes)
 
 
 class Recorder:

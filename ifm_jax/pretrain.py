@@ -16,7 +16,7 @@ import optax
 from ifm_jax import losses, optim, queue, sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.models import Encoder
-from ifm_jax.state import TrainState
+from ifm_jax.state import TrainState, placements
 
 METHODS = ("moco", "ifm", "ifm_only")
 
@@ -41,6 +41,7 @@ class PretrainStep:
       alpha: weight of IFM's loss under "ifm".
       shuffle: keys are computed in a random order of the batch, so that the key's BatchNorm group is not the query's.
       mesh: the devices; None: wherever the arrays are.
+      queue_sharded: each device holds its part of the queue and compares all queries with it.
     """
 
     encoder: Encoder
@@ -55,6 +56,7 @@ class PretrainStep:
     alpha: float = 1.0
     shuffle: bool = True
     mesh: jax.sharding.Mesh | None = None
+    queue_sharded: bool = False
 
     def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         """Trains on one batch.
@@ -88,13 +90,18 @@ class PretrainStep:
         if self.shuffle:
             keys = self._split(keys[jnp.argsort(order)])
         keys = jax.lax.stop_gradient(keys)
+        all_keys = self._replicate(keys)  # every device writes its queue itself
 
         # 3. Loss against the queue as it was before this step's keys.
         query_views = self._split(self.augment(example_rngs(query_rng, place), query_images))
 
         def loss_fn(params):
             queries, batch_stats = self.encoder(params, state.batch_stats, query_views, train=True)
-            margin, rank = losses.contrast(queries, keys, state.queue, self.temperature)
+            positives = keys
+            if self.queue_sharded:
+                # All queries against each device's part of the queue; the compiler combines the parts' sums and ranks.
+                queries, positives = self._replicate(queries), all_keys
+            margin, rank = losses.contrast(queries, positives, state.queue, self.temperature)
             clean = jnp.mean(jax.nn.softplus(margin))
             ifm = jnp.mean(jax.nn.softplus(margin + losses.margin_shift(self.temperature, self.epsilon)))
             loss = {"moco": clean, "ifm": (clean + self.alpha * ifm) / (1 + self.alpha), "ifm_only": ifm}[self.method]
@@ -108,7 +115,7 @@ class PretrainStep:
         params = optim.descend(state.params, direction, lr)
 
         # 5. The newest keys replace the oldest.
-        new_queue, queue_ptr = queue.enqueue(state.queue, state.queue_ptr, self._replicate(keys))
+        new_queue, queue_ptr = queue.enqueue(state.queue, state.queue_ptr, all_keys, by_row=self.queue_sharded)
 
         state = TrainState(
             step=state.step + 1,
@@ -135,10 +142,9 @@ class PretrainStep:
         """Returns the compiled form, placed on the mesh; the state's memory is reused for the new state."""
         if self.mesh is None:
             return jax.jit(self.__call__, donate_argnums=0)
-        replicated, split = sharding.replicated(self.mesh), sharding.split(self.mesh)
-        return jax.jit(
-            self.__call__, donate_argnums=0, in_shardings=(replicated, split), out_shardings=(replicated, replicated)
-        )
+        state, batch = placements(self.mesh, self.queue_sharded), sharding.split(self.mesh)
+        metrics = sharding.replicated(self.mesh)
+        return jax.jit(self.__call__, donate_argnums=0, in_shardings=(state, batch), out_shardings=(state, metrics))
 
     def _split(self, x: jax.Array) -> jax.Array:
         return x if self.mesh is None else jax.lax.with_sharding_constraint(x, sharding.split(self.mesh))

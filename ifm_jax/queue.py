@@ -19,13 +19,17 @@ def create(rng: jax.Array, size: int, dim: int, dtype: jnp.dtype = jnp.float32) 
     return queue / jnp.linalg.norm(queue, axis=1, keepdims=True)
 
 
-def enqueue(queue: jax.Array, pointer: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+def enqueue(
+    queue: jax.Array, pointer: jax.Array, keys: jax.Array, *, by_row: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """Overwrites the oldest keys with the newest.
 
     Args:
       queue: `(K, dim)`.
       pointer: int32 scalar, the row of the oldest key; a multiple of N.
       keys: `(N, dim)` in global sample order, N a divisor of K.
+      by_row: every row decides for itself whether it is replaced. For a queue whose rows are split over devices: to
+        write a slice, the compiler would gather all of them on each device first.
 
     Returns:
       The queue with rows `pointer ... pointer + N - 1` replaced, and the next pointer `(pointer + N) mod K`.
@@ -36,5 +40,11 @@ def enqueue(queue: jax.Array, pointer: jax.Array, keys: jax.Array) -> tuple[jax.
     size, batch = queue.shape[0], keys.shape[0]
     if size % batch:
         raise ValueError(f"the queue size {size} must be a multiple of the number of keys {batch}")
-    queue = jax.lax.dynamic_update_slice_in_dim(queue, keys.astype(queue.dtype), pointer, axis=0)
+    keys = keys.astype(queue.dtype)
+    if by_row:
+        place = jnp.arange(size, dtype=jnp.int32) - pointer
+        newest = ((place >= 0) & (place < batch))[:, None]
+        queue = jnp.where(newest, keys[place % batch], queue)
+    else:
+        queue = jax.lax.dynamic_update_slice_in_dim(queue, keys, pointer, axis=0)
     return queue, (pointer + batch) % size

@@ -4,14 +4,25 @@ One global program: the step is written for the global batch on one device, `jax
 the one mesh axis, `data`; parameters, queue and optimiser state are on every device.
 """
 
+import ctypes
 import os
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
+
+# Seconds without a sign of life after which a process is taken for dead, and the others end.
+_HEARTBEAT_TIMEOUT = 30
+PEER_ENDED = (
+    "another process of the run has ended, or cannot be reached: see its own message; the same command on all hosts "
+    "goes on from the last checkpoint"
+)
 
 
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -35,9 +46,36 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             "give all three or none of them"
         )
     if all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
     elif _in_cluster():
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
+    else:
+        return
+    # JAX notes a SIGTERM for whoever asks it, which before the loop nobody does; the loop has a way of its own.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_in_one_line_on_abort()
+
+
+def _end_in_one_line_on_abort() -> None:
+    """Makes the end of a process whose peer has died one with a message and status 1.
+
+    JAX's runtime learns of it in a thread of its own and aborts, whatever Python is doing (on TPUs it is waiting for
+    the peer, for ever); it takes no callback (that of jaxlib 0.10 cannot be called: std::bad_cast). So the signal of
+    the abort is caught, beneath Python, whose own handlers would have to wait for the main thread.
+    """
+
+    def end(_):
+        os.write(sys.__stderr__.fileno(), f"\n{os.path.basename(sys.argv[0])}: {PEER_ENDED}\n".encode())
+        os._exit(1)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    _kept_alive.append(handler)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+
+
+_kept_alive: list = []
 
 
 def _in_cluster() -> bool:
@@ -82,3 +120,36 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     if jax.process_count() == 1:
         return jax.device_put(batch, placement)
     return {name: jax.make_array_from_process_local_data(placement, value) for name, value in batch.items()}
+
+
+def gather_text(text: str) -> list[str]:
+    """Returns the texts that all processes call this with, by process; a collective."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([mine.size], np.int32)).ravel()
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: mine.size] = mine
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def maximum_over_hosts(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
+    """Returns the function that gives the elementwise maximum of what each process calls it with; None on one.
+
+    A collective as small as there is; it returns at once, as all computations do.
+    """
+    if jax.process_count() == 1:
+        return None
+    placement, own = split(mesh), mesh.local_mesh.size
+    maximum = jax.jit(lambda rows: rows.max(axis=0), out_shardings=replicated(mesh))
+
+    def vote(values: np.ndarray) -> jax.Array:
+        return maximum(jax.make_array_from_process_local_data(placement, np.tile(values, (own, 1))))
+
+    return vote
+
+
+def place(tree, placement: NamedSharding):
+    """Returns host arrays, the same on every process, as global arrays of that placement; not a collective."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placement, lambda index, x=x: x[index]), tree)

@@ -16,12 +16,8 @@ import pathlib
 import shutil
 from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
-
+from ifm_jax import checkpoint, metrics
 from ifm_jax import config as configs
-from ifm_jax import metrics
 from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
@@ -130,19 +126,14 @@ def read(path: str | os.PathLike) -> Snapshot:
     """
     step_dir = _find(pathlib.Path(path).absolute())
     try:
-        handler = ocp.PyTreeCheckpointHandler()
-        # Asked for as NumPy arrays, so that the devices it was saved from do not matter.
-        wanted = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(step_dir / "state").tree
-        )
-        values = handler.restore(step_dir / "state", args=ocp.args.PyTreeRestore(restore_args=wanted))
+        values = checkpoint.read_arrays(step_dir)
         config = configs.from_dict(json.loads((step_dir / "config" / "metadata").read_text()))
         state = TrainState(**values)
     except UsageError:
         raise
     except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
         raise UsageError(
-            f"{step_dir}: the checkpoint cannot be read ({type(error).__name__}: {_first_line(error)}): "
+            f"{step_dir}: the checkpoint cannot be read ({type(error).__name__}: {checkpoint.first_line(error)}): "
             "delete it, so that the one before it is taken, or name another"
         ) from None
     workdir = step_dir.parent.parent
@@ -158,11 +149,10 @@ def _find(path: pathlib.Path) -> pathlib.Path:
         return path
     directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if directory.name == CHECKPOINTS:
-        # Orbax renames a checkpoint to its plain number once it is whole.
-        steps = [int(child.name) for child in directory.iterdir() if child.name.isdecimal()]
+        steps = checkpoint.steps(directory)
         if not steps:
             raise UsageError(f"{directory} holds no whole checkpoint yet: let the run reach its first")
-        return directory / str(max(steps))
+        return directory / str(steps[-1])
     raise UsageError(f"{path} holds no checkpoints: expected the workdir of a run, or one of its checkpoints")
 
 
@@ -228,7 +218,3 @@ def write(snapshot: Snapshot, directory: str | os.PathLike, overwrite: bool = Fa
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

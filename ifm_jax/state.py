@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ifm_jax import queue as key_queue
+from ifm_jax import sharding
 from ifm_jax.models import Encoder
 
 Tree = dict[str, Any]
@@ -58,3 +59,14 @@ def create(rng: jax.Array, encoder: Encoder, optimizer: optax.GradientTransforma
         queue_ptr=jnp.zeros((), jnp.int32),
         opt_state=optimizer.init(params),
     )
+
+
+def placements(mesh: jax.sharding.Mesh, queue_sharded: bool = False) -> TrainState:
+    """Returns where a state lies on the devices: a sharding for each field, standing for all arrays in it.
+
+    Args:
+      mesh: the devices.
+      queue_sharded: each device holds K / devices rows of the queue; otherwise all of them, as everything else.
+    """
+    everywhere = TrainState(*[sharding.replicated(mesh)] * len(TrainState._fields))
+    return everywhere._replace(queue=sharding.split(mesh)) if queue_sharded else everywhere

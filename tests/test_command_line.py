@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from ifm_jax import metrics
+from benchmarks import kill_resume
+from ifm_jax import checkpoint, metrics
 from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -129,6 +130,19 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
     first = small.without_speed(metrics.read(finished[0] / "metrics.jsonl"))[0]
     ours = small.without_speed(metrics.read(log))[0]
     assert ours["loss"] == first["loss"]
+
+
+def test_a_killed_run_ends_as_the_one_that_nobody_touched(tmp_path):
+    """The short form of benchmarks/kill_resume.py: killed soon after a save, then wherever it is a second later."""
+    environment_, steps = environment(), 40
+    killed = kill_resume.kill(tmp_path / "killed", steps, after=0.1, at_line=7, environment=environment_)
+    assert killed["doing"] in ("step", "save")
+    kill_resume.kill(tmp_path / "killed", steps, after=0.02, at_line=23, environment=environment_)
+    for name in ("killed", "whole"):
+        kill_resume.finish(tmp_path / name, steps, environment_)
+    found = kill_resume.compare(tmp_path / "killed", tmp_path / "whole", steps)
+    assert (found["lines"], found["lines_differ"], found["arrays_differ"]) == (steps, 0, 0)
+    assert checkpoint.steps(tmp_path / "killed" / "checkpoints") == [30, 35, 40]
 
 
 def test_help_lists_the_flags():

@@ -64,6 +64,27 @@ def test_lars_scales_matrices_only():
     np.testing.assert_allclose(direction["kernel"], ratio * decayed, rtol=1e-10)
 
 
+@pytest.mark.usefixtures("x64")
+def test_lars_is_that_of_mocos_third_version():
+    """Six steps against its update, written out in PyTorch; a parameter that starts at zero has no trust ratio yet."""
+    params, gradients, rates = problem()
+    params["zero"] = jnp.zeros((2, 3))
+    for gradient in gradients:
+        gradient["zero"] = jnp.ones((2, 3))
+    ours = trajectory(optim.make("lars", 0.9, 0.05), params, gradients, rates)
+    for name, start in params.items():
+        parameter, buffer = torch.tensor(np.asarray(start)), torch.zeros(start.shape, dtype=torch.float64)
+        for gradients_of_step, lr in zip(gradients, rates, strict=True):
+            update = torch.tensor(np.asarray(gradients_of_step[name]))
+            if parameter.ndim > 1:
+                update = update + 0.05 * parameter
+                norm = parameter.norm()
+                update = update * (1e-3 * norm / update.norm() if norm > 0 else 1.0)
+            buffer = 0.9 * buffer + update
+            parameter = parameter - lr * buffer
+        np.testing.assert_allclose(ours[name], parameter.numpy(), rtol=1e-10)
+
+
 def test_cosine_once_an_epoch_is_the_original_s():
     rates = optim.learning_rates(0.03, schedule="cosine", epochs=5, steps_per_epoch=3)
     expected = [0.5 * 0.03 * (1 + np.cos(np.pi * e / 5)) for e in range(5) for _ in range(3)]

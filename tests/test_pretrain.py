@@ -49,7 +49,7 @@ def fresh_state(step):
 
 def run(step, steps=STEPS):
     """Trains; returns the metrics of every step as arrays, and the last state."""
-    current = jax.device_put(fresh_state(step), sharding.replicated(step.mesh))
+    current = jax.device_put(fresh_state(step), state.placements(step.mesh, step.queue_sharded))
     batches = images()
     history, compiled = [], None
     for i in range(steps):
@@ -72,6 +72,35 @@ def test_the_number_of_devices_changes_nothing(groups, shuffle):
         for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(last_many), strict=True):
             scale = np.abs(np.asarray(a)).max()
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-10 * scale)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_queue_split_over_the_devices_changes_nothing():
+    """Six steps, in which a queue of three batches wraps twice."""
+    one, last, _ = run(make(1))
+    for devices in (2, 4, 8):
+        many, last_many, _ = run(make(devices, queue_sharded=True))
+        assert last_many.queue.addressable_shards[0].data.shape == (K // devices, 8)
+        for name in one:
+            np.testing.assert_allclose(many[name], one[name], rtol=1e-10, err_msg=f"{name} on {devices} devices")
+        for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(last_many), strict=True):
+            scale = np.abs(np.asarray(a)).max()
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-10 * scale)
+
+
+def test_memory_of_a_queue_falls_with_the_devices():
+    """No device holds all of it, nor in between: what a step computes takes no more than with all of it everywhere."""
+    size, devices = 65536, 8
+    held, computed = {}, {}
+    for sharded in (False, True):
+        step = make(devices, dtype="float32", queue_sharded=sharded)
+        batch = {"query": jax.ShapeDtypeStruct((N, SIZE, SIZE, 3), jnp.uint8)}
+        shapes = jax.eval_shape(lambda step=step: state.create(jax.random.key(1), step.encoder, step.optimizer, size))
+        memory = step.jit().lower(shapes, batch).compile().memory_analysis()
+        held[sharded], computed[sharded] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    whole = shapes.queue.size * 4
+    assert held[False] - held[True] == whole - whole // devices
+    assert computed[True] < computed[False] + whole / devices
 
 
 def test_first_step_in_float32_on_any_number_of_devices():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, metrics, snapshot, training
+from ifm_jax import assembly, metrics, snapshot, torch_checkpoint, training
 from ifm_jax.checkpoint import Checkpoints, abstract_state
 from ifm_jax.errors import RunError, UsageError
 from tests import small
@@ -84,8 +84,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, stop):
 def test_resumed_on_another_number_of_devices(tmp_path):
     double = {"model__compute_dtype": "float64", "steps": 6}
     train(small.config(**double), tmp_path / "whole", devices=1)
-    train(small.config(**double | {"steps": 3}), tmp_path / "parts", devices=8)
-    train(small.config(**double), tmp_path / "parts", devices=2)
+    train(small.config(**double | {"steps": 2}), tmp_path / "parts", devices=8)
+    train(small.config(**double | {"steps": 4}), tmp_path / "parts", devices=2)
+    train(small.config(**double), tmp_path / "parts", devices=1)
     whole, parts = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(whole, parts, strict=True):
@@ -176,6 +177,38 @@ def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
     train(small.config(steps=1), tmp_path)
     ours, theirs = (metrics.read(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path, finished))
     assert ours != theirs
+
+
+@pytest.mark.parametrize("given", ["run", "other head", "torch"])
+def test_init_from(finished, tmp_path, given, capsys):
+    """A new run, at step 0, with the weights of another; what that lacks is new, and said."""
+    trained = final_state(finished)
+    config, path, taken = small.config(steps=1, moco__momentum=1.0), finished, "query encoder; key encoder; queue"
+    if given == "other head":
+        config.moco.dim, config.moco.queue_size = 16, 32
+        taken = "query encoder without its head (a new one); key encoder (a copy of the query encoder); a new queue"
+    elif given == "torch":
+        path = tmp_path / "only_query.pth.tar"
+        without = trained._replace(key_params=None, key_batch_stats=None, queue=None, queue_ptr=None, opt_state=None)
+        snapshot.write(snapshot.Snapshot(small.config(), jax.device_get(without)), tmp_path / "stripped")
+        torch_checkpoint.to_torch(tmp_path / "stripped", path)
+        taken = "query encoder; key encoder (a copy of the query encoder); a new queue"
+    config.init_from = str(path)
+    training.train(config, tmp_path / "new", devices=jax.devices()[:1])
+    assert f"Starting with {path}: {taken}." in capsys.readouterr().out
+    state = final_state(tmp_path / "new")  # after one step: with momentum 1 the key encoder is the one it began with
+    assert int(state.step) == 1
+    assert [r["step"] for r in metrics.read(tmp_path / "new" / "metrics.jsonl")] == [1]
+    if given == "run":
+        small.assert_same(state.key_params, trained.key_params)
+        np.testing.assert_array_equal(state.queue[16:], trained.queue[16:])
+    else:
+        small.assert_same(state.key_params["conv1"], trained.params["conv1"])
+
+
+def test_init_from_another_network_is_refused(finished, tmp_path):
+    with pytest.raises(UsageError, match=r"the config does not fit .*\(model.width=8, there 4\)"):
+        train(small.config(model__width=8, init_from=str(finished)), tmp_path)
 
 
 def test_an_incomplete_conversion_cannot_be_gone_on_from(tmp_path):

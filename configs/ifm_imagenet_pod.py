@@ -1,0 +1,55 @@
+"""IFM on ImageNet in batches of 4096, on a TPU slice of 64 chips: LARS, warm-up, the rate scaled with the batch.
+
+    python train.py --config=configs/ifm_imagenet_pod.py --config.data.source=tfds:imagenet2012 --workdir=runs/ifm_pod
+
+on every host of the slice (docs/pods.md, launch/). Read out with
+
+    python eval_linear.py --workdir=runs/ifm_pod
+
+UNTESTED AT SCALE: compiled for its topology, never run. LARS, its base rate (0.3 for 256 images, made 4.8 by linear
+scaling), weight decay 1e-6 and ten epochs of warm-up are those of MoCo-v3's code for ResNet-50 at this batch
+(github.com/facebookresearch/moco-v3, CONFIG.md and the defaults of main_moco.py), which has another loss and no queue.
+64 BatchNorm groups of 64 images, one a chip; m = 0.99, a sixteenth of the updates; the rest is MoCo-v2's and IFM's.
+Another batch: --config.batch_size, --config.model.bn_groups (64 images each), and
+--config.optim.lr=0.3 * batch_size / 256.
+
+Hardware: 64 chips of TPU v5e (8x8), or any slice whose number of chips divides 4096 and whose memory suffices:
+
+    python -m benchmarks.tpu_plan --config=configs/ifm_imagenet_pod.py --topology=v5e:8x8
+
+By it, 4.2 GiB of 16 a chip; for 200 epochs 0.2 hours at peak compute, 1.4 by the roofline, neither of them measured.
+64 chips that train so fast want some 40,000 images a second from 8 or 16 hosts (docs/data.md: `data_wait`).
+Expected: no figure. Compare with --config.ifm.method=moco before you rely on IFM, and try the rate first.
+"""
+
+from ifm_jax import optim
+from ifm_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the recipe."""
+    config = Config()
+
+    config.model.arch = "resnet50"
+    # 64 images a group, as in the recipe for ImageNet-100 (512 in 8 groups).
+    config.model.bn_groups = 64
+    config.moco.queue_size = 65536  # 16 batches
+    config.moco.momentum = 0.99
+    config.moco.temperature = 0.2
+    config.ifm.method = "ifm"
+    config.ifm.epsilon = 0.1
+
+    config.optim.name = "lars"
+    config.optim.lr = optim.scaled_learning_rate(0.3, 4096)  # 4.8
+    config.optim.weight_decay = 1e-6
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 10.0
+    config.optim.per_step = True
+
+    config.data.source = "folder:"  # given on the command line
+    config.data.image_size = 224
+    config.data.augmentation = "moco_v2"
+
+    config.batch_size = 4096
+    config.epochs = 200
+    return config

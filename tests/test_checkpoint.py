@@ -1,0 +1,182 @@
+"""Checkpoints: damage is found, leftovers are cleared away, what is kept, what happens when one cannot be written."""
+
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ifm_jax import assembly, checkpoint, metrics, training
+from ifm_jax.checkpoint import Checkpoints
+from ifm_jax.errors import RunError, UsageError
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state of step 0 on the host."""
+    return jax.device_get(jax.jit(assembly.state_creator(small.config()))())
+
+
+def at(state, step):
+    return state._replace(step=np.int32(step))
+
+
+def save(directory, state, *steps, found=None, **options):
+    with Checkpoints(directory, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(at(state, step), {}, found and found[step])
+        checkpoints.wait()
+
+
+def shapes(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), state)
+
+
+def test_every_truncated_or_missing_file_is_noticed_or_does_no_harm(state, tmp_path):
+    """Whichever file of a checkpoint is cut in half or gone: the one before it, or the very same state."""
+    save(tmp_path / "whole", state, 1, 2)
+    files = [file for file in sorted((tmp_path / "whole" / "2").rglob("*")) if file.is_file()]
+    noticed = 0
+    for file in files:
+        for cut in (True, False):
+            shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+            target = tmp_path / "copy" / file.relative_to(tmp_path / "whole")
+            target.write_bytes(target.read_bytes()[: target.stat().st_size // 2]) if cut else target.unlink()
+            found, damaged = checkpoint.newest_whole(tmp_path / "copy", shapes(state))
+            if damaged:
+                noticed += 1
+                assert list(damaged) == [2]
+            small.assert_same(found, at(state, 1 if damaged else 2))
+    assert noticed >= 6
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_new_start(state, tmp_path):
+    save(tmp_path, state, 3, 4)
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / str(step) / "state")
+    with pytest.raises(UsageError, match=r"none of its checkpoints \(3, 4\) can be read .*: put one that can there"):
+        checkpoint.newest_whole(tmp_path, shapes(state))
+
+
+def test_another_network_s_checkpoint_is_no_whole_one(state, tmp_path):
+    other = jax.eval_shape(assembly.state_creator(small.config(moco__dim=16)))
+    save(tmp_path, state, 1)
+    with pytest.raises(UsageError, match=r"expected float32\[16\], there float32\[8\]"):
+        checkpoint.newest_whole(tmp_path, other)
+
+
+def test_one_that_was_being_written_is_not_picked_up_and_cleared_away(state, tmp_path):
+    save(tmp_path, state, 1)
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1", unfinished)
+    assert checkpoint.steps(tmp_path) == [1]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        checkpoints.save(at(state, 2), {})
+    assert not unfinished.exists()
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_the_last_n_and_the_best_are_kept(state, tmp_path):
+    found = {step: {"knn": value, "linear": 0.0} for step, value in ((1, 10.0), (2, 30.0), (3, 20.0), (4, 20.0))}
+    save(tmp_path / "best", state, 1, 2, 3, 4, found=found, keep=1, best="knn")
+    assert checkpoint.steps(tmp_path / "best") == [2, 4]
+    # Another process knows it too; a checkpoint without an evaluation is not the best.
+    save(tmp_path / "best", state, 5, keep=1, best="knn")
+    assert checkpoint.steps(tmp_path / "best") == [2, 5]
+    save(tmp_path / "newest", state, 1, 2, 3, keep=2)
+    assert checkpoint.steps(tmp_path / "newest") == [2, 3]
+
+
+def test_set_aside_twice(state, tmp_path):
+    for expected in ("7", "7.1"):
+        save(tmp_path / "checkpoints", state, 7)
+        assert checkpoint.set_aside(tmp_path / "checkpoints", 7) == tmp_path / "damaged" / expected
+        assert checkpoint.steps(tmp_path / "checkpoints") == []
+
+
+def train(workdir, **fields):
+    return training.train(small.config(epochs=3, **fields), workdir, devices=jax.devices()[:1], quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Eight steps of twelve, checkpoints at 3, 6 and 8."""
+    workdir = tmp_path_factory.mktemp("run")
+    train(workdir, steps=8)
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_one(finished, copy, capsys):
+    """It says so, redoes the steps since, and ends as if nothing had happened."""
+    for step in (6, 8):
+        for file in (copy / "checkpoints" / str(step)).rglob("ocdbt.process_0/d/*"):
+            file.write_bytes(file.read_bytes()[:100])
+    training.train(small.config(epochs=3, steps=8), copy, devices=jax.devices()[:1])
+    said = capsys.readouterr().out
+    assert "The checkpoint of step 8 is damaged (" in said
+    assert f"moved to {copy / 'damaged' / '6'}" in said
+    assert "Going on after step 3 of 8" in said
+    ours, theirs = (small.without_speed(metrics.read(d / "metrics.jsonl")) for d in (copy, finished))
+    assert ours == theirs
+    states = [checkpoint.read_arrays(d / "checkpoints" / "8") for d in (copy, finished)]
+    small.assert_same(*states)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(copy, monkeypatch):
+    """A limit on the size of a file stands for it: what the checkpoint's data meet is an error as they are written."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_ = Checkpoints.save
+
+    def save_on_full_disk(self, *arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
+        save_(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", save_on_full_disk)
+    try:
+        with pytest.raises(RunError, match=r"checkpoint.* cannot be written to .*checkpoints \(.*; those"):
+            train(copy, checkpoint_every=1, log_every=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    like = jax.eval_shape(assembly.state_creator(small.config()))
+    assert checkpoint.newest_whole(copy / "checkpoints", like)[0].step == 8
+
+
+def test_removed_checkpoints_end_the_run(copy, monkeypatch):
+    save_ = Checkpoints.save
+
+    def remove_then_save(self, *arguments):
+        shutil.rmtree(self.directory)
+        save_(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", remove_then_save)
+    with pytest.raises(RunError, match="checkpoints were removed while the run was on: stopped at step 9"):
+        train(copy, checkpoint_every=9)
+
+
+def test_a_workdir_that_cannot_be_written_to_any_more(copy, monkeypatch):
+    def read_only(*_):
+        raise OSError(30, "Read-only file system", "metrics.jsonl")
+
+    monkeypatch.setattr(metrics.MetricsLog, "write", read_only)
+    with pytest.raises(
+        RunError, match=r"cannot be written to.*\(Read-only file system metrics.jsonl\); what was saved is"
+    ):
+        train(copy)
+
+
+def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
+    saved = []
+    save_ = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, s, *rest: (saved.append(int(s.step)), save_(self, s, *rest)))
+    train(tmp_path, checkpoint_minutes=1e-9, checkpoint_every=1000, steps=3)
+    assert saved == [1, 2, 3]
