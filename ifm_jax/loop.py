@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import math
 import pathlib
 import signal
@@ -20,6 +21,21 @@ _STEPS_AHEAD = 2
 _CURVES_EVERY = 60.0  # seconds
 
 State = TypeVar("State")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """How far a loop came that a signal stopped, saved.
+
+    Attributes:
+      step: updates done.
+      total_steps: updates it is to do.
+      stopped_by: the signal.
+    """
+
+    step: int
+    total_steps: int
+    stopped_by: signal.Signals
 
 
 def run(

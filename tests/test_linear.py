@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -122,10 +123,17 @@ def test_features_do_not_depend_on_devices_or_batch(run, devices):
 
 
 def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatch):
-    plain = loop.run
-    monkeypatch.setattr(loop, "run", lambda *arguments, **options: plain(*arguments, **(options | {"last_step": 5})))
-    results(run, tmp_path / "probe")
-    monkeypatch.setattr(loop, "run", plain)
+    """SIGTERM arrives while the first epoch's end is evaluated; the step after it is the last."""
+    evaluate_held = linear._Held.evaluate
+
+    def interrupted(self, state):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate_held(self, state)
+
+    monkeypatch.setattr(linear._Held, "evaluate", interrupted)
+    stopped = results(run, tmp_path / "probe")
+    assert stopped == loop.Stopped(4, 12, signal.SIGTERM)
+    monkeypatch.undo()
     found = results(run, tmp_path / "probe")
     assert found == full[0]
     lines = [small.without_speed(metrics.read(path / "metrics.jsonl")) for path in (tmp_path / "probe", full[1])]

@@ -19,6 +19,7 @@ from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import diagnostics, export, knn, linear, readout, report, subject
 from ifm_jax.evaluation.features import extract
 from ifm_jax.evaluation.subject import Subject
+from ifm_jax.loop import Stopped
 
 RESULTS = "results.json"
 
@@ -58,7 +59,7 @@ def evaluate(
     *,
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
-):
+) -> Stopped | None:
     """Evaluates a checkpoint and adds what it finds to results.json.
 
     Args:
@@ -85,7 +86,7 @@ def evaluate(
     if wanted.fast or not others:
         protocol = "fast" if wanted.fast else "full"
         found = linear.run(of, output / f"linear-{protocol}", fast=wanted.fast, devices=devices, quiet=quiet)
-        if not isinstance(found, dict):
+        if isinstance(found, Stopped):
             return found
         say("")
         if not quiet and not jax.process_index():

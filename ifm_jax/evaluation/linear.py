@@ -112,7 +112,7 @@ def run(
     fast: bool = False,
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
-) -> dict[str, Result] | loop.StopSignals:
+) -> dict[str, Result] | loop.Stopped:
     """Trains classifiers on the frozen backbone, or goes on with what the directory holds.
 
     Args:
@@ -230,10 +230,12 @@ def run(
                 checkpoint_every=config.checkpoint_every,
                 evaluate=evaluate,
                 evaluate_every=epoch_steps,
+                vote=sharding.maximum_over_hosts(mesh),
+                check=checkpoints.check,
             )
             checkpoints.wait()
             if done < last_step:
-                return stop
+                return loop.Stopped(done, last_step, stop.signal)
     if frozen.digest() != digest:
         raise RunError("a tensor of the frozen backbone has changed: the evaluation is void; please report it")
     history = [record["heads"] for record in metrics.read(directory / "metrics.jsonl") if "heads" in record]
