@@ -41,7 +41,6 @@ _SHARED_WITHIN = 70.0
 # What each host may have of its own: where its images lie, and with what it reads them.
 _HOSTS_OWN = ("data.source", "data.classes", "data.workers", "data.processes")
 
-BAD_IMAGES = "bad_images.txt"  # in a workdir: the images that could not be read
 DATA = "data.json"  # in a workdir: which images the run is on
 
 
@@ -141,7 +140,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             hosts=jax.process_count(),
             threads=config.data.workers,
             processes=config.data.processes,
-            bad_images=BadImages(size, config.data.max_bad, workdir / BAD_IMAGES, progress.message),
+            bad_images=BadImages(size, config.data.max_bad, workdir / _bad_images_file(), progress.message),
         )
         stack.callback(batches.close)
         batch = sharding.put_batch(mesh, next(batches))
@@ -181,6 +180,12 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         )
         checkpoints.wait()
     return Result(step, last_step, stop.signal if step < last_step else None)
+
+
+def _bad_images_file() -> str:
+    """Returns the name of the list of images that this host could not read; every host meets others."""
+    number = jax.process_index()
+    return f"bad_images.{number}.txt" if number else "bad_images.txt"
 
 
 def _open(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
