@@ -1,5 +1,7 @@
 """Several processes: a run on two of them is the run of one."""
 
+import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -11,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from ifm_jax import checkpoint, metrics, sharding, snapshot
+from ifm_jax import checkpoint, metrics, sharding, snapshot, training
+from ifm_jax.errors import UsageError
 from tests.test_command_line import ROOT, SMALL, environment
 
 DOUBLE = "--config.model.compute_dtype=float64"
@@ -119,18 +122,37 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     assert statuses == [-signal.SIGKILL, 1]
     assert "train.py: another process of the run has ended" in errors[1]
 
-    # Nobody hangs where the two are not the same run.
-    statuses, _, errors = finish(start(two, *flags, of_process_1=["--config.ifm.epsilon=0.3"]))
-    assert statuses == [2, 2]
-    for error in errors:
-        assert error.startswith("train.py: the processes differ in ifm.epsilon: 0.1 on process 0, 0.3 on process 1: st")
-
     steps = len(metrics.read(log)) + 2
     statuses, outputs, errors = finish(start(two, *flags, f"--config.steps={steps}"))
     assert statuses == [0, 0], errors
     assert "Going on after step" in outputs[0]
     one_process(tmp_path / "one", *flags, f"--config.steps={steps}")
     assert_the_same_run(two, tmp_path / "one", steps)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"facts": {"seed": 0}}, {"facts": {"seed": 0}}], None),
+        ([{"facts": {"seed": 0}}, {"facts": {"seed": 1}}], "differ in seed: 0 on process 0, 1 on process 1: start all"),
+        ([{"facts": {"seed": 0}}, {"error": "no images"}], "process 1 cannot start: no images"),
+    ],
+)
+def test_hosts_that_disagree_do_not_start(monkeypatch, answers, message):
+    """The first is this one; what the second says is made up."""
+    said = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "gather_text", lambda text: said.append(text) or list(map(json.dumps, answers)))
+    with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=message):
+        assert training._together(lambda: "opened", lambda _: {"seed": 0}) == "opened"
+    assert said == [json.dumps(answers[0])]
+
+    def fails():
+        raise UsageError("a folder is missing")
+
+    with pytest.raises(UsageError, match="a folder is missing"):  # and the others are told
+        training._together(fails)
+    assert json.loads(said[1]) == {"error": "a folder is missing"}
 
 
 def test_a_single_process_joins_nothing(monkeypatch):
