@@ -122,6 +122,12 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     assert statuses == [-signal.SIGKILL, 1]
     assert "train.py: another process of the run has ended" in errors[1]
 
+    # Nobody hangs where the two are not the same run.
+    statuses, _, errors = finish(start(two, *flags, of_process_1=["--config.ifm.epsilon=0.3"]))
+    assert statuses == [2, 2]
+    for error in errors:
+        assert error.startswith("train.py: the processes differ in ifm.epsilon: 0.1 on process 0, 0.3 on process 1: st")
+
     steps = len(metrics.read(log)) + 2
     statuses, outputs, errors = finish(start(two, *flags, f"--config.steps={steps}"))
     assert statuses == [0, 0], errors

@@ -73,12 +73,12 @@ class Case:
         return config
 
 
-# Every method, number of ranks, schedule and kind of start is in at least one of them; more of the product, another
-# epsilon and alpha among it, is benchmarks/parity_sweep.py's.
+# Every value that the issue names is in at least one of them; the full product is benchmarks/parity_sweep.py's.
 CASES = {
     "moco": Case("moco", mlp=False),
     "ifm": Case("ifm", groups=2, devices=4, schedule="step", weight_decay=0.05, resumed=True),
-    "ifm_only": Case("ifm_only", epsilon=0.2, groups=4, devices=8),
+    "ifm_weighted": Case("ifm", epsilon=0.05, alpha=0.5, groups=4, devices=8, schedule="step"),
+    "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=2, resumed=True),
 }
 
 
