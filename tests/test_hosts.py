@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from ifm_jax import checkpoint, metrics, sharding, snapshot, training
+import ifm_jax.start
+from ifm_jax import checkpoint, metrics, sharding, snapshot
 from ifm_jax.errors import UsageError
 from tests.test_command_line import ROOT, SMALL, environment
 
@@ -150,14 +151,14 @@ def test_hosts_that_disagree_do_not_start(monkeypatch, answers, message):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(sharding, "gather_text", lambda text: said.append(text) or list(map(json.dumps, answers)))
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=message):
-        assert training._together(lambda: "opened", lambda _: {"seed": 0}) == "opened"
+        assert ifm_jax.start.together(lambda: "opened", lambda _: {"seed": 0}) == "opened"
     assert said == [json.dumps(answers[0])]
 
     def fails():
         raise UsageError("a folder is missing")
 
     with pytest.raises(UsageError, match="a folder is missing"):  # and the others are told
-        training._together(fails)
+        ifm_jax.start.together(fails)
     assert json.loads(said[1]) == {"error": "a folder is missing"}
 
 
