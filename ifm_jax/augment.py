@@ -142,6 +142,43 @@ def affine_warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
     return upper * (1 - to_bottom) + lower * to_bottom
 
 
+def resized_crops(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+    """Cuts a box out of each image and resizes it to a square, as PIL's `crop` and `resize(..., BILINEAR)` do.
+
+    PIL's filter is a triangle, as wide as two pixels of the result where it shrinks the image; across, then down, each
+    rounded to whole values.
+
+    Args:
+        images: uint8 `(N, H, W, C)`.
+        boxes: float32 `(N, 4)`: top, left, height and width in pixels; they need not be whole ones.
+        size: Of the squares in pixels.
+
+    Returns:
+        uint8 `(N, size, size, C)`; within 1 of PIL's for boxes of whole pixels.
+    """
+
+    def weights(first, length, pixels):
+        """Returns `(N, size, pixels)`: what each pixel of the image weighs in each one of the result."""
+        place = jnp.arange(pixels, dtype=jnp.float32)[None, None, :] + 0.5
+        first, length = first[:, None, None], length[:, None, None]
+        shrink = length / size
+        center = first + (jnp.arange(size, dtype=jnp.float32)[None, :, None] + 0.5) * shrink
+        triangle = jnp.maximum(1 - jnp.abs(place - center) / jnp.maximum(shrink, 1), 0)
+        inside = (place > first) & (place < first + length)  # a crop's neighbours in the image are not its own
+        triangle = jnp.where(inside, triangle, 0)
+        return triangle / jnp.maximum(triangle.sum(axis=2, keepdims=True), 1e-6)
+
+    def product(pattern, weights, values):
+        # Whole values of eight bits: more than bfloat16 has, in which some devices would multiply.
+        total = jnp.einsum(pattern, weights, values.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return jnp.clip(jnp.floor(total + 0.5), 0, 255)
+
+    _, height, width, _ = images.shape
+    top, left, box_height, box_width = boxes.T
+    across = product("nvx,nyxc->nyvc", weights(left, box_width, width), images)
+    return product("nuy,nyvc->nuvc", weights(top, box_height, height), across).astype(jnp.uint8)
+
+
 def adjust_brightness(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Multiplies each image by its factor, as torchvision does on float images.
 

@@ -33,6 +33,9 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.processes",
     "data.max_bad",
+    "data.cache",
+    "data.cache_size",
+    "steps_per_call",
     "moco.queue_sharded",
 )
 
@@ -193,6 +196,9 @@ class DataConfig:
       workers: threads that read images, in each process; 0: automatic.
       processes: worker processes that read images; 0: threads of this process do, enough for a dozen processors.
       max_bad: share of the training images that may be unreadable; each is replaced by a neighbour.
+      cache: "device": the whole data set lies in the devices' memory and is cropped there, for those that fit; empty:
+        images are read as they are needed.
+      cache_size: side in pixels of the copies there; 0: 256/224 of image_size, or the images' own where that is less.
       label: which label of the source an evaluation is about; empty: each of them.
       trifeature: the embedded images.
       augment: strengths of the "trifeature" augmentation.
@@ -208,6 +214,8 @@ class DataConfig:
     workers: int = 0
     processes: int = 0
     max_bad: float = 0.01
+    cache: str = ""
+    cache_size: int = 0
     label: str = ""
     trifeature: TrifeatureConfig = dataclasses.field(default_factory=TrifeatureConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -272,6 +280,7 @@ class Config:
       batch_size: global, over all devices and hosts (original: -b).
       epochs: passes over the data (--epochs).
       steps: stop after so many updates, the schedule unchanged; 0: `epochs` decides.
+      steps_per_call: with data.cache="device", so many steps are one call of the compiled program.
       seed: of everything random.
       log_every: steps between two lines of metrics.
       checkpoint_every: steps between two checkpoints; the last step is always saved.
@@ -292,6 +301,7 @@ class Config:
     batch_size: int = 256
     epochs: int = 200
     steps: int = 0
+    steps_per_call: int = 1
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 1000
@@ -372,11 +382,13 @@ def validate(config: Config, devices: int = 1) -> None:
     one_of("optim.name", opt.name, optim.OPTIMIZERS)
     one_of("optim.schedule", opt.schedule, optim.SCHEDULES)
     one_of("data.augmentation", data.augmentation, AUGMENTATIONS)
+    check(data.cache in ("", "device"), "data.cache", data.cache, "device, or nothing")
 
     for name, value, least in (
         ("batch_size", config.batch_size, 1),
         ("epochs", config.epochs, 1),
         ("steps", config.steps, 0),
+        ("steps_per_call", config.steps_per_call, 1),
         ("seed", config.seed, 0),
         ("log_every", config.log_every, 1),
         ("checkpoint_every", config.checkpoint_every, 1),
@@ -390,6 +402,7 @@ def validate(config: Config, devices: int = 1) -> None:
         ("data.limit", data.limit, 0),
         ("data.workers", data.workers, 0),
         ("data.processes", data.processes, 0),
+        ("data.cache_size", data.cache_size, 0),
         ("eval.every", evaluation.every, 0),
         ("eval.images", evaluation.images, 0),
         ("eval.neighbors", evaluation.neighbors, 1),
@@ -399,6 +412,12 @@ def validate(config: Config, devices: int = 1) -> None:
         ("linear.seed", linear.seed, 0),
     ):
         check(value >= least, name, value, f"at least {least}")
+    check(
+        config.steps_per_call == 1 or data.cache,
+        "steps_per_call",
+        config.steps_per_call,
+        "1, or data.cache=device with it: the images of all these steps have to be there",
+    )
     best = config.checkpoint_best
     check(
         not best or best == "effective_rank" or best.split("/")[0] in ("knn", "linear"),

@@ -7,8 +7,8 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -16,8 +16,8 @@ import numpy as np
 from ifm_jax import metrics
 from ifm_jax.errors import RunError
 
-# Steps the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
-_STEPS_AHEAD = 2
+# Calls the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
+_CALLS_AHEAD = 2
 _CURVES_EVERY = 60.0  # seconds
 
 State = TypeVar("State")
@@ -38,18 +38,44 @@ class Stopped:
     stopped_by: signal.Signals
 
 
+class Call(NamedTuple):
+    """What the compiled program is called with once.
+
+    Attributes:
+      batch: on the devices.
+      steps: how many it takes; their metrics are stacked then.
+    """
+
+    batch: Any
+    steps: int = 1
+
+
+def counts(first: int, last_step: int, most: int, *stops: int) -> Iterator[int]:
+    """Yields how many steps each call takes: as many as it may, and an end wherever something is due.
+
+    Args:
+      first: steps done before.
+      last_step: the step to end with.
+      most: steps of a call at most.
+      *stops: a call ends at every multiple of each; 0: of none.
+    """
+    step = first
+    while step < last_step:
+        count = min(most, last_step - step, *(stop - step % stop for stop in stops if stop))
+        yield count
+        step += count
+
+
 def run(
     step_fn: Callable,
     state: State,
-    batch: Any,
-    next_batch: Callable[[], Any],
+    calls: Iterator[Call],
     *,
     first: int,
     last_step: int,
     recorder: "Recorder",
     stop: "StopSignals",
     save: Callable[[State], None],
-    log_every: int,
     checkpoint_every: int,
     checkpoint_seconds: float = 0.0,
     evaluate: Callable[[State], Mapping[str, Any]] | None = None,
@@ -61,16 +87,15 @@ def run(
     """Takes steps until the last one, or until a signal stops it.
 
     Args:
-      step_fn: `(state, batch) -> (state, metrics)`, compiled; it may use the state's memory for the new one.
+      step_fn: `(state, batch) -> (state, metrics)`, compiled; it may use the state's memory for the new one. Metrics
+        are scalars, or of a call of several steps `(N,)` with room for them.
       state: before the first step.
-      batch: of the first step, on the devices.
-      next_batch: returns the next one.
+      calls: what it is called with. Several steps in one call end wherever a checkpoint or an evaluation is due.
       first: steps done before.
       last_step: the step to end with.
       recorder: takes the metrics.
       stop: says when to stop; afterwards its `signal` is the one all hosts have stopped for.
       save: saves a state; called every `checkpoint_every` steps, every `checkpoint_seconds`, and at the end.
-      log_every: steps between two lines of metrics.
       checkpoint_every: steps between two checkpoints.
       checkpoint_seconds: most seconds between two checkpoints; 0: steps alone decide.
       evaluate: what it finds is added to the metrics of its step.
@@ -88,22 +113,25 @@ def run(
     step = first
     found = None
     decisions = _Decisions(stop, checkpoint_seconds, vote)
+    call = next(calls)
     while step < last_step and not decisions.stop:
-        state, step_metrics = step_fn(state, batch)
-        step += 1
-        recorder.add(step, step_metrics)
+        # What is not on the devices yet would have to wait for its way there, in every step.
+        with jax.transfer_guard("disallow"):
+            state, step_metrics = step_fn(state, call.batch)
+        recorder.add(step, call.steps, step_metrics)
+        step += call.steps
         if step < last_step:
             with recorder.waiting():
-                batch = next_batch()  # while the device computes
+                call = next(calls)  # while the device computes
         found = None
         if evaluate_every and step % evaluate_every == 0:
             recorder.flush()
             with recorder.pausing():
                 found = evaluate(state)
-        if found is not None or step % log_every == 0 or step == last_step:
-            recorder.flush(log_last=True, extra=found)
+        if found is not None or step == last_step:
+            recorder.log(last=True, extra=found)
         else:
-            recorder.progress.update(step)
+            recorder.log()
         check()
         decisions.take()
         due = step % checkpoint_every == 0 or decisions.save or (save_evaluated and found is not None)
@@ -121,8 +149,8 @@ def run(
 class _Decisions:
     """What the number of a step does not decide, the clock and signals do; the same after the same step on all hosts.
 
-    Each host adds its own wish to every step, and all of them learn the outcome with the results of that step, a few
-    steps later: nobody waits, and a single host does nothing of this.
+    Each host adds its own wish to every call, and all of them learn the outcome with the results of that call, a few
+    calls later: nobody waits, and a single host does nothing of this.
     """
 
     def __init__(self, stop: "StopSignals", seconds: float, vote: Callable[[np.ndarray], jax.Array] | None):
@@ -133,12 +161,12 @@ class _Decisions:
         self._saved_at = time.monotonic()
 
     def take(self) -> None:
-        """Decides, after a step, whether to stop, and whether to save."""
+        """Decides, after a call, whether to stop, and whether to save."""
         late = bool(self._seconds) and time.monotonic() - self._saved_at >= self._seconds
         number = int(self._signals.signal or 0)
         if self._vote is not None:
             self._votes.append(self._vote(np.array([number, late], np.int32)))
-            number, late = np.asarray(self._votes.popleft()) if len(self._votes) > _STEPS_AHEAD else (0, False)
+            number, late = np.asarray(self._votes.popleft()) if len(self._votes) > _CALLS_AHEAD else (0, False)
             if number:
                 self._signals.signal = signal.Signals(int(number))
             late = late and not self._stale
@@ -161,6 +189,7 @@ class Recorder:
         progress: metrics.Progress | metrics.Silence,
         batch_size: int,
         epoch_steps: int,
+        log_every: int,
         curves: pathlib.Path,
         panels: metrics.Panels = metrics.PRETRAINING,
         remedy: str = "A lower optim.lr, or a higher moco.temperature, may help",
@@ -173,26 +202,38 @@ class Recorder:
           progress: shows them.
           batch_size: images of a step.
           epoch_steps: steps of an epoch.
+          log_every: steps between two lines of metrics.
           curves: the picture to draw.
           panels: what it shows.
           remedy: what the user is told when a loss is not finite.
         """
         self._log, self._tensorboard, self.progress = log, tensorboard, progress
-        self._batch_size, self._epoch_steps = batch_size, epoch_steps
+        self._batch_size, self._epoch_steps, self._log_every = batch_size, epoch_steps, log_every
         self._curves, self._panels, self._remedy = curves, panels, remedy
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._step = 0
+        self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []  # steps before, steps, metrics
+        self._due: list[tuple[int, dict[str, Any]]] = []  # checked, to be written
+        self._is_due = False
+        self._last: tuple[int, dict[str, Any]] | None = None
         self._timed_step, self._timed_at = None, time.perf_counter()
         self._waited = self._paused = 0.0  # seconds since then, for images and for what is no training
-        self._last: tuple[int, dict[str, Any]] | None = None
         self._drawn_at = time.perf_counter()
 
-    def add(self, step: int, step_metrics: dict[str, jax.Array]) -> None:
-        """Takes in a step that may still be computing; waits for the one `_STEPS_AHEAD` before it."""
-        self._pending.append((step, step_metrics))
+    def add(self, before: int, steps: int, step_metrics: dict[str, jax.Array]) -> None:
+        """Takes in a call that may still be computing; waits for the one `_CALLS_AHEAD` before it.
+
+        Args:
+          before: steps done before the call.
+          steps: of the call.
+          step_metrics: scalars, or `(N,)` of N >= `steps`.
+        """
+        self._pending.append((before, steps, step_metrics))
+        self._step = before + steps
+        self._is_due |= self._step // self._log_every > before // self._log_every
         if self._timed_step is None:
-            self._timed_step = step - 1
-        if len(self._pending) > _STEPS_AHEAD:
-            self._pending[-1 - _STEPS_AHEAD][1]["loss"].block_until_ready()
+            self._timed_step = before
+        if len(self._pending) > _CALLS_AHEAD:
+            self._pending[-1 - _CALLS_AHEAD][2]["loss"].block_until_ready()
 
     @contextlib.contextmanager
     def waiting(self):
@@ -208,49 +249,64 @@ class Recorder:
         yield
         self._paused += time.perf_counter() - begun
 
-    def flush(self, log_last: bool = False, extra: Mapping[str, Any] | None = None) -> None:
-        """Waits for the steps taken in and checks them; with `log_last` writes a line of metrics for the last.
-
-        Args:
-          log_last: whether to.
-          extra: more fields of that line.
+    def flush(self) -> None:
+        """Waits for the steps taken in and checks them.
 
         Raises:
           RunError: at the first step whose loss or gradient is not finite.
         """
-        for step, values in self._pending:
-            values = jax.device_get(values)
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(values.get(name, 0.0)):
-                    raise RunError(
-                        f"{name} is {values[name]} at step {step}: stopped; the last checkpoint is from before it. "
-                        + self._remedy
-                    )
-            self._last = step, values
+        for before, steps, values in self._pending:
+            values = {name: np.atleast_1d(value) for name, value in jax.device_get(values).items()}
+            for number in range(steps):
+                self._check(before + number + 1, {name: value[number] for name, value in values.items()})
         self._pending.clear()
-        if log_last and self._last is not None:
-            step, values = self._last
-            self._write(step, values, extra or {})
 
-    def _write(self, step: int, values: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    def _check(self, step: int, values: dict[str, Any]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise RunError(
+                    f"{name} is {values[name]} at step {step}: stopped; the last checkpoint is from before it. "
+                    + self._remedy
+                )
+        self._last = step, values
+        if step % self._log_every == 0:
+            self._due.append(self._last)
+
+    def log(self, last: bool = False, extra: Mapping[str, Any] | None = None) -> None:
+        """Writes the lines of metrics that are due, if any are.
+
+        Args:
+          last: the last step taken in has a line, due or not.
+          extra: more fields of that line.
+        """
+        if not (last or self._is_due):
+            self.progress.update(self._step)
+            return
+        self.flush()
+        if last and self._due[-1:] != [self._last]:
+            self._due.append(self._last)
         now = time.perf_counter()
         seconds = max(now - self._timed_at - self._paused, 1e-9)
-        record = {
-            "step": step,
-            "epoch": step / self._epoch_steps,
-            **{name: float(value) for name, value in values.items()},
-            "images_per_sec": (step - self._timed_step) * self._batch_size / seconds,
+        speed = {
+            "images_per_sec": (self._step - self._timed_step) * self._batch_size / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
-            **extra,
         }
+        for step, values in self._due:
+            self._write(step, values, speed | dict((extra or {}) if step == self._step else {}))
+        self._due.clear()
+        self._is_due = False
+        if now - self._drawn_at > _CURVES_EVERY:
+            self.draw()
+        self._timed_step, self._timed_at = self._step, time.perf_counter()
+        self._waited = self._paused = 0.0
+
+    def _write(self, step: int, values: dict[str, Any], extra: Mapping[str, Any]) -> None:
+        record = {"step": step, "epoch": step / self._epoch_steps}
+        record |= {name: float(value) for name, value in values.items()} | dict(extra)
         if self._log is not None:
             self._log.write(record)
             self._tensorboard.write(step, record)
         self.progress.update(step, record)
-        if now - self._drawn_at > _CURVES_EVERY:
-            self.draw()
-        self._timed_step, self._timed_at = step, time.perf_counter()
-        self._waited = self._paused = 0.0
 
     def draw(self) -> None:
         """Draws the curves of all that is logged so far."""

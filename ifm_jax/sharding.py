@@ -153,3 +153,9 @@ def maximum_over_hosts(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
 def place(tree, placement: NamedSharding):
     """Returns host arrays, the same on every process, as global arrays of that placement; not a collective."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placement, lambda index, x=x: x[index]), tree)
+
+
+def place_everywhere(mesh: Mesh, tree):
+    """Returns host arrays, the same on every process, as global arrays that are whole on every device."""
+    placement = replicated(mesh)
+    return jax.device_put(tree, placement) if jax.process_count() == 1 else place(tree, placement)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import signal
@@ -10,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from ifm_jax import assembly, loop, metrics, sharding, start
+from ifm_jax import assembly, loop, metrics, resident, sharding, start
 from ifm_jax import config as configs
 from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.config import Config
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
+from ifm_jax.data.resident import Copies, copies_side, read_all, resident_batches
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.snapshot import CHECKPOINTS
 from ifm_jax.state import TrainState, placements
@@ -66,6 +68,10 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         from ifm_jax.evaluation.online import OnlineEvaluation  # with scikit-learn, for those who ask for it
 
         evaluation = _Evaluation(OnlineEvaluation(config, mesh), config.checkpoint_best)
+    side = 0
+    if config.data.cache:
+        side = copies_side(source, config.data.image_size, config.data.cache_size)
+        resident.check_memory(size, side, mesh)
     begin = start.open_workdir(config, workdir, source)
     primary = jax.process_index() == 0
     total_steps = config.epochs * epoch_steps
@@ -103,38 +109,39 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         )
         for line in begin.said:
             progress.message(line)
-        batches = training_batches(
-            source,
-            config.batch_size,
-            seed=config.seed,
-            start=first,
-            size=size,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            threads=config.data.workers,
-            processes=config.data.processes,
-            bad_images=BadImages(size, config.data.max_bad, workdir / _bad_images_file(), progress.message),
-        )
-        stack.callback(batches.close)
-        batch = sharding.put_batch(mesh, next(batches))
+        bad_images = BadImages(size, config.data.max_bad, workdir / _bad_images_file(), progress.message)
+        images = ()
+        if config.data.cache:
+            pixels, copies = _read_all(config, source, size, side, bad_images, progress)
+            images = (sharding.place_everywhere(mesh, pixels),)
+            del pixels
+            calls = _calls_on_devices(config, mesh, copies, first, last_step)
+        else:
+            calls = _calls_from_host(config, mesh, source, size, first, bad_images)
+        stack.callback(calls.close)
+        call = next(calls)
 
         devices_text = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.size > 1 else ''}"
         progress.message(
             f"Compiling the training step ({config.model.arch}, batch {config.batch_size}, {devices_text})"
         )
         begun = time.perf_counter()
-        step_fn = assembly.make_step(config, mesh, epoch_steps).jit().lower(train_state, batch).compile()
+        step = assembly.make_step(config, mesh, epoch_steps)
+        if config.data.cache:
+            step = resident.ResidentStep(step, config.data.image_size, config.steps_per_call)
+        program = step.jit().lower(train_state, *images, call.batch).compile()
         progress.message(f"Compiled in {time.perf_counter() - begun:.1f} s.")
         if first:
             progress.message(f"Going on after step {first} of {last_step}.")
 
         stop = stack.enter_context(loop.StopSignals(progress))
-        recorder = loop.Recorder(log, tensorboard, progress, config.batch_size, epoch_steps, workdir / "curves.png")
-        step, _ = loop.run(
-            step_fn,
+        recorder = loop.Recorder(
+            log, tensorboard, progress, config.batch_size, epoch_steps, config.log_every, workdir / "curves.png"
+        )
+        done, _ = loop.run(
+            lambda state, batch: program(state, *images, batch),
             train_state,
-            batch,
-            lambda: sharding.put_batch(mesh, next(batches)),
+            itertools.chain([call], calls),
             first=first,
             last_step=last_step,
             recorder=recorder,
@@ -142,7 +149,6 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             save=lambda state: checkpoints.save(
                 state, configs.to_dict(config), evaluation.found_at(int(state.step)) if evaluation else None
             ),
-            log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             checkpoint_seconds=60.0 * config.checkpoint_minutes,
             evaluate=evaluation,
@@ -152,13 +158,51 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             vote=sharding.maximum_over_hosts(mesh),
         )
         checkpoints.wait()
-    return Result(step, last_step, stop.signal if step < last_step else None)
+    return Result(done, last_step, stop.signal if done < last_step else None)
 
 
 def _bad_images_file() -> str:
     """Returns the name of the list of images that this host could not read; every host meets others."""
     number = jax.process_index()
     return f"bad_images.{number}.txt" if number else "bad_images.txt"
+
+
+def _calls_from_host(config, mesh, source, size: int, first: int, bad_images: BadImages) -> Iterator[loop.Call]:
+    """Yields batches as this host reads them, one at a time."""
+    batches = training_batches(
+        source,
+        config.batch_size,
+        seed=config.seed,
+        start=first,
+        size=size,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        threads=config.data.workers,
+        processes=config.data.processes,
+        bad_images=bad_images,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield loop.Call(sharding.put_batch(mesh, batch))
+
+
+def _calls_on_devices(config: Config, mesh, copies: Copies, first: int, last_step: int) -> Iterator[loop.Call]:
+    """Yields which images the next batches are; the images lie on the devices."""
+    most = config.steps_per_call
+    epoch_steps = steps_per_epoch(copies.count, config.batch_size)
+    counts = loop.counts(first, last_step, most, config.checkpoint_every, config.eval.every * epoch_steps)
+    batches = resident_batches(copies, config.batch_size, counts, most, seed=config.seed, start=first)
+    for batch, count in batches:
+        yield loop.Call(sharding.place_everywhere(mesh, batch), count)
+
+
+def _read_all(config: Config, source, size: int, side: int, bad_images: BadImages, progress):
+    """Reads the whole data set; see `read_all`."""
+    progress.message(f"Reading {size:,} images of {side} px, to be held on the devices")
+    begun = time.perf_counter()
+    pixels, copies = read_all(source, size, side, threads=config.data.workers, bad_images=bad_images)
+    progress.message(f"Read {pixels.nbytes / 1e9:.2f} GB in {time.perf_counter() - begun:.1f} s.")
+    return pixels, copies
 
 
 class _Evaluation:

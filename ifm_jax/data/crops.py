@@ -58,6 +58,46 @@ def random_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+def random_boxes(
+    uniforms: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+) -> np.ndarray:
+    """Chooses a crop of each of many images at once, the ones that `random_box` chooses.
+
+    Args:
+      uniforms: `(N, DRAWS)` in [0, 1).
+      heights: `(N,)` of the images in pixels.
+      widths: `(N,)` of the images in pixels.
+      scale: least and greatest area, relative to the image's.
+      ratio: least and greatest width over height.
+
+    Returns:
+      int64 `(N, 4)`: top, left, height and width in whole pixels.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    areas = (scale[0] + (scale[1] - scale[0]) * uniforms[:, :_ATTEMPTS]) * heights[:, None] * widths[:, None]
+    aspects = np.exp(low + (high - low) * uniforms[:, _ATTEMPTS : 2 * _ATTEMPTS])
+    tall = np.rint(np.sqrt(areas / aspects)).astype(np.int64)
+    wide = np.rint(np.sqrt(areas * aspects)).astype(np.int64)
+    fits = (tall > 0) & (tall <= heights[:, None]) & (wide > 0) & (wide <= widths[:, None])
+    first, found = fits.argmax(axis=1)[:, None], fits.any(axis=1)
+    largest = (
+        np.minimum(heights, np.rint(widths / ratio[0]).astype(np.int64)),
+        np.minimum(widths, np.rint(heights * ratio[1]).astype(np.int64)),
+    )
+    height, width = (
+        np.where(found, np.take_along_axis(sides, first, axis=1)[:, 0], most)
+        for sides, most in zip((tall, wide), largest, strict=True)
+    )
+    top = np.where(found, uniforms[:, -2] * (heights - height + 1), (heights - height) // 2)
+    left = np.where(found, uniforms[:, -1] * (widths - width + 1), (widths - width) // 2)
+    return np.stack([top.astype(np.int64), left.astype(np.int64), height, width], axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomCrops:
     """How many crops are cut from an image, and how large they may be.

@@ -86,6 +86,21 @@ class Images(abc.ABC):
           UnreadableImageError: if it cannot be read.
         """
 
+    @abc.abstractmethod
+    def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns one image stretched or shrunk to a square, of which crops can be cut on a device; and its own size.
+
+        Args:
+          index: of the image.
+          side: of the square in pixels; 0: leave the image as it is.
+
+        Returns:
+          uint8 `(side, side, 3)`; height and width in pixels.
+
+        Raises:
+          UnreadableImageError: if it cannot be read.
+        """
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of which images these are, in which order; the same wherever they lie."""
@@ -142,6 +157,14 @@ class EncodedImages(Images):
         shrink = min(size) / crops.central_size(*size, self.image_size)[0] if size else 1
         return _rgb(crops.central_view(decode(self.name(index), encoded, _reduction(shrink)), self.image_size))
 
+    def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns one image as a square, and its own size; see `Images`."""
+        encoded = self.encoded(index)
+        size = jpeg_size(encoded)
+        image = decode(self.name(index), encoded, _reduction(min(size) / side) if size and side else 1)
+        size = size or image.shape[:2]
+        return _rgb(crops.resize(image, side, side) if side else image), size
+
 
 class PixelImages(Images):
     """Images held decoded."""
@@ -159,6 +182,11 @@ class PixelImages(Images):
     def central_view(self, index: int) -> np.ndarray:
         """Returns one image as it is evaluated; see `Images`."""
         return crops.central_view(self.pixels(index), self.image_size)
+
+    def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns one image as a square, and its own size; see `Images`."""
+        image = self.pixels(index)
+        return crops.resize(image, side, side) if side else image, image.shape[:2]
 
 
 class Cropped(PixelImages):

@@ -16,11 +16,11 @@ import numpy as np
 from absl import flags
 
 from ifm_jax.data.bad_images import BadImages, neighbours
+from ifm_jax.data.order import EpochOrder, crop_uniforms
 from ifm_jax.data.sources import Source, ViewSource
 from ifm_jax.errors import UsageError
 
 _ENDLESS = 2**62  # batches
-_ORDER, _CROPS = 0, 1  # what random numbers are for
 _BAD = "bad"  # what a batch says of unreadable images, taken out before it is handed on
 
 
@@ -95,7 +95,7 @@ def training_batches(
     else:
         load, readers, ahead = _LookUp(source, indices), threads, 2 * threads
 
-    piece = _Piece(_Order(size, seed), steps, batch_size, host, hosts, remainder)
+    piece = _Piece(EpochOrder(size, seed), steps, batch_size, host, hosts, remainder)
     batches = grain.MapDataset.range(start, _ENDLESS).map(piece).map(load)
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead))
     if processes:
@@ -142,26 +142,10 @@ class _Part:
         return batch
 
 
-class _Order:
-    """The order of the images: a fresh permutation in every epoch, whatever part of it is asked for."""
-
-    def __init__(self, size: int, seed: int):
-        self._size, self._seed = size, seed
-        self._known: tuple[int, np.ndarray] | None = None  # an epoch and its permutation
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        """Returns int64 `(size,)`."""
-        known = self._known
-        if known is None or known[0] != epoch:
-            rng = _rng(self._seed, _ORDER, epoch)
-            self._known = known = epoch, rng.permutation(self._size)
-        return known[1]
-
-
 class _Piece:
     """From the number of a batch to what is this host's of it."""
 
-    def __init__(self, order: _Order, steps: int, batch_size: int, host: int, hosts: int, remainder: bool):
+    def __init__(self, order: EpochOrder, steps: int, batch_size: int, host: int, hosts: int, remainder: bool):
         self._order, self._steps, self._batch_size, self._remainder = order, steps, batch_size, remainder
         self._first, self._local = host * (batch_size // hosts), batch_size // hosts
 
@@ -176,11 +160,6 @@ class _Piece:
             weights = (places < count).astype(np.float32)
             places = np.minimum(places, count - 1)
         return _Part(number, self._first, order[begin + places], weights)
-
-
-def _rng(seed: int, *where: int) -> np.random.Generator:
-    """Returns the random numbers of one thing, which depend on nothing but the seed and what it is."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *where))))
 
 
 class _LookUp:
@@ -211,7 +190,7 @@ class _Cutter:
             self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "views")  # ends with its last reference
         count, side, crops = len(part.images), self._source.image_size, self._source.random_crops
         # Drawn for the whole global batch, so that hosts do not count.
-        uniforms = _rng(self._seed, _CROPS, part.number).random((self._batch_size, crops.draws))
+        uniforms = crop_uniforms(self._seed, part.number, self._batch_size, crops.draws)
         uniforms = uniforms[part.first : part.first + count].tolist()
         names = ("query", "key") if crops.count == 2 else ("image",)
         views = {name: np.empty((count, side, side, 3), np.uint8) for name in names}

@@ -63,6 +63,13 @@ class ViewSource(Source, Protocol):
           UnreadableImageError: if the image cannot be read.
         """
 
+    def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns one image stretched or shrunk to a square, uint8 `(side, side, 3)`, and its own height and width.
+
+        Raises:
+          UnreadableImageError: if the image cannot be read.
+        """
+
     def name(self, index: int) -> str:
         """Returns what to call an image: the path of its file, or the record it is."""
 
@@ -175,6 +182,10 @@ class Subset:
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""
         return self.source.views(int(self.indices[index]), uniforms)
+
+    def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+        """Returns one image as a square; see `ViewSource`."""
+        return self.source.whole(int(self.indices[index]), side)
 
     def name(self, index: int) -> str:
         """Returns what to call an image; see `ViewSource`."""

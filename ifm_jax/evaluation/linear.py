@@ -202,9 +202,6 @@ def run(
             batches = views.fresh(first)
             step_fn = _step(config, names, epoch_steps, mesh, views.features)
 
-        def next_batch():
-            return sharding.put_batch(mesh, next(batches))
-
         def evaluate(state: ProbeState) -> dict[str, Any]:
             return _summary({part: of.evaluate(state) for part, of in held.items()})
 
@@ -212,21 +209,27 @@ def run(
             stack.callback(batches.close)
             stop = stack.enter_context(loop.StopSignals(progress))
             recorder = loop.Recorder(
-                *(log, tensorboard, progress, linear.batch_size, epoch_steps, directory / "curves.png"),
+                *(
+                    log,
+                    tensorboard,
+                    progress,
+                    linear.batch_size,
+                    epoch_steps,
+                    config.log_every,
+                    directory / "curves.png",
+                ),
                 panels=metrics.PROBE,
                 remedy="A lower linear.lr may help",
             )
             done, state = loop.run(
                 lambda state, batch: step_fn(state, frozen.weights, batch),
                 state,
-                next_batch(),
-                next_batch,
+                (loop.Call(sharding.put_batch(mesh, batch)) for batch in batches),
                 first=first,
                 last_step=last_step,
                 recorder=recorder,
                 stop=stop,
                 save=lambda state: checkpoints.save(state, configs.to_dict(config)),
-                log_every=config.log_every,
                 checkpoint_every=config.checkpoint_every,
                 evaluate=evaluate,
                 evaluate_every=epoch_steps,

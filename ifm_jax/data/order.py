@@ -1,0 +1,45 @@
+"""What a run draws on the host, from the seed and the place alone: the order of images, where their crops lie."""
+
+import numpy as np
+
+ORDER, CROPS = 0, 1  # what random numbers are for
+
+
+def random_numbers(seed: int, *where: int) -> np.random.Generator:
+    """Returns the random numbers of one thing, which depend on nothing but the seed and what it is."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *where))))
+
+
+class EpochOrder:
+    """The order of the images: a fresh permutation in every epoch, whatever part of it is asked for.
+
+    Args:
+      size: images.
+      seed: of the run.
+    """
+
+    def __init__(self, size: int, seed: int):
+        self._size, self._seed = size, seed
+        self._known: tuple[int, np.ndarray] | None = None  # an epoch and its permutation
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """Returns int64 `(size,)`."""
+        known = self._known
+        if known is None or known[0] != epoch:
+            self._known = known = epoch, random_numbers(self._seed, ORDER, epoch).permutation(self._size)
+        return known[1]
+
+
+def crop_uniforms(seed: int, number: int, batch_size: int, draws: int) -> np.ndarray:
+    """Returns the random numbers that say where the crops of a global batch lie.
+
+    Args:
+      seed: of the run.
+      number: of the batch.
+      batch_size: global.
+      draws: of an image.
+
+    Returns:
+      `(batch_size, draws)` in [0, 1).
+    """
+    return random_numbers(seed, CROPS, number).random((batch_size, draws))
