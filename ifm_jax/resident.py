@@ -48,7 +48,7 @@ class ResidentStep:
         rows = {name: call[name] for name in ("index", "boxes") if name in call}
 
         def one(state, number):
-            return self.step(state, self._batch(images, {name: row[number] for name, row in rows.items()}))
+            return self.step(state, self.batch(images, {name: row[number] for name, row in rows.items()}))
 
         if self.most == 1:
             state, metrics = one(state, 0)
@@ -64,7 +64,14 @@ class ResidentStep:
         # Not as many as there is room for, but as many as are wanted: a call also ends where a checkpoint is due.
         return jax.lax.fori_loop(0, call["steps"], body, (state, metrics))
 
-    def _batch(self, images: jax.Array, row: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def batch(self, images: jax.Array, row: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the batch of one step; part of the compiled program.
+
+        Args:
+          images: uint8 `(images, S, S, 3)`, all there are.
+          row: `index` int32 `(N,)`; where crops are cut `boxes`, float32 `(N, 2, 4)`.
+        """
+
         def split(x):
             mesh = self.step.mesh
             return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding.split(mesh))
