@@ -43,7 +43,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import reporting
+from benchmarks import collectives, reporting
+from benchmarks.collectives import Collective
 from ifm_jax import assembly, cache, command, sharding
 from ifm_jax import config as configs
 from ifm_jax.config import Config
@@ -134,101 +135,19 @@ class Topology:
         return Topology(chip, shape)
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind between as many chips, taken together.
+def exchange_seconds(one: Collective, topology: Topology) -> float:
+    """Returns the time that a step needs for the collectives of a kind at least.
 
-    Attributes:
-      kind: all-gather, all-reduce, reduce-scatter, all-to-all, ragged-all-to-all or collective-permute.
-      dtype: of what is exchanged: u8, bf16, f32 ...
-      devices: that exchange it with each other.
-      count: how many a step.
-      bytes: in all; of each the whole array: gathered, reduced, before it is scattered.
-      largest: shape of the largest array.
+    A chip sends (n - 1)/n of an array that is gathered or scattered, twice as much for one that is reduced, a
+    quarter for an exchange of all with all (half the way around a ring, in both directions). Between some of the
+    chips only, one link is counted on.
     """
-
-    kind: str
-    dtype: str
-    devices: int
-    count: int
-    bytes: int
-    largest: tuple[int, ...]
-
-    def seconds(self, topology: Topology) -> float:
-        """The time that a step needs for them at least.
-
-        A chip sends (n - 1)/n of an array that is gathered or scattered, twice as much for one that is reduced, a
-        quarter for an exchange of all with all (half the way around a ring, in both directions). Between some of the
-        chips only, one link is counted on.
-        """
-        whole = self.devices == topology.chips
-        bandwidth = topology.bandwidth if whole else topology.chip.link
-        factor = {"all-reduce": 2.0, "all-to-all": 0.25, "ragged-all-to-all": 0.25}.get(self.kind, 1.0)
-        if self.kind == "collective-permute":
-            return self.bytes / topology.chip.link
-        return factor * self.bytes * (self.devices - 1) / self.devices / bandwidth
-
-
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
-_COLLECTIVE = re.compile(rf" = (.+?) ({'|'.join(_KINDS)})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
-
-
-def collectives(hlo: str, devices: int) -> list[Collective]:
-    """Returns the collectives of a compiled program, the most bytes first.
-
-    The compiler spreads one over several fusions to do other work meanwhile, each with a copy of its line; those share
-    a channel and are one.
-
-    Args:
-      hlo: its text.
-      devices: that it runs on.
-    """
-    groups: dict[tuple[str, str, int], dict[str, list[tuple[str, tuple[int, ...], float]]]] = {}
-    for number, line in enumerate(hlo.splitlines()):
-        found = _COLLECTIVE.search(line)
-        if not found:
-            continue
-        shapes, kind, started = found.groups()
-        arrays = [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in _ARRAY.findall(shapes)]
-        size = _group_size(line, devices)
-        # The start of an asynchronous one returns what goes in next to what comes out.
-        share = 1.0
-        if started and kind == "all-gather":
-            share = size / (size + 1)
-        elif started and kind == "collective-permute":
-            share = 0.5
-        elif kind == "reduce-scatter":
-            share = float(size)
-        channel = re.search(r"channel_id=(\d+)", line)
-        sized = [(dtype, shape, share * math.prod(shape) * _width(dtype)) for dtype, shape in arrays]
-        dtype = max(sized, key=lambda array: array[2])[0]
-        groups.setdefault((kind, dtype, size), {})[channel[1] if channel else f"line {number}"] = sized
-    made = []
-    for (kind, dtype, size), channels in groups.items():
-        sized = [array for arrays in channels.values() for array in arrays]
-        total = round(sum(array[2] for array in sized))
-        largest = max(sized, key=lambda array: array[2])[1]
-        made.append(Collective(kind, dtype, size, len(channels), total, largest))
-    return sorted(made, key=lambda one: -one.bytes)
-
-
-def _width(dtype: str) -> float:
-    """Bytes of an element."""
-    digits = re.search(r"\d+", dtype)
-    return int(digits[0]) / 8 if digits else 1
-
-
-def _group_size(line: str, devices: int) -> int:
-    """How many devices take part in one collective with each other."""
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
-        return int(found[2])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
-    return devices
+    whole = one.devices == topology.chips
+    bandwidth = topology.bandwidth if whole else topology.chip.link
+    factor = {"all-reduce": 2.0, "all-to-all": 0.25, "ragged-all-to-all": 0.25}.get(one.kind, 1.0)
+    if one.kind == "collective-permute":
+        return one.bytes / topology.chip.link
+    return factor * one.bytes * (one.devices - 1) / one.devices / bandwidth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +253,7 @@ def compile_step(config: Config, topology: Topology, epoch_steps: int, say: Call
     else:
         say(f"Compiled before ({kept}).")
     text = gzip.decompress(program.read_bytes()).decode()
-    return Compiled(**json.loads(kept.read_text()), collectives=tuple(collectives(text, topology.chips)))
+    return Compiled(**json.loads(kept.read_text()), collectives=tuple(collectives.read(text, topology.chips)))
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[dict, str]:
@@ -416,7 +335,7 @@ def summarize(compiled: Compiled, topology: Topology, batch_size: int, steps: in
     }
     if compiled.hbm_limit is not None:
         return row
-    exchanged = [dataclasses.asdict(one) | {"seconds": one.seconds(topology)} for one in compiled.collectives]
+    exchanged = [dataclasses.asdict(one) | {"seconds": exchange_seconds(one, topology)} for one in compiled.collectives]
     seconds = {
         "compute_seconds": compiled.flops / chip.peak,
         "memory_seconds": compiled.bytes_accessed / chip.hbm_bandwidth,

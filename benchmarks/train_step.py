@@ -15,11 +15,12 @@ Takes jax, flax, optax and numpy; PyTorch for the peers.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +28,14 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import command, losses, optim, queue, state
+from ifm_jax import command, losses, optim, queue, sharding, state
 from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
 from ifm_jax.models.resnet import ARCHITECTURES
 from ifm_jax.pretrain import PretrainStep
 
-_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-_PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of three steps of the first case.")
-_CASES = flags.DEFINE_list("cases", None, "ARCH:PIXELS:BATCH, ...; what fits the device if not given.")
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "How often everything is timed.")
-
 DIM = 128
+OPTIMIZER = optim.sgd(0.9, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,73 +46,119 @@ class Case:
       arch: of `ARCHITECTURES`.
       pixels: side of a view.
       batch: images of a step.
+      stem: of `models.STEMS`.
+      queue_size: K.
+      bn_groups: BatchNorm groups; with more than one, the keys are shuffled.
     """
 
     arch: str
     pixels: int
     batch: int
+    stem: str
+    queue_size: int
+    bn_groups: int = 1
 
-    @property
-    def stem(self) -> str:
-        """The stem that fits the size."""
-        return "imagenet" if self.pixels > 96 else "small_stride2" if self.arch == "resnet8" else "imagenet"
-
-    @property
-    def queue_size(self) -> int:
-        """K."""
-        return 65536 if self.pixels > 96 else 16 * self.batch
+    @staticmethod
+    def fitting(arch: str, pixels: int, batch: int) -> "Case":
+        """Returns the case with the stem and the queue that fit the size."""
+        large = pixels > 96
+        stem = "small_stride2" if arch == "resnet8" and not large else "imagenet"
+        return Case(arch, pixels, batch, stem, queue_size=65536 if large else 16 * batch)
 
     def __str__(self) -> str:
         return f"{self.arch}, {self.pixels} px, batch {self.batch}"
 
 
-def _views(case: Case) -> dict[str, np.ndarray]:
+def views(case: Case, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Returns a batch: normal numbers, or with "uint8" images before augmentation."""
     rng = np.random.default_rng(0)
     shape = (case.batch, case.pixels, case.pixels, 3)
+    if dtype == "uint8":
+        return {name: rng.integers(0, 256, shape, np.uint8) for name in ("query", "key")}
     return {name: rng.normal(size=shape).astype(np.float32) for name in ("query", "key")}
 
 
-def _encoder(case: Case) -> Encoder:
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return Encoder(arch=case.arch, stem=case.stem, dim=DIM, compute_dtype=dtype)
-
-
-def _step(case: Case, method: str) -> PretrainStep:
+def make_step(case: Case, method: str, mesh: jax.sharding.Mesh | None = None) -> PretrainStep:
+    """Returns the training step, without augmentation."""
+    compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    encoder = Encoder(arch=case.arch, stem=case.stem, dim=DIM, bn_groups=case.bn_groups, compute_dtype=compute_dtype)
     return PretrainStep(
-        encoder=_encoder(case),
-        optimizer=optim.sgd(0.9, 1e-4),
+        encoder=encoder,
+        optimizer=OPTIMIZER,
         learning_rates=np.full(1_000_000, 0.03),
-        augment=lambda rngs, images: images,
+        augment=lambda rngs, images: images.astype(jnp.float32),
         rng=jax.random.key(0),
         method=method,
-        shuffle=False,
+        shuffle=case.bn_groups > 1,
+        mesh=mesh,
     )
 
 
-def _ours(case: Case, method: str) -> tuple[Callable[[], None], dict]:
-    """Returns what takes a step and waits for it, and what is known of the program."""
-    step = _step(case, method)
-    begin = jax.jit(lambda: state.create(jax.random.key(0), step.encoder, step.optimizer, case.queue_size))()
-    batch = jax.device_put(_views(case))
+def make_state(case: Case, step: PretrainStep, placement: jax.sharding.Sharding | None = None) -> state.TrainState:
+    """Returns the state that a step starts from, placed so; None: on the first device."""
+    return _creator(step.encoder, case.queue_size, placement)()
+
+
+@functools.cache
+def _creator(encoder: Encoder, queue_size: int, placement: jax.sharding.Sharding | None) -> Callable:
+    """Returns the compiled start, which is the same for every batch and size of a view."""
+    # The key is drawn inside: this is called while another function is traced, too.
+    return jax.jit(lambda: state.create(jax.random.key(0), encoder, OPTIMIZER, queue_size), out_shardings=placement)
+
+
+def lower(case: Case, step: PretrainStep, dtype: str = "float32") -> jax.stages.Lowered:
+    """Returns the step for a state and a batch of `views`, not yet compiled; nothing is computed."""
+    image = jax.ShapeDtypeStruct((case.batch, case.pixels, case.pixels, 3), jnp.dtype(dtype))
+    begin = jax.eval_shape(lambda: make_state(case, step))
+    return step.jit().lower(begin, {"query": image, "key": image})
+
+
+def known(program: jax.stages.Compiled) -> dict:
+    """Returns what the compiler says of a program, for each device.
+
+    Returns:
+      `bytes`: of memory, arguments included; `flops`: floating-point operations, and `bytes accessed`: arguments and
+      results of every operation; None where this back end does not count them.
+    """
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    cost = (cost[0] if isinstance(cost, list) else cost) or {}
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "bytes": peak - memory.alias_size_in_bytes,
+        "flops": cost.get("flops"),
+        "bytes accessed": cost.get("bytes accessed"),
+    }
+
+
+def ours(
+    case: Case, method: str = "ifm", devices: Sequence[jax.Device] | None = None, dtype: str = "float32"
+) -> tuple[Callable[[], None], dict, jax.stages.Compiled]:
+    """Compiles a step.
+
+    Args:
+      case: the network.
+      method: see `PretrainStep`.
+      devices: that it runs on; None: the first one.
+      dtype: of the images; see `views`.
+
+    Returns:
+      What takes a step and waits for it; what is known of the program: `compile s` and what `known` returns; the
+      program.
+    """
+    mesh = None if devices is None else sharding.make_mesh(devices)
+    step = make_step(case, method, mesh)
     begun = time.perf_counter()
-    program = step.jit().lower(begin, batch).compile()
+    program = lower(case, step, dtype).compile()
     seconds = time.perf_counter() - begun
-    memory = program.memory_analysis()
-    held = [begin]
+    replicated, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.split(mesh))
+    held = [make_state(case, step, replicated)]
+    batch = jax.device_put(views(case, dtype), split)
 
     def run() -> None:
         held[0], metrics = program(held[0], batch)
         jax.block_until_ready(metrics)
 
-    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    known = {"compile s": seconds, "bytes": peak - memory.alias_size_in_bytes}
-    return run, known | {"flops": _flops(program)}
-
-
-def _flops(program) -> float | None:
-    analysis = program.cost_analysis()
-    analysis = analysis[0] if isinstance(analysis, list) else analysis
-    return analysis.get("flops") if analysis else None
+    return run, {"compile s": seconds} | known(program), program
 
 
 def _torchs(case: Case, best: bool) -> tuple[Callable[[], None], dict]:
@@ -130,7 +173,7 @@ def _torchs(case: Case, best: bool) -> tuple[Callable[[], None], dict]:
     layout = torch.channels_last if best else torch.contiguous_format
     query, key = (
         torch.tensor(view.transpose(0, 3, 1, 2)).to(device).contiguous(memory_format=layout)
-        for view in _views(case).values()
+        for view in views(case).values()
     )
 
     def run() -> None:
@@ -140,18 +183,18 @@ def _torchs(case: Case, best: bool) -> tuple[Callable[[], None], dict]:
 
     begun = time.perf_counter()
     run()
-    known = {"compile s": time.perf_counter() - begun}
+    found = {"compile s": time.perf_counter() - begun}
     if cuda:
         run()
         torch.cuda.reset_peak_memory_stats()
         run()
-        known["bytes"] = torch.cuda.max_memory_allocated()
-    return run, known
+        found["bytes"] = torch.cuda.max_memory_allocated()
+    return run, found
 
 
 def measure(case: Case, rounds: int) -> list[dict]:
     """Returns a row for each variant of a case."""
-    variants = {"ifm_jax, IFM": _ours(case, "ifm"), "ifm_jax, MoCo": _ours(case, "moco")}
+    variants = {"ifm_jax, IFM": ours(case, "ifm")[:2], "ifm_jax, MoCo": ours(case, "moco")[:2]}
     plain = ARCHITECTURES[case.arch].groups == 1 and ARCHITECTURES[case.arch].width_per_group == 64
     if importlib.util.find_spec("torch") and plain:
         variants["PyTorch, as published"] = _torchs(case, best=False)
@@ -167,21 +210,21 @@ def measure(case: Case, rounds: int) -> list[dict]:
             if number > 1:
                 times[name].append(1e3 * (time.perf_counter() - begun))
     rows = []
-    for name, (_, known) in variants.items():
+    for name, (_, found) in variants.items():
         low, median, high = statistics.quantiles(times[name], n=4)
         row = {"case": str(case), "variant": name, "ms": median, "quartiles": [low, high], "times": times[name]}
-        row |= {"images_per_sec": case.batch / median * 1e3} | known
-        if known.get("flops"):
-            row["tflops_per_sec"] = known["flops"] / median / 1e9
+        row |= {"images_per_sec": case.batch / median * 1e3} | found
+        if found.get("flops"):
+            row["tflops_per_sec"] = found["flops"] / median / 1e9
         rows.append(row)
     return rows
 
 
 def parts(case: Case, rounds: int) -> dict:
     """Returns what each part of a step takes, in milliseconds, compiled by itself."""
-    step = _step(case, "ifm")
-    begin = jax.jit(lambda: state.create(jax.random.key(0), step.encoder, step.optimizer, case.queue_size))()
-    batch = jax.device_put(_views(case))
+    step = make_step(case, "ifm")
+    begin = make_state(case, step)
+    batch = jax.device_put(views(case))
     embeddings = jax.nn.standardize(jax.random.normal(jax.random.key(1), (2, case.batch, DIM)))
     embeddings = embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
@@ -247,7 +290,7 @@ def _cases(given: list[str] | None) -> list[Case]:
     for text in given:
         try:
             arch, pixels, batch = text.split(":")
-            cases.append(Case(arch, int(pixels), int(batch)))
+            cases.append(Case.fitting(arch, int(pixels), int(batch)))
         except ValueError:
             raise UsageError(f"--cases={text}: expected ARCH:PIXELS:BATCH, such as resnet50:224:256") from None
         if arch not in ARCHITECTURES:
@@ -266,7 +309,7 @@ def main(arguments: list[str]) -> int:
         rows += measure(case, rounds)
         of_parts.append(parts(case, rounds))
     if _PROFILE.value:
-        run, _ = _ours(cases[0], "ifm")
+        run, *_ = ours(cases[0], "ifm")
         run()
         with jax.profiler.trace(_PROFILE.value):
             for _ in range(3):
@@ -287,4 +330,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
+    _PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of three steps of the first case.")
+    _CASES = flags.DEFINE_list("cases", None, "ARCH:PIXELS:BATCH, ...; what fits the device if not given.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 9, "How often everything is timed.")
     command.run(main)

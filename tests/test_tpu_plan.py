@@ -9,8 +9,9 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from benchmarks import reporting, tpu_plan
-from benchmarks.tpu_plan import Collective, Compiled, Topology
+from benchmarks import collectives, reporting, tpu_plan
+from benchmarks.collectives import Collective
+from benchmarks.tpu_plan import Compiled, Topology
 from ifm_jax import assembly
 from ifm_jax.errors import UsageError
 from tests import small
@@ -48,7 +49,7 @@ replica_groups=mesh['axis_0'=8,'axis_1'=2,'axis_2'=1] {'axis_1'}, to_apply=%add
 
 
 def test_collectives_are_read_from_a_program():
-    found = tpu_plan.collectives(HLO, devices=16)
+    found = collectives.read(HLO, devices=16)
     assert found == [
         Collective("all-gather", "u8", 16, 1, 512 * 224 * 224 * 3, (512, 224, 224, 3)),  # two copies of one
         Collective("all-gather", "f32", 16, 1, 6400, (1600,)),
@@ -57,7 +58,7 @@ def test_collectives_are_read_from_a_program():
         Collective("collective-permute", "f32", 16, 1, 200, (50,)),
     ]
     topology = Topology.parse("v5e:4x4")
-    images, _, statistics, _, permuted = (one.seconds(topology) for one in found)
+    images, _, statistics, _, permuted = (tpu_plan.exchange_seconds(one, topology) for one in found)
     assert images == pytest.approx(512 * 224 * 224 * 3 * 15 / 16 / 100e9)
     assert statistics == pytest.approx(2 * 1024 / 2 / 50e9)
     assert permuted == pytest.approx(200 / 50e9)
