@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from ifm_jax import sharding
 from ifm_jax.config import Config
@@ -46,6 +45,8 @@ def define_hosts() -> Callable[[], None]:
 
 def recipe_name() -> str:
     """Returns the name of the recipe that --config gives: `trifeature` for `configs/trifeature.py`."""
+    from ml_collections import config_flags  # of the scripts that take a config
+
     filename = config_flags.get_config_filename(flags.FLAGS["config"])
     return os.path.splitext(os.path.basename(filename))[0]
 
@@ -62,6 +63,8 @@ def define_config(default: str) -> Callable[[], Config]:
     Args:
       default: path of the recipe that is taken without the flag.
     """
+    from ml_collections import config_flags  # of the scripts that take a config
+
     # The library looks at the command line's --config.field already here, where no one would catch a mistake.
     try:
         holder = config_flags.DEFINE_config_file("config", default, "A recipe: a Python file with get_config().")
@@ -97,6 +100,8 @@ def define_config_over(base: Callable[[], Config]) -> Callable[[], Config]:
       The function that gives the config once parsed: the file's where one is given, else `base`'s; with the fields
       changed.
     """
+    from ml_collections import config_flags  # of the scripts that take a config
+
     if any(re.fullmatch(r"--?config(=.*)?", argument) for argument in sys.argv[1:]):
         return define_config(default="")
     try:
