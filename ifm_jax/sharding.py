@@ -134,6 +134,23 @@ def gather_text(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
 
+def wait_for_all(what: str) -> None:
+    """Returns once every process has called it; to be called before a computation that not all may reach soon.
+
+    The processes compile by themselves, and only process 0 finds its program in the cache; Gloo, which connects CPUs,
+    gives up after 30 s of waiting in the first collective. This waits through the coordinator instead, a day if need
+    be; a process that ends meanwhile ends the others as ever.
+
+    Args:
+      what: the same on all processes; a name for it.
+    """
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost  # a step alone does without Orbax
+
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=24 * 3600 * 1000)
+
+
 def maximum_over_hosts(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
     """Returns the function that gives the elementwise maximum of what each process calls it with; None on one.
 

@@ -131,6 +131,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             step = resident.ResidentStep(step, config.data.image_size, config.steps_per_call)
         program = step.jit().lower(train_state, *images, call.batch).compile()
         progress.message(f"Compiled in {time.perf_counter() - begun:.1f} s.")
+        sharding.wait_for_all("compiled")
         if first:
             progress.message(f"Going on after step {first} of {last_step}.")
 

@@ -180,3 +180,20 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "save", lambda self, s, *rest: (saved.append(int(s.step)), save_(self, s, *rest)))
     train(tmp_path, checkpoint_minutes=1e-9, checkpoint_every=1000, steps=3)
     assert saved == [1, 2, 3]
+
+
+def test_the_best_of_a_run_is_kept(tmp_path):
+    """By what the online evaluation finds: knn is given here, so that the best is neither the newest nor the last."""
+    from ifm_jax.evaluation.online import OnlineEvaluation
+
+    knn = iter((10.0, 30.0, 20.0))
+    evaluate = OnlineEvaluation.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineEvaluation, "__call__", lambda self, state: evaluate(self, state) | {"knn": next(knn)})
+        train(tmp_path, eval__every=1, eval__images=16, checkpoint_best="knn", checkpoint_keep=1, checkpoint_every=3)
+    assert [(r["step"], r["knn"]) for r in metrics.read(tmp_path / "metrics.jsonl") if "knn" in r] == [
+        (4, 10.0),
+        (8, 30.0),
+        (12, 20.0),
+    ]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [8, 12]

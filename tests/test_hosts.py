@@ -1,57 +1,36 @@
 """Several processes: a run on two of them is the run of one."""
 
+import collections
+import concurrent.futures
 import contextlib
+import itertools
 import json
+import pathlib
+import shutil
 import signal
-import socket
-import subprocess
-import sys
+import threading
 import time
+import types
 
-import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ifm_jax.start
-from ifm_jax import checkpoint, metrics, sharding, snapshot
+from benchmarks import topologies
+from benchmarks.topologies import finish
+from ifm_jax import assembly, checkpoint, loop, metrics, sharding, snapshot, training
 from ifm_jax.errors import UsageError
 from tests.test_command_line import ROOT, SMALL, environment
 
 DOUBLE = "--config.model.compute_dtype=float64"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def start(workdir, *arguments, of_process_1=()) -> list[subprocess.Popen]:
+def start(workdir, *arguments, of_process_1=()):
     """Starts the two processes, each of two devices."""
-    env = environment()
-    env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
-    hosts = [f"--workdir={workdir}", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
-    return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *arguments, *of_its_own, *hosts, f"--process_id={i}"],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i, of_its_own in enumerate(((), of_process_1))
-    ]
-
-
-def finish(processes) -> tuple[list[int], list[str], list[str]]:
-    """Returns exit statuses, stdout and stderr of both."""
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], *map(list, zip(*outputs, strict=True))
+    program = [str(ROOT / "train.py"), *arguments, f"--workdir={workdir}"]
+    return topologies.start(program, 2, 2, environment(), own={1: of_process_1})
 
 
 def wait_for_lines(log, count, processes):
@@ -62,28 +41,25 @@ def wait_for_lines(log, count, processes):
         time.sleep(0.05)
 
 
-def one_process(workdir, *arguments):
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, f"--workdir={workdir}"]
-    one = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr
-
-
-def assert_the_same_run(ours, theirs, steps):
-    records = [metrics.read(workdir / "metrics.jsonl") for workdir in (ours, theirs)]
-    assert [r["step"] for r in records[0]] == [r["step"] for r in records[1]] == list(range(1, steps + 1))
-    for a, b in zip(*records, strict=True):
-        for name in ("loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-10), (name, a["step"])
+def assert_the_same_as_on_one_device(two, one, steps):
+    """Trains with the config of a finished run on one device of this process, and compares."""
+    config = assembly.read_config(two)
+    config.steps = steps
+    with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction is decay ** count
+        training.train(config, one, devices=jax.devices()[:1], quiet=True)
+    assert [record["step"] for record in metrics.read(two / "metrics.jsonl")] == list(range(1, steps + 1))
+    found = topologies.difference(two, one)
+    assert max(found.values()) <= 1e-10, found
 
 
 @pytest.mark.usefixtures("x64")
 def test_two_processes_of_two_devices_are_one_process(tmp_path):
-    statuses, outputs, errors = finish(start(tmp_path / "two", *SMALL, DOUBLE))
+    """The short form of benchmarks/topologies.py."""
+    statuses, outputs, errors = finish(start(tmp_path / "two", *SMALL, DOUBLE, "--config.steps=3"))
     assert statuses == [0, 0], errors
     assert "4 cpu devices" in outputs[0]
     assert "step" not in outputs[1]  # only the first process speaks
-    one_process(tmp_path / "one", *SMALL, DOUBLE)
-    assert_the_same_run(tmp_path / "two", tmp_path / "one", 8)
+    assert_the_same_as_on_one_device(tmp_path / "two", tmp_path / "one", 3)
 
     # What two processes have saved together is what one has, and one process can read it.
     states = [snapshot.read(tmp_path / name).state for name in ("one", "two")]
@@ -91,14 +67,11 @@ def test_two_processes_of_two_devices_are_one_process(tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(a).max())
 
 
+@pytest.mark.usefixtures("x64")
 def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path):
-    """On a folder of images: a SIGTERM that one of them gets stops both; one killed, the other ends; and on it goes."""
-    rng = np.random.default_rng(0)
-    for number in range(64):
-        image = rng.integers(0, 256, (4, 4, 3), np.uint8).repeat(10, 0).repeat(10, 1)
-        path = tmp_path / "images" / "train" / f"class{number % 2}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assert cv2.imwrite(str(path), image)
+    """On a folder of images: a SIGTERM to one stops both; one killed or failed, the other ends; and on it goes."""
+    topologies.make_images(tmp_path / "images", 64)
+    shutil.copytree(tmp_path / "images", tmp_path / "images_1")  # of process 1, which has a disk of its own
     flags = [*SMALL, DOUBLE, f"--config.data.source=folder:{tmp_path / 'images'}", "--config.data.augmentation=moco_v2"]
     flags += ["--config.epochs=1000", "--config.checkpoint_every=2"]
     two = tmp_path / "two"
@@ -123,6 +96,23 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     assert statuses == [-signal.SIGKILL, 1]
     assert "train.py: another process of the run has ended" in errors[1]
 
+    # Only process 1 meets too many images that it cannot read.
+    saved = checkpoint.steps(two / "checkpoints")[-1]
+    processes = start(two, *flags, of_process_1=[f"--config.data.source=folder:{tmp_path / 'images_1'}"])
+    wait_for_lines(log, saved + 2, processes)
+    failed = time.monotonic()
+    for path in (tmp_path / "images_1").rglob("*.jpg"):
+        path.write_bytes(b"")
+    statuses, _, errors = finish(processes)
+    assert time.monotonic() - failed < 60  # promised
+    assert statuses == [1, 1]
+    assert "train.py: another process of the run has ended" in errors[0]
+    assert errors[1].startswith("train.py: ")
+    assert "cannot be read" in errors[1]
+    assert len(errors[1].strip().splitlines()) == 1
+    last = checkpoint.steps(two / "checkpoints")[-1]
+    assert last > saved
+
     # Nobody hangs where the two are not the same run.
     statuses, _, errors = finish(start(two, *flags, of_process_1=["--config.ifm.epsilon=0.3"]))
     assert statuses == [2, 2]
@@ -132,9 +122,72 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     steps = len(metrics.read(log)) + 2
     statuses, outputs, errors = finish(start(two, *flags, f"--config.steps={steps}"))
     assert statuses == [0, 0], errors
-    assert "Going on after step" in outputs[0]
-    one_process(tmp_path / "one", *flags, f"--config.steps={steps}")
-    assert_the_same_run(two, tmp_path / "one", steps)
+    assert f"Going on after step {last}" in outputs[0]
+    assert_the_same_as_on_one_device(two, tmp_path / "one", steps)
+
+
+class Votes:
+    """What `sharding.maximum_over_hosts` is to loops in threads of one process."""
+
+    def __init__(self, hosts):
+        self.cast = [[] for _ in range(hosts)]
+        self.condition = threading.Condition()
+
+    def of(self, host):
+        def vote(values):
+            with self.condition:
+                self.cast[host].append(values)
+                self.condition.notify_all()
+                return Outcome(self, len(self.cast[host]) - 1)
+
+        return vote
+
+
+class Outcome:
+    """Known once every host has voted, as the result of a collective."""
+
+    def __init__(self, votes, number):
+        self.votes, self.number = votes, number
+
+    def __array__(self, dtype=None, copy=None):
+        with self.votes.condition:
+            assert self.votes.condition.wait_for(lambda: min(map(len, self.votes.cast)) > self.number, timeout=60)
+            return np.max([cast[self.number] for cast in self.votes.cast], axis=0)
+
+
+def test_hosts_whose_clocks_differ_save_the_same_steps(monkeypatch):
+    clock, one = threading.local(), jnp.ones(())
+    monkeypatch.setattr(
+        loop, "time", types.SimpleNamespace(monotonic=lambda: clock.now, perf_counter=time.perf_counter)
+    )
+    votes = Votes(2)
+    saved = collections.defaultdict(list)
+
+    def host(number):
+        clock.now = 0.0
+
+        def step(state, batch):
+            clock.now += (1.0, 1.5)[number]
+            return state + 1, {"loss": one}
+
+        loop.run(
+            step,
+            0,
+            itertools.repeat(loop.Call(None)),
+            first=0,
+            last_step=30,
+            recorder=loop.Recorder(None, None, metrics.Silence(), 1, 1, 100, pathlib.Path("curves.png")),
+            stop=types.SimpleNamespace(signal=None),
+            save=saved[number].append,
+            checkpoint_every=1000,
+            checkpoint_seconds=7.0,
+            vote=votes.of(number),
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        list(threads.map(host, range(2)))
+    # Seven seconds are five steps of the faster clock; all know of it two steps later.
+    assert saved == {0: [7, 14, 21, 28, 30], 1: [7, 14, 21, 28, 30]}
 
 
 @pytest.mark.parametrize(
