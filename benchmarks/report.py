@@ -35,6 +35,7 @@ BENCHMARKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "loss": ((), ("torch",)),
     "train_step": ((), ("torch",)),
     "scaling": ((), ()),
+    "loop": (("grain", "orbax", "ml_collections"), ()),
     "input": (("cv2", "grain", "orbax"), ("torch", "torchvision")),
     "evaluation": (("grain", "orbax", "sklearn"), ()),
 }
@@ -220,6 +221,17 @@ def _scaling(made: dict) -> str:
     return text
 
 
+def _loop(made: dict) -> str:
+    columns = {
+        "images": ("way", str),
+        "a step of the run, ms": ("run ms", _as(",.2f")),
+        "of its program alone, ms": ("program ms", _as(",.2f")),
+        "overhead": ("overhead %", _as(".1f", 1.0, " %")),
+        "images/s": ("images_per_sec", _as(",.0f")),
+    }
+    return f"{made['summary']['case']}.\n\n" + table(made["results"], columns)
+
+
 def _input(made: dict) -> str:
     columns = {
         "pipeline": ("pipeline", str),
@@ -265,6 +277,7 @@ _TABLES = {
     "loss": _loss,
     "train_step": _train_step,
     "scaling": _scaling,
+    "loop": _loop,
     "input": _input,
     "evaluation": _evaluation,
 }
