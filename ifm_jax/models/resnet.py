@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ifm_jax.models import heads
+from ifm_jax.models import convolution, heads
 from ifm_jax.models.batch_norm import BatchNorm, RunningStats
 
 Stem = Literal["imagenet", "small", "small_stride2"]
@@ -73,6 +73,7 @@ def _conv(in_features: int, out_features: int, kernel: int, *, stride: int = 1, 
         feature_group_count=groups,
         use_bias=False,
         kernel_init=_kaiming_normal,
+        conv_general_dilated=convolution.conv_general_dilated,
         **options,
     )
 

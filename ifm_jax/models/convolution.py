@@ -1,0 +1,228 @@
+"""Two-dimensional convolution that is fast on CPUs too.
+
+XLA hands a convolution to a library there if it fits the library, and to a plain loop otherwise. That loop, up to a
+hundred times slower, is what a 3x3 kernel meets on a 2x2 map, the input gradient of a strided convolution that ends in
+one, and the kernel gradient of the 7x7 stem: a ResNet-18 on images of 64 px spends nine tenths of a step in it. Here
+such a convolution is a sum of matrix products, one for each tap of the kernel (a tap: one of its k_h * k_w places),
+over those output places alone for which the tap lies within the map. On small maps that is also less work, since
+nothing is multiplied with padding.
+
+Each of the three computations (the convolution and its two gradients) is chosen by its shape, by measurement, and by
+the platform that the program is *compiled* for: elsewhere than on CPUs it is XLA's convolution, forward and backward.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` for `nnx.Conv`, which passes NHWC images and HWIO kernels.
+
+    Where another formulation is chosen, forward-mode differentiation is not defined.
+
+    Args:
+      x: `(N, H, W, C_in)`.
+      kernel: `(k_h, k_w, C_in / groups, C_out)`, dtype of `x`.
+      window_strides: of height and width.
+      padding: zeros before and after, for height and width.
+      **options: of `jax.lax.conv_general_dilated`; groups, dilations and whatever else changes the computation leave
+        all of it to XLA.
+
+    Returns:
+      `(N, H', W', C_out)`, dtype of `x`.
+    """
+    strides, padding = tuple(window_strides), tuple((low, high) for low, high in padding)
+    if _is_plain(options) and any(_choose(x.shape, kernel.shape, strides, padding)):
+        return _convolution(x, kernel, strides, padding)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def _is_plain(options: dict) -> bool:
+    """Whether no option but the layout differs from its default."""
+    ones = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+    return all(
+        name == "dimension_numbers" or value is None or value == ones.get(name) for name, value in options.items()
+    )
+
+
+class _Choice(NamedTuple):
+    """Which of the three computations are not XLA's convolution on a CPU."""
+
+    output: bool
+    input_gradient: bool
+    kernel_gradient: bool
+
+
+def _choose(x: tuple, kernel: tuple, strides: tuple, padding: Padding) -> _Choice:
+    """Chooses by shape: as measured on one core of an x86 CPU with AVX2, float32."""
+    side = max(_output_sizes(x, kernel, strides, padding))
+    if kernel[:2] == (1, 1):
+        # A plain matrix product but for the stride, which only the kernel's gradient suffers from: 3 to 7 times.
+        return _Choice(False, False, max(strides) > 1)
+    if side <= 2:
+        return _Choice(True, True, False)  # 20 to 120 times faster; XLA's kernel gradient is good here
+    # 1.5 to 3 times faster. A 4x4 map gains too little for what nine products cost to compile.
+    if 5 <= side <= 7 and min(kernel[2:]) >= 128:
+        return _Choice(True, True, True)
+    # XLA's kernel gradient takes the output map as its window: too large for the library. 5 times faster.
+    return _Choice(False, False, _is_large_stem(kernel))
+
+
+def _is_large_stem(kernel: tuple) -> bool:
+    """Whether the kernel is that of ResNet's first convolution: large, on the few channels of an image."""
+    return kernel[0] >= 7 and kernel[2] <= 4
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolution(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Padding) -> jax.Array:
+    """The convolution, each computation in the form that `_choose` names."""
+    choice = _choose(x.shape, kernel.shape, strides, padding)
+    return _on_cpu(choice.output, _output_by_taps, _output, x, kernel, strides=strides, padding=padding)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Padding) -> tuple[jax.Array, tuple]:
+    return _convolution(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides: tuple, padding: Padding, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    choice = _choose(x.shape, kernel.shape, strides, padding)
+    options = {"strides": strides, "padding": padding}
+    of_kernel = _kernel_gradient_by_rows if _is_large_stem(kernel.shape) else _kernel_gradient_by_taps
+    return (
+        _on_cpu(choice.input_gradient, _input_gradient_by_taps, _input_gradient, gradient, x, kernel, **options),
+        _on_cpu(choice.kernel_gradient, of_kernel, _kernel_gradient, gradient, x, kernel, **options),
+    )
+
+
+_convolution.defvjp(_forward, _backward)
+
+
+def _on_cpu(chosen: bool, special: Callable, general: Callable, *operands: jax.Array, **options) -> jax.Array:
+    """Returns `special`'s result if it is chosen and the program is compiled for a CPU, else `general`'s."""
+    general = functools.partial(general, **options)
+    if not chosen:
+        return general(*operands)
+    # Not jax.default_backend(): a program may be compiled for a TPU that is not there (benchmarks/tpu_plan.py).
+    return jax.lax.platform_dependent(*operands, cpu=functools.partial(special, **options), default=general)
+
+
+def _output(x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
+
+
+def _input_gradient(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+) -> jax.Array:
+    return jax.vjp(lambda x: _output(x, kernel, strides=strides, padding=padding), x)[1](gradient)[0]
+
+
+def _kernel_gradient(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+) -> jax.Array:
+    return jax.vjp(lambda kernel: _output(x, kernel, strides=strides, padding=padding), kernel)[1](gradient)[0]
+
+
+def _output_by_taps(x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding) -> jax.Array:
+    height, width = _output_sizes(x.shape, kernel.shape, strides, padding)
+    total = jnp.zeros((), _sum_dtype(x))
+    for i, rows in _taps(x.shape[1], height, kernel.shape[0], strides[0], padding[0][0]):
+        for j, columns in _taps(x.shape[2], width, kernel.shape[1], strides[1], padding[1][0]):
+            product = _contract(x[:, rows.inputs, columns.inputs], kernel[i, j], ((3,), (0,)))
+            total = total + _place(product, (rows.outputs, columns.outputs), (height, width))
+    return total.astype(x.dtype)
+
+
+def _input_gradient_by_taps(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+) -> jax.Array:
+    total = jnp.zeros((), _sum_dtype(x))
+    for i, rows in _taps(x.shape[1], gradient.shape[1], kernel.shape[0], strides[0], padding[0][0]):
+        for j, columns in _taps(x.shape[2], gradient.shape[2], kernel.shape[1], strides[1], padding[1][0]):
+            product = _contract(gradient[:, rows.outputs, columns.outputs], kernel[i, j], ((3,), (1,)))
+            total = total + _place(product, (rows.inputs, columns.inputs), x.shape[1:3])
+    return total.astype(x.dtype)
+
+
+def _kernel_gradient_by_taps(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+) -> jax.Array:
+    # A tap that never lies within the map has no gradient.
+    taps = [[jnp.zeros(kernel.shape[2:], _sum_dtype(x))] * kernel.shape[1] for _ in range(kernel.shape[0])]
+    for i, rows in _taps(x.shape[1], gradient.shape[1], kernel.shape[0], strides[0], padding[0][0]):
+        for j, columns in _taps(x.shape[2], gradient.shape[2], kernel.shape[1], strides[1], padding[1][0]):
+            inputs = x[:, rows.inputs, columns.inputs]
+            taps[i][j] = _contract(inputs, gradient[:, rows.outputs, columns.outputs], ((0, 1, 2), (0, 1, 2)))
+    return jnp.stack([jnp.stack(row) for row in taps]).astype(kernel.dtype)
+
+
+def _kernel_gradient_by_rows(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+) -> jax.Array:
+    """The taps of a kernel's row as one matrix product: with few channels, one tap's would be too narrow."""
+    height, width = gradient.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+    def seen(tap: int, size: int, stride: int) -> slice:
+        return slice(tap, tap + (size - 1) * stride + 1, stride)
+
+    windows = [padded[:, :, seen(j, width, strides[1])] for j in range(kernel.shape[1])]
+    windows = jnp.concatenate(windows, axis=-1)
+    rows = [
+        _contract(windows[:, seen(i, height, strides[0])], gradient, ((0, 1, 2), (0, 1, 2)))
+        for i in range(kernel.shape[0])
+    ]
+    return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
+
+
+class _Overlap(NamedTuple):
+    """Along one axis: the output places for which a tap lies within the input, and the input places that it meets."""
+
+    outputs: slice
+    inputs: slice
+
+
+def _taps(size: int, outputs: int, kernel: int, stride: int, before: int) -> Iterator[tuple[int, _Overlap]]:
+    """Yields the taps of an axis that meet the input at all: output o meets input o * stride + tap - before."""
+    for tap in range(kernel):
+        offset = tap - before
+        first = max(0, -(offset // stride))
+        last = min(outputs - 1, (size - 1 - offset) // stride)
+        if first <= last:
+            met = slice(first * stride + offset, last * stride + offset + 1, stride)
+            yield tap, _Overlap(slice(first, last + 1, 1), met)
+
+
+def _place(product: jax.Array, places: tuple[slice, slice], sizes: Sequence[int]) -> jax.Array:
+    """Returns zeros `(N, *sizes, C)` with `product` at these places."""
+    between = [(place.start, size - place.stop, place.step - 1) for place, size in zip(places, sizes, strict=True)]
+    return jax.lax.pad(product, jnp.zeros((), product.dtype), [(0, 0, 0), *between, (0, 0, 0)])
+
+
+def _contract(a: jax.Array, b: jax.Array, axes: tuple[tuple, tuple]) -> jax.Array:
+    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=_sum_dtype(a))
+
+
+def _sum_dtype(x: jax.Array) -> np.dtype:
+    """Sums are rounded to bfloat16 once, at their end, as a convolution's are."""
+    return np.promote_types(x.dtype, jnp.float32)
+
+
+def _output_sizes(x: tuple, kernel: tuple, strides: tuple, padding: Padding) -> tuple[int, int]:
+    """Returns the height and width of the convolution's result."""
+    height, width = (
+        (size + sum(pad) - taps) // stride + 1
+        for size, pad, taps, stride in zip(x[1:3], padding, kernel[:2], strides, strict=True)
+    )
+    return height, width

@@ -1,0 +1,126 @@
+"""The convolution and its gradients against XLA's own and PyTorch's, on the shapes that are computed otherwise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ifm_jax.models import convolution
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+N = 8
+# (height, width), input and output channels, kernel, stride: one for each choice, and the edges of the small maps.
+SHAPES = [
+    ((1, 1), 6, 5, 3, 1),
+    ((2, 2), 6, 5, 3, 1),
+    ((2, 2), 6, 5, 3, 2),
+    ((4, 3), 6, 5, 3, 2),
+    ((5, 7), 128, 129, 3, 1),
+    ((13, 14), 128, 129, 3, 2),
+    ((6, 5), 8, 9, 1, 2),
+    ((18, 21), 3, 6, 7, 2),
+]
+
+
+def arguments(shape, dtype):
+    (height, width), features, out_features, kernel, stride = shape
+    random = np.random.default_rng(0)
+    x = random.normal(size=(N, height, width, features))
+    weights = random.normal(size=(kernel, kernel, features, out_features))
+    pad = (kernel - 1) // 2
+    strides, padding = (stride, stride), ((pad, pad), (pad, pad))
+    sizes = [(size + 2 * pad - kernel) // stride + 1 for size in (height, width)]
+    gradient = random.normal(size=(N, *sizes, out_features))
+    return (*(jnp.asarray(v, dtype) for v in (x, weights, gradient)), strides, padding)
+
+
+def all_three(function, strides, padding):
+    """Output, input gradient and kernel gradient of a convolution."""
+
+    def run(x, kernel, gradient):
+        y, pull = jax.vjp(lambda x, k: function(x, k, strides, padding, dimension_numbers=LAYOUT), x, kernel)
+        return y, *pull(gradient)
+
+    return run
+
+
+def assert_equal(ours, expected, tolerance):
+    for a, b in zip(ours, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_xla_and_torch_in_float64(shape):
+    with jax.enable_x64(True):
+        x, kernel, gradient, strides, padding = arguments(shape, jnp.float64)
+        assert any(convolution._choose(x.shape, kernel.shape, strides, padding))
+        ours = jax.jit(all_three(convolution.conv_general_dilated, strides, padding))(x, kernel, gradient)
+        assert_equal(
+            ours, jax.jit(all_three(jax.lax.conv_general_dilated, strides, padding))(x, kernel, gradient), 1e-13
+        )
+
+        images = torch.tensor(np.asarray(x).transpose(0, 3, 1, 2), requires_grad=True)
+        weights = torch.tensor(np.asarray(kernel).transpose(3, 2, 0, 1), requires_grad=True)
+        y = torch.nn.functional.conv2d(images, weights, stride=strides, padding=padding[0][0])
+        y.backward(torch.tensor(np.asarray(gradient).transpose(0, 3, 1, 2)))
+        theirs = (
+            y.detach().numpy().transpose(0, 2, 3, 1),
+            images.grad.numpy().transpose(0, 2, 3, 1),
+            weights.grad.numpy().transpose(2, 3, 1, 0),
+        )
+        assert_equal(ours, theirs, 1e-13)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_sums_are_rounded_once(dtype, tolerance):
+    """Against float64 on the same values: no more than the rounding of the result, half a unit in bfloat16."""
+    x, kernel, gradient, strides, padding = arguments(SHAPES[4], dtype)
+    ours = jax.jit(all_three(convolution.conv_general_dilated, strides, padding))(x, kernel, gradient)
+    with jax.enable_x64(True):
+        exact = (jnp.asarray(np.asarray(v, np.float64)) for v in (x, kernel, gradient))
+        expected = jax.jit(all_three(jax.lax.conv_general_dilated, strides, padding))(*exact)
+        assert_equal(ours, [b.astype(dtype) for b in expected], tolerance)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], SHAPES[7]], ids=str)
+def test_each_device_convolves_its_own_images(shape):
+    x, kernel, gradient, strides, padding = arguments(shape, jnp.float32)
+    mesh = jax.make_mesh((8,), ("data",))
+    split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    run = jax.jit(
+        all_three(convolution.conv_general_dilated, strides, padding),
+        in_shardings=(split, whole, split),
+        out_shardings=(split, split, whole),
+    )
+    program = run.lower(x, kernel, gradient).compile().as_text()
+    assert "all-reduce" in program
+    for exchange in ("all-gather", "all-to-all", "collective-permute"):
+        assert exchange not in program
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_other_platforms_get_xlas_convolutions(shape):
+    """Lowered for a TPU, here, where there is none, the program is that of `jax.lax.conv_general_dilated`."""
+    x, kernel, gradient, strides, padding = arguments(shape, jnp.float32)
+    counts = []
+    for function in (convolution.conv_general_dilated, jax.lax.conv_general_dilated):
+        run = jax.jit(all_three(function, strides, padding))
+        text = run.trace(x, kernel, gradient).lower(lowering_platforms=("tpu",)).as_text()
+        counts.append([text.count(f"stablehlo.{name}") for name in ("convolution(", "dot_general", "slice", "pad")])
+    assert counts[0] == counts[1]
+    assert counts[0][0] == 3
+
+
+@pytest.mark.parametrize("options", [{"feature_group_count": 2}, {"rhs_dilation": (2, 2)}], ids=str)
+def test_groups_and_dilations_are_xlas(options):
+    x, kernel, _, strides, padding = arguments(((2, 2), 6, 4, 3, 1), jnp.float32)
+    kernel = kernel[:, :, : 6 // options.get("feature_group_count", 1)]
+    padding = ((2, 2), (2, 2))
+    ours = convolution.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT, **options)
+    expected = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=LAYOUT, **options)
+    np.testing.assert_array_equal(ours, expected)
