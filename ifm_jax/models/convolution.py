@@ -29,7 +29,7 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` for `nnx.Conv`, which passes NHWC images and HWIO kernels.
 
-    Where another formulation is chosen, forward-mode differentiation is not defined.
+    Forward-mode differentiation is not defined.
 
     Args:
       x: `(N, H, W, C_in)`.
@@ -43,7 +43,7 @@ def conv_general_dilated(
       `(N, H', W', C_out)`, dtype of `x`.
     """
     strides, padding = tuple(window_strides), tuple((low, high) for low, high in padding)
-    if _is_plain(options) and any(_choose(x.shape, kernel.shape, strides, padding)):
+    if _is_plain(options):
         return _convolution(x, kernel, strides, padding)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
@@ -57,7 +57,7 @@ def _is_plain(options: dict) -> bool:
 
 
 class _Choice(NamedTuple):
-    """Which of the three computations are not XLA's convolution on a CPU."""
+    """Which of the three computations are not XLA's convolution on a CPU, but matrix products."""
 
     output: bool
     input_gradient: bool
@@ -87,8 +87,9 @@ def _is_large_stem(kernel: tuple) -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolution(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Padding) -> jax.Array:
     """The convolution, each computation in the form that `_choose` names."""
-    choice = _choose(x.shape, kernel.shape, strides, padding)
-    return _on_cpu(choice.output, _output_by_taps, _output, x, kernel, strides=strides, padding=padding)
+    if not _choose(x.shape, kernel.shape, strides, padding).output:
+        return _output(x, kernel, strides=strides, padding=padding)
+    return _on_cpu(_output_by_taps, _output, x, kernel, strides=strides, padding=padding)
 
 
 def _forward(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Padding) -> tuple[jax.Array, tuple]:
@@ -98,24 +99,26 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Padding) 
 def _backward(strides: tuple, padding: Padding, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     choice = _choose(x.shape, kernel.shape, strides, padding)
+    of_input = _input_gradient_by_taps if choice.input_gradient else _input_gradient_in_order
+    of_kernel = _kernel_gradient_in_order
+    if choice.kernel_gradient:
+        of_kernel = _kernel_gradient_by_rows if _is_large_stem(kernel.shape) else _kernel_gradient_by_taps
     options = {"strides": strides, "padding": padding}
-    of_kernel = _kernel_gradient_by_rows if _is_large_stem(kernel.shape) else _kernel_gradient_by_taps
     return (
-        _on_cpu(choice.input_gradient, _input_gradient_by_taps, _input_gradient, gradient, x, kernel, **options),
-        _on_cpu(choice.kernel_gradient, of_kernel, _kernel_gradient, gradient, x, kernel, **options),
+        _on_cpu(of_input, _input_gradient, gradient, x, kernel, **options),
+        _on_cpu(of_kernel, _kernel_gradient, gradient, x, kernel, **options),
     )
 
 
 _convolution.defvjp(_forward, _backward)
 
 
-def _on_cpu(chosen: bool, special: Callable, general: Callable, *operands: jax.Array, **options) -> jax.Array:
-    """Returns `special`'s result if it is chosen and the program is compiled for a CPU, else `general`'s."""
-    general = functools.partial(general, **options)
-    if not chosen:
-        return general(*operands)
+def _on_cpu(special: Callable, general: Callable, *operands: jax.Array, **options) -> jax.Array:
+    """Returns `special`'s result if the program is compiled for a CPU, else `general`'s."""
     # Not jax.default_backend(): a program may be compiled for a TPU that is not there (benchmarks/tpu_plan.py).
-    return jax.lax.platform_dependent(*operands, cpu=functools.partial(special, **options), default=general)
+    return jax.lax.platform_dependent(
+        *operands, cpu=functools.partial(special, **options), default=functools.partial(general, **options)
+    )
 
 
 def _output(x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding) -> jax.Array:
@@ -132,6 +135,38 @@ def _kernel_gradient(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
 ) -> jax.Array:
     return jax.vjp(lambda kernel: _output(x, kernel, strides=strides, padding=padding), kernel)[1](gradient)[0]
+
+
+def _input_gradient_in_order(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+) -> jax.Array:
+    """A convolution of the gradient, zeros between its values where there is a stride, with the kernel turned round."""
+    around = []
+    for axis in range(2):
+        before = kernel.shape[axis] - 1 - padding[axis][0]
+        dilated = (gradient.shape[1 + axis] - 1) * strides[axis] + 1
+        around.append((before, x.shape[1 + axis] + kernel.shape[axis] - 1 - dilated - before))
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return jax.lax.conv_general_dilated(
+        gradient, turned, (1, 1), around, lhs_dilation=strides, dimension_numbers=_LAYOUT
+    )
+
+
+def _kernel_gradient_in_order(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+) -> jax.Array:
+    """A convolution of the input with the gradient: channels stand for images, images for channels."""
+    around = []
+    for axis in range(2):
+        dilated = (gradient.shape[1 + axis] - 1) * strides[axis] + 1
+        before = padding[axis][0]
+        around.append((before, kernel.shape[axis] - 1 + dilated - x.shape[1 + axis] - before))
+    found = jax.lax.conv_general_dilated(
+        *(x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), around),
+        rhs_dilation=strides,
+        dimension_numbers=_LAYOUT,
+    )
+    return found.transpose(1, 2, 0, 3)
 
 
 def _output_by_taps(x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding) -> jax.Array:
