@@ -3,13 +3,16 @@
     python -m benchmarks.train_step [--json=FILE] [--profile=DIR] [--cases=resnet8:32:256,...] [--rounds=9]
 
 Variants, one step of each in turn, in another order every round: this package with IFM and with MoCo; PyTorch with IFM
-(a) as published, float32 and contiguous, and (b) as strong as it gets: bfloat16 autocast, channels_last,
-torch.compile, fused SGD. Here the step computes in float32 on a CPU, in bfloat16 elsewhere. The views are given (float,
-normalised), so that augmentation, which PyTorch does elsewhere, is on neither side; BatchNorm has one group.
+(a) as published, float32 and contiguous, and (b) as strong as it gets: bfloat16 autocast, channels_last, fused SGD,
+with torch.compile and without (on a CPU it takes minutes and need not pay). Here the step computes in float32 on a CPU,
+in bfloat16 elsewhere. The views are given (float, normalised), so that augmentation, which PyTorch does elsewhere, is
+on neither side; BatchNorm has one group.
 
 For each: median and quartiles of a step's milliseconds, images/s, compile time, memory that the compiled program needs
-(PyTorch's peak on CUDA), and ours' model FLOPs a second. Then the share of a step's time by its parts, measured by
-leaving them out. `--profile=DIR` writes a trace of three steps for TensorBoard or Perfetto.
+(PyTorch's peak on CUDA), and for ours model FLOPs a second: XLA's count for the step as it is written over the time,
+and its share of the peak where the device's is known. Then the time of each part, compiled by itself: MoCo-v2's
+augmentation of one view and the shuffle too, which are not in the step that is timed. `--profile=DIR` writes a trace of
+three steps for TensorBoard or Perfetto.
 
 Takes jax, flax, optax and numpy; PyTorch for the peers.
 """
@@ -29,12 +32,25 @@ from absl import flags
 
 from benchmarks import reporting
 from ifm_jax import command, losses, optim, queue, sharding, state
+from ifm_jax.augment import MoCoV2Augmentation, example_rngs
 from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
 from ifm_jax.models.resnet import ARCHITECTURES
 from ifm_jax.pretrain import PretrainStep
 
 DIM = 128
+
+# Dense bfloat16 operations a second, by what JAX calls the device: NVIDIA's data sheets (the SXM models) and Google's
+# pages on each TPU.
+PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
 OPTIMIZER = optim.sgd(0.9, 1e-4)
 
 
@@ -142,13 +158,14 @@ def ours(
       dtype: of the images; see `views`.
 
     Returns:
-      What takes a step and waits for it; what is known of the program: `compile s` and what `known` returns; the
-      program.
+      What takes a step and waits for it; what is known of the program: `compile s`, `model flops` of the step as it is
+      written, and what `known` returns; the program.
     """
     mesh = None if devices is None else sharding.make_mesh(devices)
     step = make_step(case, method, mesh)
     begun = time.perf_counter()
-    program = lower(case, step, dtype).compile()
+    lowered = lower(case, step, dtype)
+    program = lowered.compile()
     seconds = time.perf_counter() - begun
     replicated, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.split(mesh))
     held = [make_state(case, step, replicated)]
@@ -158,10 +175,11 @@ def ours(
         held[0], metrics = program(held[0], batch)
         jax.block_until_ready(metrics)
 
-    return run, {"compile s": seconds} | known(program), program
+    of_model = (lowered.cost_analysis() or {}).get("flops")
+    return run, {"compile s": seconds, "model flops": of_model} | known(program), program
 
 
-def _torchs(case: Case, best: bool) -> tuple[Callable[[], None], dict]:
+def _torchs(case: Case, best: bool, compiled: bool = False) -> tuple[Callable[[], None], dict]:
     """Returns the same of PyTorch's step, with IFM."""
     import torch
 
@@ -169,7 +187,7 @@ def _torchs(case: Case, best: bool) -> tuple[Callable[[], None], dict]:
 
     cuda = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    step = Step(case.arch, case.stem, DIM, case.queue_size, "ifm", best, device)
+    step = Step(case.arch, case.stem, DIM, case.queue_size, "ifm", best, compiled, device)
     layout = torch.channels_last if best else torch.contiguous_format
     query, key = (
         torch.tensor(view.transpose(0, 3, 1, 2)).to(device).contiguous(memory_format=layout)
@@ -198,8 +216,9 @@ def measure(case: Case, rounds: int) -> list[dict]:
     plain = ARCHITECTURES[case.arch].groups == 1 and ARCHITECTURES[case.arch].width_per_group == 64
     if importlib.util.find_spec("torch") and plain:
         variants["PyTorch, as published"] = _torchs(case, best=False)
+        variants["PyTorch, best but not compiled"] = _torchs(case, best=True)
         try:
-            variants["PyTorch, best"] = _torchs(case, best=True)
+            variants["PyTorch, best"] = _torchs(case, best=True, compiled=True)
         except Exception as error:  # torch.compile needs a compiler that is not everywhere
             print(f"PyTorch, best: left out ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
     times = {name: [] for name in variants}
@@ -214,8 +233,11 @@ def measure(case: Case, rounds: int) -> list[dict]:
         low, median, high = statistics.quantiles(times[name], n=4)
         row = {"case": str(case), "variant": name, "ms": median, "quartiles": [low, high], "times": times[name]}
         row |= {"images_per_sec": case.batch / median * 1e3} | found
-        if found.get("flops"):
-            row["tflops_per_sec"] = found["flops"] / median / 1e9
+        if found.get("model flops"):
+            row["tflops_per_sec"] = found["model flops"] / median / 1e9
+            kind = jax.devices()[0].device_kind
+            if peak := next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None):
+                row["utilisation"] = row["tflops_per_sec"] * 1e12 / peak
         rows.append(row)
     return rows
 
@@ -225,6 +247,7 @@ def parts(case: Case, rounds: int) -> dict:
     step = make_step(case, "ifm")
     begin = make_state(case, step)
     batch = jax.device_put(views(case))
+    pixels = jnp.clip(128 + 64 * batch["query"], 0, 255).astype(jnp.uint8)
     embeddings = jax.nn.standardize(jax.random.normal(jax.random.key(1), (2, case.batch, DIM)))
     embeddings = embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
@@ -241,6 +264,13 @@ def parts(case: Case, rounds: int) -> dict:
         direction, opt_state = step.optimizer.update(gradient, opt_state, params)
         return optim.descend(params, direction, jnp.asarray(0.03)), opt_state
 
+    def shuffled(images, keys, rng):
+        order = jax.random.permutation(rng, len(images))
+        return images[order], keys[jnp.argsort(order)]
+
+    def augmented(rng, images):
+        return MoCoV2Augmentation()(example_rngs(rng, jnp.arange(len(images))), images)
+
     def momentum(key_params, params):
         return jax.tree.map(lambda k, q: 0.999 * k + 0.001 * q, key_params, params)
 
@@ -251,6 +281,8 @@ def parts(case: Case, rounds: int) -> dict:
         "optimiser": (update, (begin.params, begin.params, begin.opt_state)),
         "momentum update": (momentum, (begin.key_params, begin.params)),
         "enqueue": (queue.enqueue, (begin.queue, begin.queue_ptr, embeddings[1])),
+        "shuffle": (shuffled, (pixels, embeddings[1], jax.random.key(2))),
+        "augmentation of a view": (augmented, (jax.random.key(3), pixels)),
     }
     row = {"case": str(case)}
     for name, (function, arguments) in programs.items():
@@ -275,9 +307,10 @@ def summary(rows: list[dict]) -> dict:
         ours, moco = variants["ifm_jax, IFM"], variants["ifm_jax, MoCo"]
         ratios = [a / b for a, b in zip(ours["times"], moco["times"], strict=True)]
         of_case = {"ifm_over_moco": statistics.median(ratios), "peak_bytes": ours["bytes"]}
-        for field, peer in (("vs_torch_original", "PyTorch, as published"), ("vs_torch_best", "PyTorch, best")):
-            if peer in variants:
-                of_case[field] = variants[peer]["ms"] / ours["ms"]
+        best = [peer for peer in variants if peer.startswith("PyTorch, best")]
+        for field, peers in (("vs_torch_original", ["PyTorch, as published"]), ("vs_torch_best", best)):
+            if peers := [variants[peer]["ms"] for peer in peers if peer in variants]:
+                of_case[field] = min(peers) / ours["ms"]
         found[name] = of_case
     return list(found.values())[-1] | {"cases": found}
 
@@ -315,7 +348,7 @@ def main(arguments: list[str]) -> int:
             for _ in range(3):
                 run()
     columns = {"case": "", "variant": "", "ms": ".1f", "images_per_sec": ".0f", "compile s": ".1f"}
-    columns |= {"bytes": lambda value: f"{value / 2**20:.0f} MiB", "tflops_per_sec": ".2f"}
+    columns |= {"bytes": lambda value: f"{value / 2**20:.0f} MiB", "tflops_per_sec": ".2f", "utilisation": ".0%"}
     reporting.print_table("A training step", rows, columns)
     names = [name for name in of_parts[0] if name.endswith(" ms")]
     reporting.print_table("Its parts, each compiled by itself", of_parts, {"case": ""} | dict.fromkeys(names, ".1f"))
