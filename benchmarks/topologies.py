@@ -7,7 +7,7 @@ Gloo), each of as many simulated CPU devices. Every topology takes three steps w
 float64, once on Trifeature and once on a folder of JPEGs; the smallest and the largest in float32 too. Their
 metrics.jsonl are compared with those of one process of one device. In float64 a figure may differ by 1e-10 of itself;
 in float32, where the order of a sum shows and the steps carry it on, by 1e-5 in the first step. Exit status 1 where one
-differs by more. Not timed to its end; some ten minutes on two processors, by estimate.
+differs by more. 17 minutes on one processor.
 """
 
 import json
