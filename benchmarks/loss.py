@@ -1,6 +1,6 @@
 """What the loss costs: IFM in closed form against MoCo's, and both against the original's two matrices of logits.
 
-    python -m benchmarks.loss [--json=FILE] [--queries=256,1024] [--keys=4096,65536] [--rounds=9]
+    python -m benchmarks.loss [--json=FILE] [--queries=256,1024] [--keys=4096,65536] [--rounds=21]
 
 Loss and gradient with respect to the queries, of N queries against K keys of 128 numbers, in float32: in one run, one
 variant after another in every round, in another order each, so that whatever else the machine does meets all of them.
@@ -28,7 +28,7 @@ from ifm_jax.errors import UsageError
 _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
 _QUERIES = flags.DEFINE_list("queries", None, "Sizes N; 256 to 1024 on a CPU, to 4096 elsewhere.")
 _KEYS = flags.DEFINE_list("keys", None, "Sizes K; 4096 to 65536 on a CPU, to 1048576 elsewhere.")
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "How often everything is timed.")
+_ROUNDS = flags.DEFINE_integer("rounds", 21, "How often everything is timed.")
 
 DIM, TEMPERATURE, EPSILON = 128, 0.2, 0.1
 REFERENCE = (256, 65536)  # the sizes of the summary

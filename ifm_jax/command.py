@@ -1,5 +1,8 @@
 """What the scripts have in common: flags, and endings said in one line."""
 
+import ctypes
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
@@ -15,6 +18,8 @@ from absl import flags
 from ifm_jax import sharding
 from ifm_jax.config import Config
 from ifm_jax.errors import RunError, UsageError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def say_stopped(result, workdir: str | os.PathLike) -> int:
@@ -141,6 +146,23 @@ def _config_mistake(error: Exception) -> UsageError:
     return UsageError(f"the config cannot be read: {type(error).__name__}: {error}")
 
 
+def _keep_memory() -> None:
+    """Lets glibc keep what is freed, where there is no accelerator.
+
+    A compiled program asks for all its temporary memory anew in every step; glibc gives so much back to the kernel each
+    time, and the kernel clears it page by page: 20,000 page faults and a tenth to a fifth of a small step
+    (docs/benchmarks.md). To be called before JAX starts its threads, which would have arenas of their own.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    if importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"):
+        return  # threads that decode images for an accelerator would wait for each other
+    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(parameter, value)
+
+
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Parses the flags, runs `main` with the remaining arguments and ends the process.
 
@@ -155,6 +177,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     name = os.path.basename(argv[0])
     # The libraries' own remarks are for their authors; what concerns the user is raised.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _keep_memory()
     try:
         status = main(_parse(argv)[1:])
     except UsageError as error:
