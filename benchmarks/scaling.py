@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--json=FILE] [--plot=FILE.png] [--axes=batch,pixels,queue,devices] [--rounds=5]
 
 Axes: images of a batch, side of a view in pixels, size K of the queue, devices. On a CPU ResNet-8 at 32 px, batch 128,
-K = 16384 and about six minutes on two cores; elsewhere ResNet-50 at 224 px, batch 128, K = 65536. The step is that of
+K = 16384 and four minutes on two cores; elsewhere ResNet-50 at 224 px, batch 128, K = 65536. The step is that of
 `benchmarks.train_step`, with IFM, on given views.
 
 For each size: median and quartiles of a step's milliseconds, one step of every size in turn and in another order every
