@@ -84,7 +84,7 @@ def test_the_page(made, tmp_path, monkeypatch):
     assert "No TPU was available" in text
     assert text.index("### 2 x NVIDIA H200") < text.index("### 1 x cpu")
     assert "Not measured on this machine: loss, scaling, loop, input, evaluation." in text
-    assert "Not measured on this machine: train_step, input, evaluation." in text
+    assert "Not measured on this machine: train_step, loop, input, evaluation." in text
     assert "| 256 | 4,096 | 2.00 | 2.50 | 1.25 |" in text
     assert "| c | ifm_jax, IFM | 1,234.5 | 1.0 to 2.0 | 10 | 1 |" in text
     assert "| c | 1.000 | 0.50 | 0.75 | 0.50 |" in text  # the slower ratio is that over the faster peer
