@@ -1,6 +1,7 @@
 """What surrounds the compiled step costs: a whole run, against its program called back to back.
 
-    python -m benchmarks.loop [--config=configs/x.py] [--config.field=value] [--steps=96] [--calls=8] [--json=FILE]
+    python -m benchmarks.loop [--config=configs/x.py] [--config.field=value] [--steps=96] [--calls=8]
+        [--rounds=3] [--json=FILE]
 
 `train.py`'s own loop (`ifm_jax.training.train`: images, metrics, checkpoints, signals) runs a recipe, the default one
 unless told otherwise, in three ways: with images from the host, with the data set on the device (`data.cache=device`),
@@ -23,7 +24,7 @@ from benchmarks import reporting
 from ifm_jax import assembly, command, metrics, resident, sharding, training
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.data import open_source, steps_per_epoch, training_batches
+from ifm_jax.data import Source, open_source, steps_per_epoch, training_batches
 from ifm_jax.data.resident import copies_side, read_all, resident_batches
 from ifm_jax.errors import UsageError
 
@@ -32,6 +33,11 @@ _STEPS = flags.DEFINE_integer("steps", 96, "Steps of a run; the first third is n
 _CALLS = flags.DEFINE_integer("calls", 8, "steps_per_call of the third way.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each way.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
+
+
+def _size(config: Config, source: Source) -> int:
+    """Returns how many images a run trains on."""
+    return min(config.data.limit, len(source)) if config.data.limit else len(source)
 
 
 def _of_run(config: Config) -> float:
@@ -49,7 +55,7 @@ class _Program:
         config = assembly.resolve(config)
         mesh = sharding.make_mesh(jax.devices()[:1])
         source = open_source(config.data, "train")
-        size = min(config.data.limit, len(source)) if config.data.limit else len(source)
+        size = _size(config, source)
         step = assembly.make_step(config, mesh, steps_per_epoch(size, config.batch_size))
         self._state = jax.jit(assembly.state_creator(config))()
         self._steps = config.steps_per_call
@@ -79,7 +85,8 @@ def measure(config: Config, steps: int, calls: int, rounds: int) -> list[dict]:
     for name, (cache, count) in ways.items():
         runs[name] = configs.from_dict(configs.to_dict(config))
         runs[name].data.cache, runs[name].steps_per_call = cache, count
-        runs[name].steps, runs[name].log_every, runs[name].eval.every = steps, max(1, steps // 3), 0
+        runs[name].steps, runs[name].log_every = steps, max(1, steps // 3)
+        runs[name].eval.every, runs[name].checkpoint_best = 0, ""
         configs.validate(runs[name])
         programs[name] = _Program(runs[name])
         programs[name](1)
@@ -104,7 +111,7 @@ def main(arguments: list[str]) -> int:
     if min(steps // 3, calls) < 2:
         raise UsageError(f"--steps={steps} --calls={calls}: expected at least 6 and 2")
     assembly.configure_jax(config.model.compute_dtype)
-    total = config.epochs * steps_per_epoch(len(open_source(config.data, "train")), config.batch_size)
+    total = config.epochs * steps_per_epoch(_size(config, open_source(config.data, "train")), config.batch_size)
     config.epochs *= int(np.ceil(steps / total))
     rows = measure(config, steps, calls, _ROUNDS.value)
     columns = {"way": ""} | dict.fromkeys(("run ms", "program ms"), ".2f")

@@ -70,8 +70,9 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         evaluation = _Evaluation(OnlineEvaluation(config, mesh), config.checkpoint_best)
     side = 0
     if config.data.cache:
-        side = copies_side(source, config.data.image_size, config.data.cache_size)
-        resident.check_memory(size, side, mesh)
+        side = start.together(
+            lambda: _side(config, source, size, mesh), lambda found: {"side of the images held on the devices": found}
+        )
     begin = start.open_workdir(config, workdir, source)
     primary = jax.process_index() == 0
     total_steps = config.epochs * epoch_steps
@@ -195,6 +196,13 @@ def _calls_on_devices(config: Config, mesh, copies: Copies, first: int, last_ste
     batches = resident_batches(copies, config.batch_size, counts, most, seed=config.seed, start=first)
     for batch, count in batches:
         yield loop.Call(sharding.place_everywhere(mesh, batch), count)
+
+
+def _side(config: Config, source, size: int, mesh) -> int:
+    """Returns the side of the copies that the devices hold; they fit there."""
+    side = copies_side(source, config.data.image_size, config.data.cache_size)
+    resident.check_memory(size, side, mesh)
+    return side
 
 
 def _read_all(config: Config, source, size: int, side: int, bad_images: BadImages, progress):
