@@ -218,9 +218,10 @@ class ResNet(nnx.Module):
         x = nnx.relu(self.bn1(self.conv1(images), train=train))
         if self.stem == "imagenet":
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for stage in range(len(self.arch.depths)):
-            for block in getattr(self, f"layer{stage + 1}").values():
-                x = block(x, train=train)
+        for stage, depth in enumerate(self.arch.depths):
+            blocks = getattr(self, f"layer{stage + 1}")
+            for i in range(depth):  # by number: nnx.split and nnx.merge sort the keys as text, "10" before "2"
+                x = blocks[str(i)](x, train=train)
         return jnp.mean(x, axis=(1, 2), dtype=np.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
