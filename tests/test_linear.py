@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ifm_jax import assembly, loop, metrics, training
+from ifm_jax import assembly, loop, metrics, training, workdir
 from ifm_jax.augment import normalize
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import evaluate, features, heads, linear, subject
@@ -138,6 +138,22 @@ def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatc
     assert found == full[0]
     lines = [small.without_speed(metrics.read(path / "metrics.jsonl")) for path in (tmp_path / "probe", full[1])]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("steps", [(12,), (8, 12)])
+def test_damaged_checkpoints_of_an_evaluation_are_set_aside(run, full, tmp_path, steps):
+    """It goes on from the one before, or starts afresh: the results are the same."""
+    probe = shutil.copytree(full[1], tmp_path / "probe")
+    for step in steps:
+        (probe / "checkpoints" / str(step) / "state" / "_METADATA").write_text("{")
+    assert results(run, probe) == full[0]
+    assert sorted(path.name for path in (probe / "damaged").iterdir()) == sorted(map(str, steps))
+
+
+def test_one_evaluation_at_a_time_in_a_directory(run, tmp_path):
+    (tmp_path / "probe").mkdir()
+    with workdir.locked(tmp_path / "probe"), pytest.raises(UsageError, match="is in use by process .* --output"):
+        results(run, tmp_path / "probe")
 
 
 def test_as_many_kept_views_as_epochs_are_the_full_protocol(run, full, tmp_path):

@@ -1,7 +1,6 @@
 """One evaluation as the script asks for it: what is wanted of which checkpoint, printed and written to results.json."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifm_jax import assembly, metrics, sharding
+from ifm_jax import assembly, files, metrics, sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
@@ -20,8 +19,7 @@ from ifm_jax.evaluation import diagnostics, export, knn, linear, readout, report
 from ifm_jax.evaluation.features import extract
 from ifm_jax.evaluation.subject import Subject
 from ifm_jax.loop import Stopped
-
-RESULTS = "results.json"
+from ifm_jax.workdir import RESULTS
 
 _READOUT_LIMIT = 2e10  # images x features x classes, up to which logistic regression takes minutes
 
@@ -112,15 +110,13 @@ def add_result(output: pathlib.Path, of: Subject, name: str, found: dict[str, An
     if jax.process_index() > 0:
         return
     path = output / RESULTS
+    known = files.read_json(path, "pass another --output") or {}
+    known[name] = {"checkpoint": of.path, "step": of.step, "source": of.config.data.source} | found
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known[name] = {"checkpoint": of.path, "step": of.step, "source": of.config.data.source} | found
         output.mkdir(parents=True, exist_ok=True)
-        temporary = output / f".{RESULTS}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(known, indent=2) + "\n")
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read or written ({error}): pass another --output") from None
+        files.write_json(path, known)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}): pass another --output") from None
 
 
 def _features(of: Subject, devices, split: str, layer: str = "backbone") -> tuple[np.ndarray, Any]:

@@ -41,6 +41,12 @@ class OnlineEvaluation:
         order = np.random.default_rng(self._config.seed).permutation(len(source))
         return Subset(source, np.sort(order[:wanted]))
 
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names in a record."""
+        single = [f"{kind}/{label}" for label in self._labels for kind in ("knn", "linear")]
+        return ("knn", "linear", *(single if len(self._labels) > 1 else ()), "effective_rank")
+
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Evaluates the query encoder.
 
