@@ -140,7 +140,7 @@ def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatc
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("steps", [(12,), (8, 12)])
+@pytest.mark.parametrize("steps", [(12,), (9, 12)])
 def test_damaged_checkpoints_of_an_evaluation_are_set_aside(run, full, tmp_path, steps):
     """It goes on from the one before, or starts afresh: the results are the same."""
     probe = shutil.copytree(full[1], tmp_path / "probe")
@@ -152,7 +152,7 @@ def test_damaged_checkpoints_of_an_evaluation_are_set_aside(run, full, tmp_path,
 
 def test_one_evaluation_at_a_time_in_a_directory(run, tmp_path):
     (tmp_path / "probe").mkdir()
-    with workdir.locked(tmp_path / "probe"), pytest.raises(UsageError, match="is in use by process .* --output"):
+    with workdir.locked(tmp_path / "probe"), pytest.raises(UsageError, match=r"is in use by process .* --output"):
         results(run, tmp_path / "probe")
 
 

@@ -229,9 +229,9 @@ def test_an_incomplete_conversion_cannot_be_gone_on_from(tmp_path):
 def test_one_run_at_a_time_in_a_workdir(finished):
     """The second is told who the first is, and nothing is touched; a lock that a dead process left blocks nobody."""
     before = (finished / "metrics.jsonl").read_bytes()
-    with workdir.locked(finished):
-        with pytest.raises(UsageError, match=rf"is in use by process {os.getpid()} on \S+: wait for it, .* --workdir"):
-            train(small.config(epochs=3), finished)
+    first = rf"is in use by process {os.getpid()} on \S+: wait for it, .* --workdir"
+    with workdir.locked(finished), pytest.raises(UsageError, match=first):
+        train(small.config(epochs=3), finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
     (finished / ".lock").write_text('{"pid": 1, "host": "gone"}')
     assert train(small.config(), finished).step == 8
