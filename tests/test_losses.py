@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifm_jax import losses
+from ifm_jax.methods import losses
 
 
 def unit(rng, *shape):
