@@ -11,10 +11,12 @@ Importing this pulls in neither PyTorch nor TensorFlow nor Grain; `train` and `l
 """
 
 import importlib
+import sys
 
-from ifm_jax import augment, losses, models, optim, queue, sharding
+from ifm_jax import augment, models, optim, sharding
 from ifm_jax.config import Config
 from ifm_jax.errors import RunError, UsageError
+from ifm_jax.methods import losses, queue
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
 from ifm_jax.state import TrainState
@@ -37,6 +39,9 @@ __all__ = [
     "sharding",
     "train",
 ]
+
+# `from ifm_jax.losses import info_nce`: the names that these modules had before they moved.
+sys.modules |= {f"{__name__}.losses": losses, f"{__name__}.queue": queue}
 
 # Public functions whose modules are slow to import (Orbax, Grain): found on first use.
 _LAZY = {"load": "ifm_jax.loading", "train": "ifm_jax.training"}

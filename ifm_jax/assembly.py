@@ -54,7 +54,7 @@ def make_encoder(config: Config) -> Encoder:
     return Encoder(
         arch=model.arch,
         dim=moco.dim,
-        mlp=moco.mlp,
+        head="mlp" if moco.mlp else "linear",
         stem=model.stem,
         width=model.width,
         bn_groups=model.bn_groups,

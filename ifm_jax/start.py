@@ -28,6 +28,7 @@ from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.data import Source, open_source
 from ifm_jax.errors import UsageError
+from ifm_jax.models import only_head, without_head
 from ifm_jax.snapshot import Snapshot
 from ifm_jax.state import TrainState
 from ifm_jax.workdir import CHECKPOINTS, CONFIG, CONVERTED, DATA, locked
@@ -252,12 +253,16 @@ def started_with(given: Snapshot, fresh: TrainState) -> tuple[TrainState, list[s
         return jax.tree.map(np.shape, tree)
 
     state, taken = given.state, ["query encoder"]
-    head = shapes(state.params.get("fc")) == shapes(fresh.params["fc"])
+    # A head with BatchNorm has statistics as well.
+    heads = [tuple(shapes(only_head(tree)) for tree in (of.params, of.batch_stats)) for of in (state, fresh)]
+    head = heads[0] == heads[1]
     if not head:
         taken = ["query encoder without its head (a new one)"]
-    fc = {"fc": (state if head else fresh).params["fc"]}
-    params = cast({**state.params, **fc}, fresh.params)
-    batch_stats = cast(state.batch_stats, fresh.batch_stats)
+    with_head = state if head else fresh
+    params, batch_stats = (
+        cast(without_head(getattr(state, part)) | only_head(getattr(with_head, part)), getattr(fresh, part))
+        for part in ("params", "batch_stats")
+    )
     if head and state.key_params is not None:
         key_params = cast(state.key_params, fresh.key_params)
         key_batch_stats = cast(state.key_batch_stats, fresh.key_batch_stats)

@@ -104,7 +104,7 @@ def test_table_has_our_names_and_shapes(arch, options):
     expected = jax.eval_shape(encoder.init, jax.random.key(0))
     config = Config()
     config.model.arch, config.model.stem = arch, encoder.stem
-    config.model.width, config.moco.dim, config.moco.mlp = encoder.width, 7, encoder.mlp
+    config.model.width, config.moco.dim, config.moco.mlp = encoder.width, 7, encoder.head == "mlp"
     found = {"params": {}, "batch_stats": {}}
     for entry in torch_checkpoint.encoder_table(config):
         shape = torch_checkpoint._to_jax(np.empty(entry.shape), entry.kind).shape
@@ -159,7 +159,7 @@ def test_jax_to_torch_to_jax_is_bit_exact(arch, options, tmp_path):
     saved = random_state(encoder, optimizer, 24)
     config = Config()
     config.model.arch, config.model.stem = arch, encoder.stem
-    config.moco.dim, config.moco.queue_size, config.moco.mlp = 16, 24, encoder.mlp
+    config.moco.dim, config.moco.queue_size, config.moco.mlp = 16, 24, encoder.head == "mlp"
     snapshot.write(Snapshot(config, saved), tmp_path / "run")
     notes = torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "a.pth.tar", epoch=3).notes
     assert bool(notes) == (arch == SMALL)  # which torchvision does not have
