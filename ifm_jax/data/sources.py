@@ -25,10 +25,13 @@ class Source(Protocol):
     Attributes:
       label_names: the classes of each label, for example `{"shape": ("circle", ...), ...}`; empty without labels.
       fingerprint: a hash of which images these are, in which order; the same wherever they lie.
+      earlier_fingerprints: what it was in earlier versions, so that their runs may go on; empty: the same.
     """
 
     label_names: dict[str, tuple[str, ...]]
-    fingerprint: str
+    if TYPE_CHECKING:  # not looked for by isinstance(), which would compute it on Python 3.11
+        fingerprint: str
+        earlier_fingerprints: tuple[str, ...]
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -158,6 +161,8 @@ class Subset:
       source: of all of them.
       indices: int `(N,)`, which ones, as they are numbered here.
     """
+
+    earlier_fingerprints: tuple[str, ...] = ()
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices, self.label_names = source, np.asarray(indices), source.label_names
