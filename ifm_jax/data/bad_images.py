@@ -64,7 +64,8 @@ class BadImages:
         if len(self) > self._max_share * self._size:
             raise RunError(
                 f"{len(self)} of {self._size} images cannot be read, more than data.max_bad={self._max_share:g} "
-                f"allows; the last was {name} ({reason}). They are listed in {self._path}: replace or remove them, or "
-                "raise data.max_bad; the run goes on from its last checkpoint"
+                f"allows; the last was {name} ({reason}). They are listed in {self._path}: raise data.max_bad, and the "
+                "run goes on from its last checkpoint; or replace or remove them, and data.json of the workdir, which "
+                "would tell"
             )
         self._say(f"{name} cannot be read ({reason}): a neighbour takes its place ({len(self)} so far).")

@@ -39,7 +39,7 @@ class UnreadableImageError(RunError):
     def __init__(self, name: str, reason: str):
         super().__init__(
             f"{name} cannot be read ({reason}): replace or remove it and start again; a run goes on from its last "
-            "checkpoint"
+            "checkpoint, if you remove its data.json too, by which it would notice"
         )
         self.name, self.reason = name, reason
 
