@@ -22,7 +22,6 @@ import math
 import os
 import pathlib
 import time
-import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from ifm_jax import assembly, command, optim, sharding, snapshot, torch_checkpoi
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.npz import Npz, NpzError
 from ifm_jax.pretrain import PretrainStep
 from ifm_jax.snapshot import Snapshot
 from ifm_jax.state import TrainState
@@ -240,12 +240,12 @@ def load_npz(path: str | os.PathLike, what: str) -> dict[str, np.ndarray]:
       UsageError: if it cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Npz(path) as file:
             return dict(file)
     except FileNotFoundError:
         raise UsageError(f"{path} is not there: expected {what}") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is no .npz of plain arrays ({type(error).__name__}): expected {what}") from None
+    except NpzError as error:
+        raise UsageError(f"{path} is no .npz of plain arrays ({error}): expected {what}") from None
 
 
 def check_views(views: dict[str, np.ndarray], path: str | os.PathLike = "views") -> None:

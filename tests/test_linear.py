@@ -11,6 +11,9 @@ import torch
 
 from ifm_jax import assembly, loop, metrics, training, workdir
 from ifm_jax.augment import normalize
+from ifm_jax.data import ViewSource, open_source, pipeline
+from ifm_jax.data.array import open_array
+from ifm_jax.data.sources import drawn
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import evaluate, features, heads, linear, subject
 from tests import small
@@ -226,6 +229,42 @@ def test_all_at_once(run, tmp_path, capsys):
         assert file["names"][3] == "image 3"
     for name in ("map.png", "run/similarities.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_diagnostics_are_of_images_drawn_at_random(run, monkeypatch):
+    """Of a source that cuts no views, too; the embeddings are of the same images as the features."""
+    read = []
+    monkeypatch.setattr(
+        evaluate, "training_batches", lambda *args, **options: read.append(args[0]) or batches(*args, **options)
+    )
+    monkeypatch.setattr(evaluate, "extract", lambda frozen, source: read.append(source) or extract(frozen, source))
+    batches, extract = pipeline.training_batches, features.extract
+    found = evaluate.diagnose(of(run, eval__images=12), jax.devices()[:1])
+    assert found["images"] == 12
+    assert sum(found["positive_histogram"]) == 12
+    for source in read:
+        assert not isinstance(source, ViewSource)
+        np.testing.assert_array_equal(source.indices, np.sort(np.random.default_rng(0).permutation(37)[:12]))
+    assert len(read) == 2
+
+
+def test_a_part_drawn_at_random_has_all_classes(tmp_path):
+    """Of a source sorted by class; it depends on the seed alone and is what the source is: of views or not."""
+    np.savez(tmp_path / "sorted.npz", images=np.zeros((1000, 8, 8), np.uint8), labels=np.arange(1000) // 5)
+    source = open_array(str(tmp_path / "sorted.npz"), "train", image_size=8)
+    part = drawn(source, 400, 0)
+    assert isinstance(part, ViewSource)
+    assert len(set(part.labels()["class"])) > 170
+    assert part.fingerprint == drawn(source, 400, 0).fingerprint != drawn(source, 400, 1).fingerprint
+    assert [part.name(place) for place in (0, 399)] == [f"image {part.indices[place]}" for place in (0, 399)]
+    assert drawn(source, 0, 0) is drawn(source, 1000, 0) is source
+    plain = drawn(small_trifeature(), 10, 0)
+    assert not isinstance(plain, ViewSource)
+    np.testing.assert_array_equal(plain.batch(np.arange(10))["color"], plain.labels()["color"])
+
+
+def small_trifeature():
+    return open_source(small.config().data, "test")
 
 
 def test_records_and_projections(run, tmp_path):

@@ -13,7 +13,7 @@ from ifm_jax import assembly, files, metrics, sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
-from ifm_jax.data.sources import Subset
+from ifm_jax.data.sources import drawn
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import diagnostics, export, knn, linear, readout, report, subject
 from ifm_jax.evaluation.features import extract
@@ -198,14 +198,15 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
 
     Similarities, alignment and uniformity are of the embeddings (of the features, where a checkpoint has no head) of
     two views as in pre-training; the effective rank is of the features of the images as they are evaluated. At most
-    `eval.images` images.
+    `eval.images` images, drawn at random, since a source may lie sorted by class; the same on all hosts.
     """
     config = of.config
     try:
         source = open_source(config.data, "test")
     except UsageError:  # one set of images, all of them for training
         source = open_source(config.data, "train")
-    count = min(len(source), config.eval.images or len(source))
+    source = drawn(source, config.eval.images, config.linear.seed)
+    count = len(source)
     layer = "projection" if of.snapshot.state.params.get("fc") is not None else "backbone"
     embed = of.frozen(devices, layer)
     augment = assembly.make_augmentation(config)
@@ -226,7 +227,6 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
         source,
         batch_size,
         seed=config.linear.seed,
-        size=count,
         host=jax.process_index(),
         hosts=jax.process_count(),
         remainder=True,
@@ -241,7 +241,7 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
     # What fills the last batch up comes last.
     first, second = (np.concatenate(view)[:count] for view in zip(*parts, strict=True))
     found = diagnostics.diagnose(first, second)
-    features = extract(of.frozen(devices), source if count == len(source) else Subset(source, np.arange(count)))
+    features = extract(of.frozen(devices), source)
     found |= {
         "effective_rank": diagnostics.effective_rank(features),
         "effective_rank_embeddings": found["effective_rank"],

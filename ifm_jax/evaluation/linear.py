@@ -25,7 +25,7 @@ from ifm_jax import config as configs
 from ifm_jax.augment import ProbeAugmentation, example_rngs
 from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
-from ifm_jax.data.sources import Subset, ViewSource
+from ifm_jax.data.sources import ViewSource, subset
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.evaluation import heads
 from ifm_jax.evaluation.features import FrozenEncoder, extract
@@ -147,7 +147,7 @@ def run(
         count = max(1, round(linear.holdout * len(source)))
         if count >= len(source):
             raise UsageError(f"{len(source)} training images are too few to keep {linear.holdout:g} of them aside")
-        aside, source = Subset(source, np.sort(order[:count])), Subset(source, np.sort(order[count:]))
+        aside, source = subset(source, np.sort(order[:count])), subset(source, np.sort(order[count:]))
     epoch_steps = steps_per_epoch(len(source), linear.batch_size, remainder=True)
     last_step = linear.epochs * epoch_steps
     identity = {"protocol": "fast" if fast else "full", "backbone": digest}
