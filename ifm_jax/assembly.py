@@ -1,6 +1,5 @@
 """From a config to the parts of a run: encoder, augmentation, optimiser, step, the state it starts with."""
 
-import json
 import os
 import pathlib
 from typing import Any
@@ -158,8 +157,8 @@ def read_config(workdir: str | os.PathLike) -> Config:
     """
     path = pathlib.Path(workdir) / CONFIG
     try:
-        return configs.from_dict(json.loads(path.read_text()))
+        return configs.from_json(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"{path} is not there: expected the workdir of a training run") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # UsageError is a ValueError
         raise UsageError(f"{path} cannot be read ({error}): expected the config of a training run") from None
