@@ -82,8 +82,8 @@ def in_process(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     level = logging.getLogger("absl").level
     modules = flags.FLAGS.flags_by_module_dict()
-    others = {flag.name: flag for module in modules if module.startswith("benchmarks") for flag in modules[module]}
-    known = set(flags.FLAGS) - set(others)
+    known = {flag.name for module in modules if module.startswith("absl") for flag in modules[module]}
+    others = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - known}
     for name in others:  # of imported benchmarks, where a process of its own would have none
         delattr(flags.FLAGS, name)
 
