@@ -62,7 +62,7 @@ def of_device(mesh: jax.sharding.Mesh) -> int | None:
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Checks that a run can fit into the memory of its devices.
+    """Checks that a run can fit into the memory of its devices, and what else is known before the images are opened.
 
     Args:
       config: validated and resolved.
@@ -78,6 +78,9 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"data.trifeature.train_size={trifeature.train_size}: images of {size} px take {drawn / 1e9:.0f} GB of the "
             f"{machine / 1e9:.1f} GB that this machine has: expected fewer"
         )
+    if config.data.source == "trifeature":  # how many they are is known before they are drawn
+        used = min(config.data.limit or trifeature.train_size, trifeature.train_size)
+        check_steps(config, used // config.batch_size)
     has = of_device(mesh)
     if has is None:
         return
