@@ -23,10 +23,10 @@ import jaxlib
 import numpy as np
 
 import ifm_jax
-from ifm_jax import assembly, checkpoint, files, sharding, snapshot
+from ifm_jax import assembly, checkpoint, files, memory, sharding, snapshot
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.data import Source, open_source
+from ifm_jax.data import Source, open_source, steps_per_epoch
 from ifm_jax.errors import UsageError
 from ifm_jax.models import only_head, without_head
 from ifm_jax.snapshot import Snapshot
@@ -133,8 +133,11 @@ def _open(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tup
     config = assembly.resolve(config, assembly.find_config(workdir))
     assembly.configure_jax(config.model.compute_dtype)
     assembly.make_augmentation(config)
+    memory.check(config, mesh)
     # The images before the workdir: one made for a mistaken folder would refuse the right one.
     source = open_source(config.data, "train")
+    size = min(config.data.limit or len(source), len(source))
+    memory.check_steps(config, steps_per_epoch(size, config.batch_size))
     if (workdir / CONVERTED).exists() and (missing := snapshot.read(workdir).missing):
         raise UsageError(
             f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
