@@ -14,6 +14,11 @@ A run's own config is taken, with --config.field=value on top; a file's network 
 --output; the same command goes on with an evaluation that was stopped.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin(hosts=True)
+
 import pathlib
 
 from absl import flags
@@ -51,6 +56,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError("expected either --workdir, the directory of a training run, or --pretrained, a checkpoint")
     path = _WORKDIR.value or _PRETRAINED.value
     output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or pathlib.Path("runs") / _name(path))
+    command.workdir(output)
     _JOIN_HOSTS()
     from ifm_jax.evaluation import evaluate  # with scikit-learn and matplotlib, once it is known what is wanted
 
