@@ -11,8 +11,8 @@ Importing this takes no time: every name is imported when it is first used.
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as typing has it, which takes its time
 if TYPE_CHECKING:
     from ifm_jax import augment, losses, models, optim, queue, sharding
     from ifm_jax.config import Config

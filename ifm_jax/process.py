@@ -1,20 +1,21 @@
 """The process that a script is: its streams, Ctrl-C while it starts, and a supervisor where it is one of several.
 
-Standard library alone: a script calls `begin` before it imports what takes seconds.
+Standard library alone: a script calls `begin` before it imports what takes seconds. What `begin` can do without is
+imported where it is used: until it is called Ctrl-C is a traceback.
 """
 
+from __future__ import annotations
+
 import contextlib
-import ctypes
 import errno
 import os
-import re
-import resource
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from typing import TextIO
+
+TYPE_CHECKING = False  # as typing has it, which takes its time
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TextIO
 
 INTERRUPTED = "interrupted; what was saved is intact"
 PEER_ENDED = (
@@ -23,6 +24,7 @@ PEER_ENDED = (
 )
 
 _SUPERVISOR = "IFM_JAX_SUPERVISOR"  # in the environment of the supervised process: the supervisor's number
+_FLAGS = ("coordinator", "num_processes", "process_id")
 # Each launcher of several processes sets one of these; a process that is alone is supervised to no harm.
 _LAUNCHERS = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,9 +41,9 @@ def begin(hosts: bool = False) -> None:
       hosts: the script may be one of several processes (`command.define_hosts`): where it is, the work is done by a
         child, and this process says how it ended.
     """
-    prepare_streams()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
+    prepare_streams()
     if hosts:
         supervisor = os.environ.pop(_SUPERVISOR, None)
         if supervisor == str(os.getppid()):
@@ -72,8 +74,9 @@ def say(text: str) -> None:
 
 def one_of_several(arguments: list[str]) -> bool:
     """Returns whether the arguments or a launcher's environment speak of several processes."""
-    flags = re.compile(r"--?(coordinator|num_processes|process_id)(=.*)?", re.DOTALL)
-    return any(map(flags.fullmatch, arguments)) or any(name in os.environ for name in _LAUNCHERS)
+    names = [argument.partition("=")[0] for argument in arguments]
+    given = any(name.lstrip("-") in _FLAGS for name in names if name.startswith("-"))
+    return given or any(name in os.environ for name in _LAUNCHERS)
 
 
 def interrupted(*_) -> None:
@@ -148,6 +151,10 @@ def _supervise() -> None:
     Only where the runtime has aborted it for a peer there is a line more, and the status is 1; every other end, a crash
     of its own among them, stays what it is.
     """
+    import resource
+    import subprocess
+    import threading
+
     child, early = None, []
 
     def forward(number, _) -> None:
@@ -196,6 +203,8 @@ def _supervise() -> None:
 
 def _end_with_the_supervisor() -> None:
     """Has the kernel kill this process once its supervisor is gone, where the kernel can (Linux)."""
+    import ctypes
+
     supervisor = os.getppid()
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
