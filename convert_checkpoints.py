@@ -9,6 +9,11 @@ DIR is laid out as the working directory of a run: whatever takes one takes it. 
 that format. Nothing in a file is executed. Existing output is refused without --overwrite.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin()
+
 import pathlib
 import sys
 

@@ -14,6 +14,11 @@ A run's own config is taken, with --config.field=value on top; a file's network 
 --output; the same command goes on with an evaluation that was stopped.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin(hosts=True)
+
 import pathlib
 
 from absl import flags
@@ -45,6 +50,7 @@ def main(arguments: list[str]) -> int:
     path = _WORKDIR.value or _PRETRAINED.value
     config = _CONFIG.over(lambda: assembly.read_config(_WORKDIR.value) if _WORKDIR.value else Config())
     output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or pathlib.Path("runs") / _name(path))
+    command.workdir(output)
     _JOIN_HOSTS()
     from ifm_jax.evaluation import evaluate  # with scikit-learn and matplotlib, once it is known what is wanted
 

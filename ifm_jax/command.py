@@ -1,5 +1,7 @@
 """What the scripts have in common: flags, and endings said in one line."""
 
+import atexit
+import contextlib
 import ctypes
 import difflib
 import importlib.metadata
@@ -7,9 +9,13 @@ import importlib.util
 import logging
 import math
 import os
+import pathlib
+import platform
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +23,7 @@ from collections.abc import Callable, Iterator
 import jax
 from absl import flags
 
-from ifm_jax import sharding
+from ifm_jax import process, sharding
 from ifm_jax.config import did_you_mean
 from ifm_jax.config_flag import UNSET, ConfigFlag
 from ifm_jax.errors import RunError, UsageError
@@ -27,10 +33,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 def say_stopped(result, workdir: str | os.PathLike) -> int:
     """Says how to go on with a run that a signal stopped; returns the exit status."""
-    print(
+    text = (
         f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
         "The same command goes on from there."
     )
+    if result.stopped_by == signal.SIGPIPE:  # nobody reads standard output
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
+    else:
+        print(text)
     return 128 + result.stopped_by
 
 
@@ -43,10 +53,15 @@ def define_hosts() -> Callable[[], None]:
     def initialize() -> None:
         try:
             sharding.initialize(coordinator.value, num_processes.value, process_id.value)
+        except TimeoutError as error:
+            # Not the ordinary end: JAX's runtime is still looking for them, in a thread that nothing stops.
+            _say(os.path.basename(sys.argv[0]), error, 1)
+            sys.stdout.flush()
+            os._exit(1)
         except ValueError as error:
             raise UsageError(str(error)) from None
         except RuntimeError as error:
-            raise RunError(f"the processes of the run did not find each other: {error}") from None
+            raise RunError(f"the processes of the run did not find each other: {_first_line(error)}") from None
 
     return initialize
 
@@ -93,11 +108,22 @@ def _keep_memory() -> None:
         mallopt(parameter, value)
 
 
+def workdir(path: str | os.PathLike) -> None:
+    """Says where the results of this process go, which is where `run` writes what helps to find a mistake of ours."""
+    global _workdir
+    _workdir = pathlib.Path(path)
+
+
+_workdir: pathlib.Path | None = None
+
+
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Parses the flags, runs `main` with the remaining arguments and ends the process.
 
     Exit status: 0 done; 2 for a mistake of the caller's, 1 for a failure of the run, each with one line on stderr;
-    128 + the signal's number for a run that a signal stopped and that can go on.
+    128 + the signal's number for a run that a signal stopped and that can go on, SIGPIPE for a reader of standard
+    output that has closed it. What nobody has foreseen is one line and status 1 too, and its traceback is in a file of
+    the workdir. A full disk under standard output ends no run: its workdir holds all that is printed.
 
     Args:
       main: returns the exit status, None for 0.
@@ -108,28 +134,98 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     # The libraries' own remarks are for their authors; what concerns the user is raised.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     _keep_memory()
+    process.prepare_streams()
+    if signal.getsignal(signal.SIGINT) is process.interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stdout = sys.stdout
+    sys.stdout = process.Output(
+        stdout,
+        strict=True,
+        on_failure=lambda error: _say(
+            name, f"standard output cannot be written to ({error.strerror}): what does not fit is lost", 0
+        ),
+    )
     try:
-        status = main(_parse(argv)[1:])
-    except UsageError as error:
-        status = _say(name, error, 2)
-    except RunError as error:
-        status = _say(name, error, 1)
-    except BrokenPipeError:
-        status = 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        status = _say(name, "interrupted; what was saved is intact", 128 + signal.SIGINT)
-    except Exception as error:
-        if not jax.distributed.is_initialized():
-            raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            status = _say(name, f"{sharding.PEER_ENDED} ({str(error).strip().splitlines()[0][:200]})", 1)
-        else:
-            traceback.print_exc()
-            status = 1
-    sys.stdout.flush()
-    if status and status < 128 and jax.distributed.is_initialized():
+        status, alone = _outcome(main, argv, name)
+        status = _end_output(sys.stdout, status)
+    finally:
+        sys.stdout = stdout
+    if alone and jax.distributed.is_initialized():
         _leave_the_others(status)
-    sys.exit(status or 0)
+    # From here to the end of the interpreter there is nothing to interrupt in an orderly way.
+    atexit.register(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    sys.exit(status)
+
+
+def _outcome(main: Callable[[list[str]], int | None], argv: list[str], name: str) -> tuple[int, bool]:
+    """Runs `main`; returns the exit status, and whether other processes of the run may know nothing of this end."""
+    try:
+        status = main(_parse(argv)[1:]) or 0
+        return status, 0 < status < 128
+    except SystemExit as ended:
+        return ended.code or 0, bool(ended.code)
+    except UsageError as error:
+        return _say(name, error, 2), True
+    except RunError as error:
+        return _say(name, error, 1), True
+    except process.OutputClosedError:
+        return 128 + signal.SIGPIPE, True
+    except KeyboardInterrupt:
+        return _say(name, process.INTERRUPTED, 128 + signal.SIGINT), True
+    except Exception as error:
+        if jax.distributed.is_initialized() and sharding.is_of_a_peer(error):
+            return _say(name, f"{process.PEER_ENDED} ({_first_line(error)})", 1), True
+        where = _write_traceback(argv)
+        return _say(name, f"unexpected {type(error).__name__}: {_first_line(error)}; the traceback is {where}", 1), True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _write_traceback(argv: list[str]) -> str:
+    """Writes the error under way, with all that led to it, and what it was found with; returns where."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("ifm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    text = "\n".join(
+        [
+            f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, process {os.getpid()}, in {os.getcwd()}",
+            shlex.join(argv),
+            ", ".join(f"{name} {version}" for name, version in versions.items()),
+            "",
+            traceback.format_exc(),
+        ]
+    )
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"  # of several processes each has its own
+    for directory in ([_workdir] if _workdir else []) + [pathlib.Path(tempfile.gettempdir())]:
+        with contextlib.suppress(OSError):
+            path = directory.absolute() / name
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return f"in {path}"
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+    return "above: no file could be written"
+
+
+def _end_output(output: process.Output, status: int) -> int:
+    """Writes what standard output still holds; returns the exit status, now that it is known whether that worked."""
+    with contextlib.suppress(process.OutputClosedError):
+        output.flush()
+    if output.closed_by_reader or output.failure:
+        _to_nowhere(output)
+    if output.closed_by_reader:
+        return status or 128 + signal.SIGPIPE
+    if output.failure and _workdir is None:  # else the results are there
+        return status or 1
+    return status
+
+
+def _to_nowhere(stream) -> None:
+    """Has all that is still written to a stream vanish: Python tries once more as it ends, and would complain."""
+    with contextlib.suppress(OSError, ValueError):  # without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _leave_the_others(status: int) -> None:
@@ -138,15 +234,17 @@ def _leave_the_others(status: int) -> None:
     The ordinary end would wait for the others, which may wait for this one. Once process 0 is gone the runtime ends all
     the others at once; where all of them have failed alike they have a few seconds to say so.
     """
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())  # all is said; the runtime says more
-    if jax.process_index() == 0:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # all is said; the runtime says more
+    if sharding.process_index() == 0:
         time.sleep(3.0)
     os._exit(status)
 
 
 def _say(name: str, error: object, status: int) -> int:
-    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    try:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except OSError:
+        _to_nowhere(sys.stderr)
     return status
 
 

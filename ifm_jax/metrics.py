@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ifm_jax import files
 from ifm_jax.errors import UsageError
+from ifm_jax.process import Output
 
 if TYPE_CHECKING:
     import rich.console
@@ -422,13 +423,18 @@ class Progress:
         self._total, self._step, self._epochs = total_steps, start_step, epochs
         self._steps_per_epoch = steps_per_epoch or max(total_steps, 1) / epochs
         self._clock = clock
-        self._file = console.file if console is not None else (file if file is not None else sys.stdout)
+        self._file = Output(console.file if console is not None else (file if file is not None else sys.stdout))
         self._console = console
         self._record: Mapping[str, Any] = {}
         self._began = clock()
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one a second
         self._ends: float | None = None  # by the clock
         self._live = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the reader of what is written has closed it; the lines since then went nowhere."""
+        return self._file.closed_by_reader
 
     def __enter__(self) -> Progress:
         if self._console is None and _is_terminal(self._file):
@@ -552,6 +558,8 @@ class Progress:
 
 class Silence:
     """Takes the place of `Progress` where nothing is to be shown: on request, and on all hosts but the first."""
+
+    closed = False
 
     def __enter__(self) -> Silence:
         return self

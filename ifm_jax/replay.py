@@ -16,6 +16,11 @@ A quantity holds if the largest absolute error is at most atol + rtol * (largest
 relative error shown is the largest absolute error over that magnitude. Exit status 0 if all hold, 1 if not.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin()
+
 import dataclasses
 import json
 import math
