@@ -309,7 +309,8 @@ def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None
     images = {"images": len(source), "fingerprint": source.fingerprint}
     path = workdir / DATA
     noted = files.read_json(path, "remove it, and its images are not checked")
-    if noted is not None and noted != images:
+    earlier = [images | {"fingerprint": fingerprint} for fingerprint in source.earlier_fingerprints]
+    if noted is not None and noted not in (images, *earlier):
         if noted.keys() != images.keys():
             raise UsageError(
                 f"{path} holds {', '.join(noted) or 'nothing'}, expected images and fingerprint: remove it, and its "
