@@ -11,18 +11,22 @@ that format. MoCo's own scripts, that for detectron2 among them, read what the d
 file is executed. Existing output is refused without --overwrite.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin()
+
 import pathlib
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from ifm_jax import command, torch_checkpoint
 from ifm_jax.errors import UsageError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "to-jax: the recipe of the run, checked against the file.")
+_CONFIG = command.define_config()  # to-jax: the recipe of the run, checked against the file
 _FOR = flags.DEFINE_enum("for", "moco", torch_checkpoint.TARGETS, "to-torch: who is to read the file.")
 _PREFIX = flags.DEFINE_string("prefix", "", "What the network's names in a PyTorch file begin with, as backbone.")
 _STEP = flags.DEFINE_integer("step", None, "to-jax: updates done, where the file does not say.", lower_bound=0)
@@ -39,9 +43,13 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"{name or 'no command'}: expected one of {', '.join(_COMMANDS)}; --help shows them")
     if len(paths) != len(_COMMANDS[name]):
         raise UsageError(f"{name} takes {' '.join(_COMMANDS[name])}, {len(paths)} arguments were given")
+    for what, path in zip(_COMMANDS[name], paths, strict=True):
+        if not path.strip():
+            raise UsageError(f"{name}: {what} {command.UNSET}")
     if name == "to-jax":
+        config = _CONFIG() if _CONFIG.recipe or _CONFIG.changes else None
         options = {"step": _STEP.value, "prefix": _PREFIX.value, "overwrite": _OVERWRITE.value}
-        found = torch_checkpoint.to_jax(*paths, config=_CONFIG.value, **options)
+        found = torch_checkpoint.to_jax(*paths, config=config, **options)
     elif name == "to-torch":
         options = {"epoch": _EPOCH.value, "prefix": _PREFIX.value, "overwrite": _OVERWRITE.value}
         found = torch_checkpoint.to_torch(*paths, _FOR.value, **options)

@@ -6,6 +6,11 @@
 Writes runs/demo/: a workdir for each run, results.json, readouts.png, samples.png. A run that is there is not repeated.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin()
+
 import json
 import pathlib
 import sys
@@ -40,6 +45,7 @@ def main(arguments: list[str]) -> int:
     begun = time.perf_counter()
     base = _CONFIG()
     workdir = pathlib.Path(_WORKDIR.value)
+    command.workdir(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

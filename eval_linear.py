@@ -15,6 +15,11 @@ A run's own config is taken, with --config.field=value on top; a file's network 
 --output; the same command goes on with an evaluation that was stopped.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin(hosts=True)
+
 import pathlib
 
 from absl import flags
@@ -35,14 +40,7 @@ _MAP = flags.DEFINE_string("map", None, "Draw the features in two dimensions int
 _MAP_METHOD = flags.DEFINE_enum("map_method", "tsne", ["tsne", "umap"], "How the map is made.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "test"], "Whose features to write or to draw.")
 _LAYER = flags.DEFINE_enum("layer", "backbone", ["backbone", "projection"], "Which features to write or to draw.")
-
-
-def _base() -> Config:
-    workdir = command.flag_on_command_line("workdir")
-    return assembly.read_config(workdir) if workdir else Config()
-
-
-_CONFIG = command.define_config_over(_base)
+_CONFIG = command.define_config()
 _JOIN_HOSTS = command.define_hosts()
 
 
@@ -52,7 +50,9 @@ def main(arguments: list[str]) -> int:
     if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
         raise UsageError("expected either --workdir, the directory of a training run, or --pretrained, a checkpoint")
     path = _WORKDIR.value or _PRETRAINED.value
+    config = _CONFIG.over(lambda: assembly.read_config(_WORKDIR.value) if _WORKDIR.value else Config())
     output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or pathlib.Path("runs") / _name(path))
+    command.workdir(output)
     _JOIN_HOSTS()
     from ifm_jax.evaluation import evaluate  # with scikit-learn and matplotlib, once it is known what is wanted
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
         split=_SPLIT.value,
         layer=_LAYER.value,
     )
-    stopped = evaluate.evaluate(path, _CONFIG(), output, wanted, prefix=_PREFIX.value)
+    stopped = evaluate.evaluate(path, config, output, wanted, prefix=_PREFIX.value)
     return command.say_stopped(stopped, output) if stopped is not None else 0
 
 

@@ -7,6 +7,11 @@
 The same command goes on with what the workdir holds.
 """
 
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin(hosts=True)
+
 import pathlib
 
 from absl import flags
@@ -24,6 +29,7 @@ def main(arguments: list[str]) -> int:
     command.refuse_arguments(arguments)
     config = _CONFIG()
     workdir = _WORKDIR.value or pathlib.Path("runs") / command.recipe_name()
+    command.workdir(workdir)
     _JOIN_HOSTS()
     result = training.train(config, workdir)
     return command.say_stopped(result, workdir) if result.stopped_by is not None else 0

@@ -7,17 +7,22 @@
     ifm_jax.train(config, workdir)                                            a run
     ifm_jax.load(path)                                                        the frozen backbone of one
 
-Importing this pulls in neither PyTorch nor TensorFlow nor Grain; `train` and `load` import what they need when called.
+Importing this takes no time: every name is imported when it is first used.
 """
 
 import importlib
 
-from ifm_jax import augment, losses, models, optim, queue, sharding
-from ifm_jax.config import Config
-from ifm_jax.errors import RunError, UsageError
-from ifm_jax.models import Encoder
-from ifm_jax.pretrain import PretrainStep
-from ifm_jax.state import TrainState
+TYPE_CHECKING = False  # as typing has it, which takes its time
+if TYPE_CHECKING:
+    from ifm_jax import augment, models, optim, sharding
+    from ifm_jax.config import Config
+    from ifm_jax.errors import RunError, UsageError
+    from ifm_jax.loading import load
+    from ifm_jax.methods import losses, queue
+    from ifm_jax.models import Encoder
+    from ifm_jax.pretrain import PretrainStep
+    from ifm_jax.state import TrainState
+    from ifm_jax.training import train
 
 __version__ = "0.1.0"
 
@@ -38,11 +43,29 @@ __all__ = [
     "train",
 ]
 
-# Public functions whose modules are slow to import (Orbax, Grain): found on first use.
-_LAZY = {"load": "ifm_jax.loading", "train": "ifm_jax.training"}
+# A script prepares its process before JAX is imported (`process.begin`), so that nothing is imported here.
+_HOMES = {
+    "Config": "config",
+    "Encoder": "models",
+    "PretrainStep": "pretrain",
+    "RunError": "errors",
+    "TrainState": "state",
+    "UsageError": "errors",
+    "load": "loading",
+    "train": "training",
+}
+_MODULES = ("augment", "config", "errors", "losses", "models", "optim", "pretrain", "queue", "sharding", "state")
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"ifm_jax.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"ifm_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -1,22 +1,31 @@
 """What the scripts have in common: flags, and endings said in one line."""
 
+import atexit
+import contextlib
 import ctypes
+import difflib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
+import pathlib
+import platform
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import flags
 
-from ifm_jax import sharding
-from ifm_jax.config import Config
+from ifm_jax import process, sharding
+from ifm_jax.config import did_you_mean
+from ifm_jax.config_flag import UNSET, ConfigFlag
 from ifm_jax.errors import RunError, UsageError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
@@ -24,10 +33,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 def say_stopped(result, workdir: str | os.PathLike) -> int:
     """Says how to go on with a run that a signal stopped; returns the exit status."""
-    print(
+    text = (
         f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
         "The same command goes on from there."
     )
+    if result.stopped_by == signal.SIGPIPE:  # nobody reads standard output
+        print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
+    else:
+        print(text)
     return 128 + result.stopped_by
 
 
@@ -40,20 +53,22 @@ def define_hosts() -> Callable[[], None]:
     def initialize() -> None:
         try:
             sharding.initialize(coordinator.value, num_processes.value, process_id.value)
+        except TimeoutError as error:
+            # Not the ordinary end: JAX's runtime is still looking for them, in a thread that nothing stops.
+            _say(os.path.basename(sys.argv[0]), error, 1)
+            sys.stdout.flush()
+            os._exit(1)
         except ValueError as error:
             raise UsageError(str(error)) from None
         except RuntimeError as error:
-            raise RunError(f"the processes of the run did not find each other: {error}") from None
+            raise RunError(f"the processes of the run did not find each other: {_first_line(error)}") from None
 
     return initialize
 
 
 def recipe_name() -> str:
     """Returns the name of the recipe that --config gives: `trifeature` for `configs/trifeature.py`."""
-    from ml_collections import config_flags  # of the scripts that take a config
-
-    filename = config_flags.get_config_filename(flags.FLAGS["config"])
-    return os.path.splitext(os.path.basename(filename))[0]
+    return _config_flag.name()
 
 
 def refuse_arguments(arguments: list[str]) -> None:
@@ -62,88 +77,18 @@ def refuse_arguments(arguments: list[str]) -> None:
         raise UsageError(f"{arguments[0]!r} is no flag: expected --name=value; --help lists the flags")
 
 
-def define_config(default: str) -> Callable[[], Config]:
-    """Defines `--config=FILE.py` and `--config.field=value`; returns the function that gives the config once parsed.
+def define_config(default: str | None = None) -> ConfigFlag:
+    """Defines `--config=RECIPE` and `--config.field=value`; returns what gives the config once parsed.
 
     Args:
-      default: path of the recipe that is taken without the flag.
+      default: path of the recipe that is taken without the flag; None: there is none.
     """
-    from ml_collections import config_flags  # of the scripts that take a config
-
-    # The library looks at the command line's --config.field already here, where no one would catch a mistake.
-    try:
-        holder = config_flags.DEFINE_config_file("config", default, "A recipe: a Python file with get_config().")
-    except Exception as error:
-        _mistakes_at_definition.append(_config_mistake(error))
-        return Config
-
-    def config() -> Config:
-        value = holder.value
-        if isinstance(value, Config):
-            return value
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        # A file that could not be loaded gives an object that holds the error.
-        error = vars(value).get("_error") if hasattr(value, "__dict__") else None
-        if not os.path.exists(path):
-            raise UsageError(f"--config={path} is not there: expected a recipe, for example configs/trifeature.py")
-        if error is not None:
-            raise UsageError(f"--config={path} cannot be loaded: {type(error).__name__}: {error}")
-        raise UsageError(
-            f"--config={path}: get_config() returned a {type(value).__name__}, expected an ifm_jax.config.Config"
-        )
-
-    return config
+    global _config_flag
+    _config_flag = ConfigFlag(default)
+    return _config_flag
 
 
-def define_config_over(base: Callable[[], Config]) -> Callable[[], Config]:
-    """Defines `--config=FILE.py` and `--config.field=value` on top of a config that is read from somewhere else.
-
-    Args:
-      base: reads it; called now, since the fields' flags are made of it.
-
-    Returns:
-      The function that gives the config once parsed: the file's where one is given, else `base`'s; with the fields
-      changed.
-    """
-    from ml_collections import config_flags  # of the scripts that take a config
-
-    if any(re.fullmatch(r"--?config(=.*)?", argument) for argument in sys.argv[1:]):
-        return define_config(default="")
-    try:
-        config = base()
-        holder = config_flags.DEFINE_config_dataclass("config", config, help_string="Fields to change.")
-    except UsageError as error:
-        _mistakes_at_definition.append(error)
-        return Config
-    except Exception as error:
-        _mistakes_at_definition.append(_config_mistake(error))
-        return Config
-    return lambda: holder.value
-
-
-def flag_on_command_line(name: str) -> str | None:
-    """Returns the value of `--name=value` or `--name value` before flags are parsed; None: not there."""
-    arguments = sys.argv[1:]
-    for place, argument in enumerate(arguments):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == name:
-            return value if equals else next(iter(arguments[place + 1 :]), None)
-    return None
-
-
-_mistakes_at_definition: list[UsageError] = []
-
-
-def _config_mistake(error: Exception) -> UsageError:
-    """What the flags library raises for a --config.field=value, said so that it helps."""
-    if isinstance(error, KeyError):
-        field = re.match(r"Field (\S+) not found", str(error.args[0]))
-        name = repr(field[1]) if field else error.args[0]
-        given = next((a for a in sys.argv if field and a.startswith("--") and field[1] in a.split("=")[0]), "--config")
-        return UsageError(f"{given}: there is no config field {name}; ifm_jax/config.py lists the fields")
-    if isinstance(error, flags.Error):
-        return UsageError(f"{error}; --help lists the flags")
-    return UsageError(f"the config cannot be read: {type(error).__name__}: {error}")
+_config_flag: ConfigFlag | None = None  # of the script
 
 
 def _keep_memory() -> None:
@@ -163,11 +108,22 @@ def _keep_memory() -> None:
         mallopt(parameter, value)
 
 
+def workdir(path: str | os.PathLike) -> None:
+    """Says where the results of this process go, which is where `run` writes what helps to find a mistake of ours."""
+    global _workdir
+    _workdir = pathlib.Path(path)
+
+
+_workdir: pathlib.Path | None = None
+
+
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Parses the flags, runs `main` with the remaining arguments and ends the process.
 
     Exit status: 0 done; 2 for a mistake of the caller's, 1 for a failure of the run, each with one line on stderr;
-    128 + the signal's number for a run that a signal stopped and that can go on.
+    128 + the signal's number for a run that a signal stopped and that can go on, SIGPIPE for a reader of standard
+    output that has closed it. What nobody has foreseen is one line and status 1 too, and its traceback is in a file of
+    the workdir. A full disk under standard output ends no run: its workdir holds all that is printed.
 
     Args:
       main: returns the exit status, None for 0.
@@ -178,28 +134,98 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     # The libraries' own remarks are for their authors; what concerns the user is raised.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     _keep_memory()
+    process.prepare_streams()
+    if signal.getsignal(signal.SIGINT) is process.interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stdout = sys.stdout
+    sys.stdout = process.Output(
+        stdout,
+        strict=True,
+        on_failure=lambda error: _say(
+            name, f"standard output cannot be written to ({error.strerror}): what does not fit is lost", 0
+        ),
+    )
     try:
-        status = main(_parse(argv)[1:])
-    except UsageError as error:
-        status = _say(name, error, 2)
-    except RunError as error:
-        status = _say(name, error, 1)
-    except BrokenPipeError:
-        status = 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
-        status = _say(name, "interrupted; what was saved is intact", 128 + signal.SIGINT)
-    except Exception as error:
-        if not jax.distributed.is_initialized():
-            raise
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            status = _say(name, f"{sharding.PEER_ENDED} ({str(error).strip().splitlines()[0][:200]})", 1)
-        else:
-            traceback.print_exc()
-            status = 1
-    sys.stdout.flush()
-    if status and status < 128 and jax.distributed.is_initialized():
+        status, alone = _outcome(main, argv, name)
+        status = _end_output(sys.stdout, status)
+    finally:
+        sys.stdout = stdout
+    if alone and jax.distributed.is_initialized():
         _leave_the_others(status)
-    sys.exit(status or 0)
+    # From here to the end of the interpreter there is nothing to interrupt in an orderly way.
+    atexit.register(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    sys.exit(status)
+
+
+def _outcome(main: Callable[[list[str]], int | None], argv: list[str], name: str) -> tuple[int, bool]:
+    """Runs `main`; returns the exit status, and whether other processes of the run may know nothing of this end."""
+    try:
+        status = main(_parse(argv)[1:]) or 0
+        return status, 0 < status < 128
+    except SystemExit as ended:
+        return ended.code or 0, bool(ended.code)
+    except UsageError as error:
+        return _say(name, error, 2), True
+    except RunError as error:
+        return _say(name, error, 1), True
+    except process.OutputClosedError:
+        return 128 + signal.SIGPIPE, True
+    except KeyboardInterrupt:
+        return _say(name, process.INTERRUPTED, 128 + signal.SIGINT), True
+    except Exception as error:
+        if jax.distributed.is_initialized() and sharding.is_of_a_peer(error):
+            return _say(name, f"{process.PEER_ENDED} ({_first_line(error)})", 1), True
+        where = _write_traceback(argv)
+        return _say(name, f"unexpected {type(error).__name__}: {_first_line(error)}; the traceback is {where}", 1), True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def _write_traceback(argv: list[str]) -> str:
+    """Writes the error under way, with all that led to it, and what it was found with; returns where."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("ifm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    text = "\n".join(
+        [
+            f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, process {os.getpid()}, in {os.getcwd()}",
+            shlex.join(argv),
+            ", ".join(f"{name} {version}" for name, version in versions.items()),
+            "",
+            traceback.format_exc(),
+        ]
+    )
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"  # of several processes each has its own
+    for directory in ([_workdir] if _workdir else []) + [pathlib.Path(tempfile.gettempdir())]:
+        with contextlib.suppress(OSError):
+            path = directory.absolute() / name
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            return f"in {path}"
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+    return "above: no file could be written"
+
+
+def _end_output(output: process.Output, status: int) -> int:
+    """Writes what standard output still holds; returns the exit status, now that it is known whether that worked."""
+    with contextlib.suppress(process.OutputClosedError):
+        output.flush()
+    if output.closed_by_reader or output.failure:
+        _to_nowhere(output)
+    if output.closed_by_reader:
+        return status or 128 + signal.SIGPIPE
+    if output.failure and _workdir is None:  # else the results are there
+        return status or 1
+    return status
+
+
+def _to_nowhere(stream) -> None:
+    """Has all that is still written to a stream vanish: Python tries once more as it ends, and would complain."""
+    with contextlib.suppress(OSError, ValueError):  # without a descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _leave_the_others(status: int) -> None:
@@ -208,37 +234,82 @@ def _leave_the_others(status: int) -> None:
     The ordinary end would wait for the others, which may wait for this one. Once process 0 is gone the runtime ends all
     the others at once; where all of them have failed alike they have a few seconds to say so.
     """
-    sys.stderr.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stderr__.fileno())  # all is said; the runtime says more
-    if jax.process_index() == 0:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # all is said; the runtime says more
+    if sharding.process_index() == 0:
         time.sleep(3.0)
     os._exit(status)
 
 
 def _say(name: str, error: object, status: int) -> int:
-    print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+    try:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except OSError:
+        _to_nowhere(sys.stderr)
     return status
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses absl's flags; every kind of mistake becomes a `UsageError`."""
+    """Parses all flags; every kind of mistake becomes a `UsageError`."""
     if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
         _help(argv[0])
-    if _mistakes_at_definition:
-        raise _mistakes_at_definition[0]
     try:
-        return flags.FLAGS(argv)
-    except Exception as error:
-        raise _config_mistake(error) from None
+        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        if _config_flag is not None:
+            arguments = _config_flag.take(arguments)
+        positional = flags.FLAGS([argv[0], *arguments])
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(_unknown_flag(error.flagname, argv)) from None
+    except flags.IllegalFlagValueError as error:
+        raise UsageError(_illegal_value(str(error))) from None
+    except flags.Error as error:
+        raise UsageError(f"{error}; --help lists the flags") from None
+    for flag in _own_flags(argv[0]):
+        if flag.present and isinstance(flag.value, str) and not flag.value.strip():
+            raise UsageError(f"--{flag.name}= {UNSET}")
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise UsageError(f"--{flag.name}={flag.value}: expected a finite number")
+    return positional
+
+
+def _own_flags(program: str) -> Iterator[flags.Flag]:
+    """Yields the flags of the script, and of this module, not the flags library's own."""
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        yield from defined if module in (program, __name__) else ()
+
+
+def _unknown_flag(name: str, argv: list[str]) -> str:
+    """Returns what is said of a flag that is none."""
+    as_given = next((a for a in argv[1:] if a.lstrip("-").partition("=")[0] == name), f"--{name}")
+    known = [flag.name for flag in _own_flags(argv[0])] + (["config"] if _config_flag is not None else [])
+    group, dot, field = name.partition(".")
+    near = difflib.get_close_matches(group, known, n=1)
+    hint = f": did you mean --{near[0]}{dot}{field}?" if near else ""
+    return f"{as_given[:120]}: there is no flag --{name[:120]}{hint or '; --help lists the flags'}"
+
+
+def _illegal_value(text: str) -> str:
+    """Returns what is said of a flag whose value is none of its kind, from the flags library's own words."""
+    match = re.match(r"flag --(\w+)=(.*?): ", text, re.DOTALL)
+    if match is None or match[1] not in flags.FLAGS:
+        return f"{text}; --help lists the flags"
+    name, value = match.groups()
+    parser = flags.FLAGS[name].parser
+    if not value.strip():
+        return f"--{name}= {UNSET}"
+    if isinstance(parser, flags.EnumParser):
+        choices = parser.enum_values
+        return f"--{name}={value[:120]}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}"
+    expected = "true or false" if isinstance(parser, flags.BooleanParser) else parser.syntactic_help
+    return f"--{name}={value[:120]}: expected {expected}"
 
 
 def _help(program: str) -> None:
     """Prints the script's docstring and its own flags, and ends the process."""
     print((sys.modules["__main__"].__doc__ or "").strip())
     print("\nFlags:")
-    own = {program, __name__}
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        for flag in defined if module in own else ():
-            print(f"  --{flag.name}: {flag.help}")
-    print("  --config.FIELD=VALUE: changes one field of the recipe; ifm_jax/config.py describes them.")
+    for flag in _own_flags(program):
+        print(f"  --{flag.name}: {flag.help}")
+    if _config_flag is not None:
+        print("  --config: A recipe: a Python file with get_config(), or the name of one in configs/.")
+        print("  --config.FIELD=VALUE: changes one field of the recipe; ifm_jax/config.py describes them.")
     sys.exit(0)

@@ -19,6 +19,9 @@ from ifm_jax.errors import RunError
 # Calls the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
 _CALLS_AHEAD = 2
 _CURVES_EVERY = 60.0  # seconds
+# Seconds within which a signal counts as the same: `timeout`, and launchers that signal a group and each process in it,
+# send it twice.
+_SAME_SIGNAL = 0.5
 
 State = TypeVar("State")
 
@@ -162,6 +165,7 @@ class _Decisions:
 
     def take(self) -> None:
         """Decides, after a call, whether to stop, and whether to save."""
+        self._signals.check()
         late = bool(self._seconds) and time.monotonic() - self._saved_at >= self._seconds
         number = int(self._signals.signal or 0)
         if self._vote is not None:
@@ -316,25 +320,50 @@ class Recorder:
 
 
 class StopSignals:
-    """Notes the first Ctrl-C or SIGTERM, to be obeyed between two steps; a second one acts at once."""
+    """What asks a loop to stop between two steps: Ctrl-C, SIGTERM, SIGHUP, or that nobody reads its output any more.
 
-    def __init__(self, progress):
+    The first signal is noted; a second one acts at once.
+
+    Attributes:
+      signal: the one to stop for; SIGPIPE where the output is closed.
+    """
+
+    def __init__(self, progress: metrics.Progress | metrics.Silence):
         self.signal: signal.Signals | None = None
         self._progress = progress
         self._previous = {}
+        self._received_at: float | None = None
+        self._said = False
 
     def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
             with contextlib.suppress(ValueError):  # not the main thread: whoever is there decides
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._restore()
+
+    def check(self) -> None:
+        """Looks at the output, and says what has been received; to be called between two steps."""
+        if self.signal is None and self._progress.closed:
+            self.signal = signal.SIGPIPE
+        if self._received_at is not None and not self._said:
+            self._said = True
+            self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
 
     def _handle(self, number, frame):
-        self.signal = signal.Signals(number)
-        for handled, handler in self._previous.items():
-            signal.signal(handled, handler)
-        self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
+        # Notes alone: it may run in the middle of a print, which allows no other.
+        now = time.monotonic()
+        if self._received_at is None:
+            self._received_at = now
+            self.signal = self.signal or signal.Signals(number)
+        elif now - self._received_at > _SAME_SIGNAL:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

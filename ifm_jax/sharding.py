@@ -4,24 +4,34 @@ One global program: the step is written for the global batch on one device, `jax
 the one mesh axis, `data`; parameters, queue and optimiser state are on every device.
 """
 
-import ctypes
+import errno
+import ipaddress
 import os
+import re
 import signal
-import sys
+import socket
+import threading
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax._src import distributed  # the coordinator's client, which nothing public gives
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # of JAX, which goes by it
+
 # Seconds without a sign of life after which a process is taken for dead, and the others end.
 _HEARTBEAT_TIMEOUT = 30
-PEER_ENDED = (
-    "another process of the run has ended, or cannot be reached: see its own message; the same command on all hosts "
-    "goes on from the last checkpoint"
+# Seconds within which the processes must have found each other: started by hand, and by a launcher, whose nodes may be
+# ready one after another.
+_BY_HAND_WITHIN, _LAUNCHED_WITHIN = 80.0, 280.0
+# What the runtime and the libraries that carry collectives say of a peer; not, for one, that memory is exhausted.
+_OF_A_PEER = re.compile(
+    "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Cc]oordination service|[Hh]eartbeat|another task died"
+    "|Connection (closed|reset|refused)|Socket closed"
 )
 
 
@@ -37,7 +47,8 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
       process_id: which one this is, 0 ... num_processes - 1.
 
     Raises:
-      ValueError: if only some of the three are given.
+      ValueError: if only some of the three are given, or one that cannot be, or others to other processes.
+      TimeoutError: if the processes do not find each other; this one can only be ended then.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -46,36 +57,124 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             "give all three or none of them"
         )
     if all(given):
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
+        _check(coordinator, num_processes, process_id)
+        listen = _bind_address(coordinator) if process_id == 0 and _BIND not in os.environ else None
+        _join(
+            _BY_HAND_WITHIN,
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            coordinator_bind_address=listen,
+        )
     elif _in_cluster():
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
+        _join(_LAUNCHED_WITHIN)
     else:
         return
     # JAX notes a SIGTERM for whoever asks it, which before the loop nobody does; the loop has a way of its own.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_in_one_line_on_abort()
+    if all(given):
+        _compare_num_processes(num_processes)
 
 
-def _end_in_one_line_on_abort() -> None:
-    """Makes the end of a process whose peer has died one with a message and status 1.
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Raises a `ValueError` for a place to meet that is none, or a number that no process has."""
+    host, _, port = coordinator.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not host or (":" in host and not bracketed) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ValueError(
+            f"coordinator={coordinator}: expected HOST:PORT of process 0, a port of 1 to 65535, an IPv6 address in []"
+        )
+    if num_processes < 1:
+        raise ValueError(f"num_processes={num_processes}: expected at least 1")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id={process_id}: expected 0 to {num_processes - 1}, num_processes={num_processes}")
 
-    JAX's runtime learns of it in a thread of its own and aborts, whatever Python is doing (on TPUs it is waiting for
-    the peer, for ever); it takes no callback (that of jaxlib 0.10 cannot be called: std::bad_cast). So the signal of
-    the abort is caught, beneath Python, whose own handlers would have to wait for the main thread.
+
+def _join(seconds: float, **options) -> None:
+    """Joins the other processes, or raises a `TimeoutError`.
+
+    JAX's own time limit is longer: it does not raise at its end but aborts, and while it waits for the others it hears
+    no signal. So it waits in a thread.
     """
+    failures = []
 
-    def end(_):
-        os.write(sys.__stderr__.fileno(), f"\n{os.path.basename(sys.argv[0])}: {PEER_ENDED}\n".encode())
-        os._exit(1)
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                **options,
+                initialization_timeout=int(seconds) + 60,
+                heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            )
+        except Exception as error:
+            failures.append(error)
 
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
-    _kept_alive.append(handler)
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        given = "".join(f", {name}={value}" for name, value in options.items() if name != "coordinator_bind_address")
+        raise TimeoutError(
+            f"the processes of the run did not find each other within {seconds:g} s{given}: expected all of them to be "
+            "started by then, with the same coordinator and num_processes, each with a process_id of its own, and the "
+            "coordinator's port open to all their hosts"
+        )
+    if failures:
+        raise failures[0]
 
 
-_kept_alive: list = []
+def _bind_address(coordinator: str) -> str | None:
+    """Returns where process 0 is to listen: nowhere but at the address that the others were given.
+
+    None, which is everywhere, where that address is not known to be this host's own: behind NAT, in a container, or
+    where the host's name is one of the loopback interface for itself alone, as Debian has it.
+
+    Raises:
+      ValueError: if its port cannot be listened at.
+    """
+    host, _, port = coordinator.rpartition(":")
+    host = host.strip("[]")
+    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for family, _, _, _, address in found:
+        if not loopback and ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+            continue
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    reason = f"process 0 cannot listen there ({error.strerror}): give another port"
+                    raise ValueError(f"coordinator={coordinator}: {reason}") from None
+                continue
+        return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
+    return None
+
+
+def _compare_num_processes(num_processes: int) -> None:
+    """Raises a `ValueError`, on all processes, where they were given different numbers; process 0's have come."""
+    client, folder = distributed.global_state.client, "ifm_jax/num_processes/"
+    client.key_value_set(f"{folder}{process_index()}", str(num_processes))
+    client.wait_at_barrier("ifm_jax/num_processes", 60_000)
+    given = {int(key.rpartition("/")[2]): int(value) for key, value in client.key_value_dir_get(folder)}
+    if len(set(given.values())) > 1:
+        said = ", ".join(f"{value} to process {number}" for number, value in sorted(given.items())[:8])
+        raise ValueError(f"different num_processes were given: {said}; give all of them the same")
+
+
+def process_index() -> int:
+    """Returns which process this is; unlike JAX's own it starts no devices, which is a matter of all processes."""
+    return distributed.global_state.process_id
+
+
+def is_of_a_peer(error: Exception) -> bool:
+    """Returns whether this is what JAX raises when another process of the run has ended, or cannot be reached."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return bool(_OF_A_PEER.search(str(error)))
+    return isinstance(error, ValueError) and "Gloo" in str(error)  # as JAX translates the UNKNOWN of a computation
 
 
 def _in_cluster() -> bool:

@@ -177,7 +177,7 @@ def test_hosts_whose_clocks_differ_save_the_same_steps(monkeypatch):
             first=0,
             last_step=30,
             recorder=loop.Recorder(None, None, metrics.Silence(), 1, 1, 100, pathlib.Path("curves.png")),
-            stop=types.SimpleNamespace(signal=None),
+            stop=loop.StopSignals(metrics.Silence()),
             save=saved[number].append,
             checkpoint_every=1000,
             checkpoint_seconds=7.0,

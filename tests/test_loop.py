@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ def run(tmp_path, most, last_step, log_every, step_fn=advance, **options):
     with metrics.MetricsLog(path, 0) as log, metrics.TensorBoardLog(tmp_path / "tensorboard", 0) as tensorboard:
         recorder = loop.Recorder(log, tensorboard, metrics.Silence(), 8, 10, log_every, tmp_path / "curves.png")
         options = {"checkpoint_every": 1000} | options
-        stop = types.SimpleNamespace(signal=None)
+        stop = loop.StopSignals(metrics.Silence())
         fixed = {"first": 0, "last_step": last_step, "recorder": recorder, "stop": stop}
         state = jax.device_put(np.int32(0))
         loop.run(step_fn, state, calls, save=lambda state: saved.append(int(state)), **fixed, **options)
