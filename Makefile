@@ -31,10 +31,11 @@ $(VENV)/.installed: pyproject.toml requirements.txt | $(BIN)/python
 	@touch $@
 
 # torchvision without its dependencies: they would bring torch's CUDA build; its models and transforms need none of it.
+# lightly likewise: its losses need none of its command line's and its trainer's.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the test environment into $(VENV) (torch among it) ..."
 	$(PIP) --editable '.[dev,torch,tfds]'
-	$(PIP) --no-deps torchvision
+	$(PIP) --no-deps torchvision lightly
 	@touch $@
 
 # requirements.txt anew, from what is installed.

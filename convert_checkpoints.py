@@ -18,14 +18,13 @@ import pathlib
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from ifm_jax import command, torch_checkpoint
 from ifm_jax.errors import UsageError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "to-jax: the recipe of the run, checked against the file.")
+_CONFIG = command.define_config()  # to-jax: the recipe of the run, checked against the file
 _FOR = flags.DEFINE_enum("for", "moco", torch_checkpoint.TARGETS, "to-torch: who is to read the file.")
 _STEP = flags.DEFINE_integer("step", None, "to-jax: updates done, where the file does not say.", lower_bound=0)
 _EPOCH = flags.DEFINE_integer("epoch", None, "to-torch: epochs done, where the run does not say.", lower_bound=0)
@@ -41,8 +40,12 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"{name or 'no command'}: expected one of {', '.join(_COMMANDS)}; --help shows them")
     if len(paths) != len(_COMMANDS[name]):
         raise UsageError(f"{name} takes {' '.join(_COMMANDS[name])}, {len(paths)} arguments were given")
+    for what, path in zip(_COMMANDS[name], paths, strict=True):
+        if not path.strip():
+            raise UsageError(f"{name}: {what} {command.UNSET}")
     if name == "to-jax":
-        found = torch_checkpoint.to_jax(*paths, config=_CONFIG.value, step=_STEP.value, overwrite=_OVERWRITE.value)
+        config = _CONFIG() if _CONFIG.recipe or _CONFIG.changes else None
+        found = torch_checkpoint.to_jax(*paths, config=config, step=_STEP.value, overwrite=_OVERWRITE.value)
     elif name == "to-torch":
         found = torch_checkpoint.to_torch(*paths, _FOR.value, epoch=_EPOCH.value, overwrite=_OVERWRITE.value)
     else:

@@ -38,14 +38,7 @@ _MAP = flags.DEFINE_string("map", None, "Draw the features in two dimensions int
 _MAP_METHOD = flags.DEFINE_enum("map_method", "tsne", ["tsne", "umap"], "How the map is made.")
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "test"], "Whose features to write or to draw.")
 _LAYER = flags.DEFINE_enum("layer", "backbone", ["backbone", "projection"], "Which features to write or to draw.")
-
-
-def _base() -> Config:
-    workdir = command.flag_on_command_line("workdir")
-    return assembly.read_config(workdir) if workdir else Config()
-
-
-_CONFIG = command.define_config_over(_base)
+_CONFIG = command.define_config()
 _JOIN_HOSTS = command.define_hosts()
 
 
@@ -55,6 +48,7 @@ def main(arguments: list[str]) -> int:
     if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
         raise UsageError("expected either --workdir, the directory of a training run, or --pretrained, a checkpoint")
     path = _WORKDIR.value or _PRETRAINED.value
+    config = _CONFIG.over(lambda: assembly.read_config(_WORKDIR.value) if _WORKDIR.value else Config())
     output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or pathlib.Path("runs") / _name(path))
     command.workdir(output)
     _JOIN_HOSTS()
@@ -70,7 +64,7 @@ def main(arguments: list[str]) -> int:
         split=_SPLIT.value,
         layer=_LAYER.value,
     )
-    stopped = evaluate.evaluate(path, _CONFIG(), output, wanted)
+    stopped = evaluate.evaluate(path, config, output, wanted)
     return command.say_stopped(stopped, output) if stopped is not None else 0
 
 

@@ -116,7 +116,7 @@ def compare(ours: pathlib.Path, theirs: pathlib.Path, steps: int) -> dict:
         [{name: value for name, value in record.items() if name not in CLOCK} for record in metrics.read(path)]
         for path in (ours / "metrics.jsonl", theirs / "metrics.jsonl")
     ]
-    states = [jax.tree.leaves(checkpoint.read_arrays(path / "checkpoints" / str(steps))) for path in (ours, theirs)]
+    states = [jax.tree.leaves(checkpoint.read(path / "checkpoints" / str(steps)).state) for path in (ours, theirs)]
     return {
         "lines": len(records[0]),
         "lines_differ": abs(len(records[0]) - len(records[1])) + sum(a != b for a, b in zip(*records, strict=False)),

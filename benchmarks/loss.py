@@ -22,8 +22,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import assembly, command, losses
+from ifm_jax import assembly, command
 from ifm_jax.errors import UsageError
+from ifm_jax.methods import losses
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
 _QUERIES = flags.DEFINE_list("queries", None, "Sizes N; 256 to 1024 on a CPU, to 4096 elsewhere.")

@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "loss": ((), ("torch",)),
     "train_step": ((), ("torch",)),
     "scaling": ((), ()),
-    "loop": (("grain", "orbax", "ml_collections"), ()),
+    "loop": (("grain", "orbax"), ()),
     "input": (("cv2", "grain", "orbax"), ("torch", "torchvision")),
     "evaluation": (("grain", "orbax", "sklearn"), ()),
 }

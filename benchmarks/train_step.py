@@ -31,9 +31,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import command, losses, optim, queue, sharding, state
+from ifm_jax import command, optim, sharding, state
 from ifm_jax.augment import MoCoV2Augmentation, example_rngs
 from ifm_jax.errors import UsageError
+from ifm_jax.methods import losses, queue
 from ifm_jax.models import Encoder
 from ifm_jax.models.resnet import ARCHITECTURES
 from ifm_jax.pretrain import PretrainStep

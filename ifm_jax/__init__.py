@@ -14,10 +14,11 @@ import importlib
 
 TYPE_CHECKING = False  # as typing has it, which takes its time
 if TYPE_CHECKING:
-    from ifm_jax import augment, losses, models, optim, queue, sharding
+    from ifm_jax import augment, models, optim, sharding
     from ifm_jax.config import Config
     from ifm_jax.errors import RunError, UsageError
     from ifm_jax.loading import load
+    from ifm_jax.methods import losses, queue
     from ifm_jax.models import Encoder
     from ifm_jax.pretrain import PretrainStep
     from ifm_jax.state import TrainState

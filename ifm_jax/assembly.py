@@ -1,6 +1,5 @@
 """From a config to the parts of a run: encoder, augmentation, optimiser, step, the state it starts with."""
 
-import json
 import os
 import pathlib
 from typing import Any
@@ -8,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ifm_jax import cache, optim, state
+from ifm_jax import cache, files, optim, snapshot, state
 from ifm_jax import config as configs
 from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
-from ifm_jax.snapshot import CONFIG
+from ifm_jax.workdir import CONFIG
 
 
 def configure_jax(compute_dtype: str = "float32") -> None:
@@ -44,7 +43,8 @@ def resolve(config: Config, stored: Config | None = None) -> Config:
     config = configs.from_dict(configs.to_dict(config))
     if config.model.compute_dtype == "auto":
         here = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        config.model.compute_dtype = stored.model.compute_dtype if stored else here
+        settled = stored.model.compute_dtype if stored else "auto"
+        config.model.compute_dtype = here if settled == "auto" else settled  # "auto": converted, not trained yet
     return config
 
 
@@ -54,7 +54,7 @@ def make_encoder(config: Config) -> Encoder:
     return Encoder(
         arch=model.arch,
         dim=moco.dim,
-        mlp=moco.mlp,
+        head="mlp" if moco.mlp else "linear",
         stem=model.stem,
         width=model.width,
         bn_groups=model.bn_groups,
@@ -150,16 +150,36 @@ def state_creator(config: Config):
     return lambda: state.create(start, make_encoder(config), make_optimizer(config), config.moco.queue_size)
 
 
+def find_config(workdir: str | os.PathLike) -> Config | None:
+    """Returns the config of the run in `workdir`; None: there is no run.
+
+    It is that of its newest checkpoint, which nobody can change by hand, with the fields that are free on resuming as
+    config.json has them; config.json alone decides while there is no checkpoint.
+
+    Raises:
+      UsageError: if config.json is needed and cannot be read.
+    """
+    path = pathlib.Path(workdir) / CONFIG
+    stored = snapshot.stored_config(workdir)
+    if stored is None:
+        written = files.read_json(path, "expected the config of a training run")
+        return None if written is None else configs.from_dict(written)
+    stored = configs.from_dict(stored)
+    try:
+        written = configs.from_dict(files.read_json(path, "") or {})
+    except UsageError:
+        return stored
+    return stored if configs.differences(stored, written) else written
+
+
 def read_config(workdir: str | os.PathLike) -> Config:
-    """Returns the config of the run in `workdir`.
+    """Returns the config of the run in `workdir`; see `find_config`.
 
     Raises:
       UsageError: if there is none, or it cannot be read.
     """
-    path = pathlib.Path(workdir) / CONFIG
-    try:
-        return configs.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UsageError(f"{path} is not there: expected the workdir of a training run") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): expected the config of a training run") from None
+    config = find_config(workdir)
+    if config is None:
+        path = pathlib.Path(workdir) / CONFIG
+        raise UsageError(f"{path} is not there: expected the workdir of a training run")
+    return config

@@ -297,17 +297,17 @@ def color_jitter(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax
 
 
 def blur_weights(sigmas: jax.Array, largest: float) -> jax.Array:
-    """Returns the weights of PIL's `GaussianBlur(radius=sigma)`, which is three averages, one after the other.
+    """Returns the weights of one of the three averages, one after another, of PIL's `GaussianBlur(radius=sigma)`.
 
     An average is over 2 l + 1 pixels and a fraction of the next to either side, so that the three have the variance
     asked for (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering").
 
     Args:
         sigmas: `(N,)` in pixels, up to `largest`; 0 is no blur.
-        largest: Decides how many weights there are: 13 for a sigma of 2.
+        largest: Decides how many weights there are: 5 for a sigma of 2.
 
     Returns:
-        `(N, taps)`, `taps` odd; each row sums to 1.
+        `(N, taps)`, `taps` odd; each row is symmetric and sums to 1.
     """
     half = int((math.sqrt(4 * largest**2 + 1) - 1) / 2) + 1
     variance = (sigmas * sigmas / 3)[:, None]
@@ -315,36 +315,122 @@ def blur_weights(sigmas: jax.Array, largest: float) -> jax.Array:
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     distance = jnp.abs(jnp.arange(-half, half + 1, dtype=sigmas.dtype))[None, :]
     box = jnp.clip(whole + 1 - distance, 0, 1) + jnp.where(distance == whole + 1, fraction, jnp.zeros_like(fraction))
-    box = box / (2 * (whole + fraction) + 1)
-    weights, last = box, 2 * half
-    for _ in range(2):
-        weights = sum(jnp.pad(weights * box[:, tap, None], ((0, 0), (tap, last - tap))) for tap in range(last + 1))
-    return weights
+    return box / (2 * (whole + fraction) + 1)
 
 
 def gaussian_blur(images: jax.Array, weights: jax.Array) -> jax.Array:
-    """Blurs each image with weights of its own, down and across; the border is repeated outwards.
+    """Blurs each image with weights of its own, as PIL does but for its rounding: three averages down, three across.
+
+    Each average repeats the border of what it is given, so that near the border the three are not one average with a
+    repeated border: there they differ by up to 22 levels of 255.
 
     Args:
         images: `(N, H, W, C)`.
-        weights: `(N, taps)`, symmetric; see `blur_weights`.
+        weights: `(N, taps)` of one average; see `blur_weights`.
 
     Returns:
         `(N, H, W, C)`.
     """
-    radius = weights.shape[1] // 2
-    # Weighted sums of shifted images. A convolution would have to be one for every example and channel, which some back
-    # ends compute one at a time. What the sums read is computed first: fused, it would be computed for every tap again.
-    for axis in (1, 2):
-        size = images.shape[axis]
-        widths = [(0, 0)] * 4
-        widths[axis] = (radius, radius)
-        padded = jax.lax.optimization_barrier(jnp.pad(images, widths, mode="edge"))
-        taps = [jax.lax.slice_in_dim(padded, tap, tap + size, axis=axis) for tap in range(2 * radius + 1)]
-        images = weights[:, radius, None, None, None] * taps[radius]
-        for tap in range(radius):
-            images = images + weights[:, tap, None, None, None] * (taps[tap] + taps[2 * radius - tap])
-    return images
+    # Products halve the cycles on a TPU; on a CPU they take two to four times as long, on a GPU as long.
+    return jax.lax.platform_dependent(images, weights, tpu=_blur_by_products, default=_blur_by_sums)
+
+
+def _blur_by_sums(images: jax.Array, weights: jax.Array) -> jax.Array:
+    """`gaussian_blur` as weighted sums of shifted images, but for the pixels near the border, which are products."""
+    # A convolution would have to be one for every example and channel, which some back ends compute one at a time.
+    # What the sums read is computed first: fused, it would be computed for every weight again.
+    count, height, width, channels = images.shape
+    rows = jax.lax.optimization_barrier(images.reshape(count, height, width * channels))
+    down = jax.lax.optimization_barrier(_blur_axis(rows, weights, 1, 1))
+    return _blur_axis(down, weights, 2, channels).reshape(images.shape)
+
+
+def _blur_axis(rows: jax.Array, weights: jax.Array, axis: int, step: int) -> jax.Array:
+    """Blurs `(N, H, W * C)` along an axis, in which the next pixel is `step` places further."""
+    size = rows.shape[axis] // step
+    inner, border = _three_averages(weights), _border_matrices(weights, size)
+    radius = inner.shape[1] // 2
+
+    def product(matrices, part):
+        if axis == 1:
+            return _batch_product("nab,nbc->nac", matrices, part)
+        pixels = part.reshape(*part.shape[:2], -1, step)
+        return _batch_product("nab,nhbc->nhac", matrices, pixels).reshape(*part.shape[:2], -1)
+
+    if size <= 2 * radius:  # all of it is near the border
+        return product(border, rows)
+    reach, within = 2 * radius * step, rows.shape[axis] - 2 * radius * step
+    first, last = (jax.lax.slice_in_dim(rows, begin, begin + reach, axis=axis) for begin in (0, within))
+    parts = [jax.lax.slice_in_dim(rows, tap * step, tap * step + within, axis=axis) for tap in range(2 * radius + 1)]
+    sums = inner[:, radius, None, None] * parts[radius]
+    for tap in range(radius):
+        sums = sums + inner[:, tap, None, None] * (parts[tap] + parts[2 * radius - tap])
+    return jnp.concatenate([product(border, first), sums, product(border[:, ::-1, ::-1], last)], axis)
+
+
+def _blur_by_products(images: jax.Array, weights: jax.Array) -> jax.Array:
+    """`gaussian_blur` as two products of each image with banded matrices."""
+    _, height, width, _ = images.shape
+    down = _blur_matrices(weights, height)
+    across = down if width == height else _blur_matrices(weights, width)
+    # Three bfloat16 products instead of six: an error of 0.01 levels of 255, but where nothing is to change, none.
+    precision = jax.lax.Precision.HIGH
+    blurred = jnp.einsum("nab,nbwc->nawc", down, images, precision=precision)
+    blurred = jnp.einsum("nab,nhbc->nhac", across, blurred, precision=precision)
+    sharp = weights[:, weights.shape[1] // 2] == 1
+    return jnp.where(sharp[:, None, None, None], images, blurred)
+
+
+def _blur_matrices(weights: jax.Array, size: int) -> jax.Array:
+    """Returns `(N, size, size)`: what each pixel of a row weighs in each one of the blurred row."""
+    inner, border = _three_averages(weights), _border_matrices(weights, size)
+    radius = inner.shape[1] // 2
+    if size <= 2 * radius:
+        return border
+    place = jnp.arange(size)
+    tap = place[None, :] - place[radius:-radius, None] + radius
+    band = sum(jnp.where(tap[None] == each, inner[:, each, None, None], 0) for each in range(2 * radius + 1))
+    beyond = size - 2 * radius
+    first = jnp.pad(border, ((0, 0), (0, 0), (0, beyond)))
+    last = jnp.pad(border[:, ::-1, ::-1], ((0, 0), (0, 0), (beyond, 0)))
+    return jnp.concatenate([first, band, last], axis=1)
+
+
+def _three_averages(weights: jax.Array) -> jax.Array:
+    """Returns the weights of three averages in one, away from the border: `(N, 3 * taps - 2)`."""
+    taps = weights.shape[1]
+    result = weights
+    for _ in range(2):
+        result = sum(jnp.pad(result * weights[:, tap, None], ((0, 0), (tap, taps - 1 - tap))) for tap in range(taps))
+    return result
+
+
+def _border_matrices(weights: jax.Array, size: int) -> jax.Array:
+    """Returns what pixels weigh in the first ones of a blurred row, which are those that its beginning changes.
+
+    Args:
+        weights: `(N, taps)` of one average; three of them reach `radius = 3 * (taps // 2)` pixels to either side.
+        size: Pixels of a row.
+
+    Returns:
+        `(N, radius, 2 * radius)` for the first pixels; turned about, it is for the last. Of a row of at most
+        `2 * radius` pixels `(N, size, size)`, for all of them.
+    """
+    half = weights.shape[1] // 2
+    radius = 3 * half
+    whole = min(size, 2 * radius)
+    place = jnp.arange(whole)
+    average = sum(
+        jnp.where((jnp.clip(place + tap - half, 0, whole - 1)[:, None] == place[None, :])[None], weight, 0)
+        for tap, weight in enumerate(weights.T[:, :, None, None])
+    )
+    thrice = _batch_product("nab,nbc->nac", average, _batch_product("nab,nbc->nac", average, average))
+    # What the end of these 2 * radius pixels has changed, the end of a longer row does not.
+    return thrice if size <= 2 * radius else thrice[:, :radius]
+
+
+def _batch_product(pattern: str, matrices: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.einsum(pattern, matrices, values, precision=jax.lax.Precision.HIGHEST)
 
 
 def add_noise(rngs: jax.Array, images: jax.Array, strength: float) -> jax.Array:

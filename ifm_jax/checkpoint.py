@@ -2,14 +2,24 @@
 
 A checkpoint holds nested dicts of arrays under plain names, so that it can be read without this package, on any number
 of devices. One is visible only once it is whole: Orbax writes under another name and renames. What can damage it after
-that (a disk, a copy, a hand) is found when it is read.
+that (a disk, a copy, a hand) is detected when it is read: a checksum of every array, and of the config, lies beside
+them, since the storage format itself checks its index and not its data.
+
+    <step>/state/       the arrays
+    <step>/config/      the config, JSON
+    <step>/checksums/   CRC-32 by name, JSON; checkpoints of version 0.1 have none and are read unchecked
 """
 
 import contextlib
+import gc
+import json
+import logging
 import pathlib
 import sys
+import warnings
+import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
@@ -17,10 +27,24 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from ifm_jax import sharding
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.state import TrainState
+from ifm_jax.workdir import DAMAGED
 
-DAMAGED = "damaged"  # beside a run's checkpoints: those that could not be read
+Tree = dict[str, Any]
+
+
+class Stored(NamedTuple):
+    """What a checkpoint holds, read and checked.
+
+    Attributes:
+      state: as it was asked for.
+      config: of the run when it was saved, JSON.
+    """
+
+    state: Any
+    config: dict[str, Any]
 
 
 class Checkpoints:
@@ -32,31 +56,22 @@ class Checkpoints:
       directory: made if it is not there.
       keep: how many of the newest to keep.
       best: name of the metric whose highest value's checkpoint is kept too; empty: none.
-      read_only: nothing is made or removed.
 
     Raises:
-      UsageError: if `read_only` and the directory does not exist.
       RunError: if it cannot be made.
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 3, best: str = "", read_only: bool = False):
+    def __init__(self, directory: str | pathlib.Path, keep: int = 3, best: str = ""):
         self.directory = pathlib.Path(directory).absolute()
         self._best = best
-        if read_only and not self.directory.is_dir():
-            raise UsageError(f"{self.directory}: no checkpoints there; expected the workdir of a training run")
         policies: list = [checkpoint_managers.LatestN(keep)]
         if best:
             value = lambda metrics: metrics.get(best, -np.inf)  # noqa: E731
             policies.append(checkpoint_managers.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
-        # A reader has nothing to keep or to make; Orbax warns of each such option.
-        options = (
-            ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
-            if read_only
-            else ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=value if best else None,  # without it Orbax writes no metrics
-                cleanup_tmp_directories=True,
-            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=value if best else None,  # without it Orbax writes no metrics
+            cleanup_tmp_directories=True,
         )
         with self._failures():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -79,9 +94,11 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest_step():
             return
+        tree = flax.serialization.to_state_dict(state)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(flax.serialization.to_state_dict(state)),
+            state=ocp.args.StandardSave(tree),
             config=ocp.args.JsonSave(config),
+            checksums=ocp.args.JsonSave(_checksums(tree, config)),
         )
         measured = {self._best: found[self._best]} if self._best and found else None
         if not self.directory.is_dir():  # Orbax would make it anew, and go on as if the others were still there
@@ -109,22 +126,6 @@ class Checkpoints:
                 "those written before are intact, and the same command goes on from the last once there is room and "
                 "leave to write"
             ) from error
-
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """Returns the state saved at `step`.
-
-        Args:
-          step: of an existing checkpoint.
-          like: a state of the same structure; `jax.ShapeDtypeStruct`s that carry a sharding will do. The arrays come
-            back in its shapes, dtypes and placements, whatever devices they were saved from.
-        """
-        abstract = flax.serialization.to_state_dict(like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return flax.serialization.from_state_dict(like, self._manager.restore(step, args=items)["state"])
-
-    def config(self, step: int) -> dict[str, Any]:
-        """Returns the config saved at `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
     def wait(self) -> None:
         """Returns when all that was started is written.
@@ -161,60 +162,187 @@ def steps(directory: pathlib.Path) -> list[int]:
     """Returns the steps of the checkpoints in a directory, ascending; none where it does not exist."""
     if not directory.is_dir():
         return []
-    # Orbax renames a checkpoint to its plain number once it is whole.
-    return sorted(int(child.name) for child in directory.iterdir() if child.name.isdecimal())
+    # Orbax renames a checkpoint to its plain number once it is whole; 006 is not a name of its.
+    names = [child.name for child in directory.iterdir() if child.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
-def read_arrays(step_dir: pathlib.Path) -> dict[str, Any]:
-    """Returns the state in a checkpoint as nested dicts of NumPy arrays, whatever devices it was saved from.
+def read(step_dir: pathlib.Path) -> Stored:
+    """Returns what a checkpoint holds, the state as nested dicts of NumPy arrays, whatever devices it was saved from.
 
     No other host takes part in it.
 
     Raises:
-      Exception: whatever a damaged checkpoint makes Orbax raise.
+      Exception: whatever a damaged checkpoint makes Orbax raise; ValueError where a checksum does not agree.
     """
     handler = ocp.PyTreeCheckpointHandler()
     wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(step_dir / "state").tree)
-    return handler.restore(step_dir / "state", args=ocp.args.PyTreeRestore(restore_args=wanted))
+    tree = handler.restore(step_dir / "state", args=ocp.args.PyTreeRestore(restore_args=wanted))
+    config = read_config(step_dir)
+    known = _read_checksums(step_dir)
+    found = {name: _describe(value) for name, value in _arrays(tree)}
+    if known is not None and known.keys() != found.keys() | {_CONFIG}:
+        raise ValueError(
+            f"it holds other arrays than were saved ({', '.join(sorted(known.keys() ^ found.keys())[:3])})"
+        )
+    for name, value in _arrays(tree) if known is not None else ():
+        expected = known[name]
+        for start, stop, crc in expected["crc"] if isinstance(expected["crc"], list) else [(0, None, expected["crc"])]:
+            if expected["array"] != found[name] or _crc(value[start:stop] if value.ndim else value) != crc:
+                raise ValueError(f"the checksum of {name} does not agree: its data have changed since they were saved")
+    return Stored(tree, config)
 
 
-def newest_whole(directory: pathlib.Path, like: TrainState) -> tuple[TrainState | None, dict[int, str]]:
-    """Returns the newest state that can be read, and why the newer ones cannot.
+def read_config(step_dir: pathlib.Path) -> dict[str, Any]:
+    """Returns the config in a checkpoint.
+
+    Raises:
+      OSError: if there is none.
+      ValueError: if it is damaged.
+    """
+    config = json.loads((step_dir / "config" / "metadata").read_text())
+    known = _read_checksums(step_dir)
+    if not isinstance(config, dict) or (known is not None and known.get(_CONFIG) != _crc_of_json(config)):
+        raise ValueError("the checksum of its config does not agree: it has changed since it was saved")
+    return config
+
+
+def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None, dict[int, str]]:
+    """Returns the newest checkpoint that can be read, and why the newer ones cannot.
 
     Args:
       directory: of the checkpoints.
-      like: the structure, shapes and dtypes it must have.
+      like: the structure, shapes and dtypes its state must have, and comes in; None: nested dicts, as they are.
 
     Returns:
-      The state as NumPy arrays, None where there are no checkpoints; and of each damaged one, by its step, what is
-      wrong with it.
+      The checkpoint, its state of NumPy arrays, None where none can be read; and of each damaged one, by its step, what
+      is wrong with it.
+    """
+    damaged: dict[int, str] = {}
+    with _abandoned_reads_are_silent():
+        for step in reversed(steps(directory)):
+            try:
+                stored = read(directory / str(step))
+                if int(stored.state["step"]) != step:
+                    raise ValueError(f"it holds step {int(stored.state['step'])}")
+                return (stored if like is None else stored._replace(state=fitted(stored.state, like))), damaged
+            except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
+                damaged[step] = f"{type(error).__name__}: {first_line(error)}"
+            gc.collect()  # what is left of it has its say now
+    return None, damaged
+
+
+def newest_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None, dict[int, str]]:
+    """Does what `find_whole` does, where checkpoints none of which can be read are an error.
 
     Raises:
       UsageError: if there are checkpoints and none can be read.
     """
-    damaged: dict[int, str] = {}
-    for step in reversed(steps(directory)):
-        try:
-            state = flax.serialization.from_state_dict(like, read_arrays(directory / str(step)))
-            jax.tree.map(_check_array, like, state)
-            if int(state.step) != step:
-                raise ValueError(f"it holds step {int(state.step)}")
-            return state, damaged
-        except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
-            if not damaged:
-                _ignore_abandoned_reads()
-            damaged[step] = f"{type(error).__name__}: {first_line(error)}"
-    if damaged:
+    stored, damaged = find_whole(directory, like)
+    if stored is None and damaged:
         newest = max(damaged)
         raise UsageError(
             f"{directory}: none of its checkpoints ({', '.join(map(str, sorted(damaged)))}) can be read "
             f"({newest}: {damaged[newest]}): put one that can there, or remove the directory to start afresh"
         )
-    return None, damaged
+    return stored, damaged
 
 
-def set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
-    """Moves a damaged checkpoint out of the way, to `damaged/` beside the others' directory; returns where to."""
+def fitted(tree: Tree, like: Any) -> Any:
+    """Returns the arrays of nested dicts in the structure of a state.
+
+    Args:
+      tree: as `read` returns it.
+      like: a state of arrays or of their shapes and dtypes.
+
+    Raises:
+      ValueError: if it is another structure, or arrays have another shape or dtype.
+    """
+    state = flax.serialization.from_state_dict(like, tree)
+    jax.tree.map(_check_array, like, state)
+    return state
+
+
+_CONFIG = "config"  # its place among the checksums; an array's name has no such first part
+
+
+def _checksums(tree: Tree, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the checksums of a state on the devices, and of its config; on several hosts a collective.
+
+    An array that is split over hosts has one of each part's rows, so that nobody needs the whole of it.
+    """
+    known: dict[str, Any] = {_CONFIG: _crc_of_json(config)}
+    split = {}
+    for name, value in _arrays(tree):
+        if not isinstance(value, jax.Array):
+            crc = _crc(np.asarray(value))
+        elif value.is_fully_replicated:
+            # Not np.asarray(value): it would remember its copy, whose memory the next step could not use again.
+            crc = _crc(np.asarray(value.addressable_data(0)))
+        elif value.is_fully_addressable:
+            crc = _crc(np.asarray(value))
+        else:
+            crc = split[name] = sorted(
+                (shard.index[0].start or 0, shard.index[0].stop or value.shape[0], _crc(np.asarray(shard.data)))
+                for shard in value.addressable_shards
+            )
+        known[name] = {"array": _describe(value), "crc": crc}
+    if split:
+        parts = [json.loads(text) for text in sharding.gather_text(json.dumps(split))]
+        for name in split:
+            known[name]["crc"] = sorted(row for part in parts for row in part[name])
+    return known
+
+
+def _read_checksums(step_dir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the checksums in a checkpoint; None: it is from before there were any."""
+    if not (step_dir / "checksums").is_dir():
+        return None
+    known = json.loads((step_dir / "checksums" / "metadata").read_text())
+    if not isinstance(known, dict):
+        raise ValueError("its checksums are damaged")
+    return known
+
+
+def _arrays(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the arrays of nested dicts, each with its path."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _arrays(value, f"{prefix}{name}/")
+        elif value is not None:
+            yield f"state/{prefix}{name}", value
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype}{list(np.shape(value))}"
+
+
+def _crc(value: np.ndarray) -> int:
+    # Of every flipped bit, and of every burst of up to 32, CRC-32 is certain; it runs at 3 to 4 GB a second.
+    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+
+
+def _crc_of_json(values: Any) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def set_aside(directory: pathlib.Path, damaged: Mapping[int, str]) -> list[str]:
+    """Moves damaged checkpoints out of the way, to `damaged/` beside the others' directory.
+
+    Args:
+      directory: of the checkpoints.
+      damaged: of each, by its step, what is wrong with it.
+
+    Returns:
+      What the user is told.
+    """
+    return [
+        f"The checkpoint of step {step} is damaged ({reason}): moved to {_set_aside(directory, step)}."
+        for step, reason in damaged.items()
+    ]
+
+
+def _set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
     target = directory.parent / DAMAGED / str(step)
     target.parent.mkdir(exist_ok=True)
     number = 0
@@ -224,18 +352,28 @@ def set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
     return (directory / str(step)).rename(target)
 
 
-def _ignore_abandoned_reads() -> None:
-    """Keeps Python from printing, long after a read has failed, what the reads begun beside it would have had to say.
+@contextlib.contextmanager
+def _abandoned_reads_are_silent() -> Iterator[None]:
+    """Keeps what the reads begun beside a failed one would have to say off the terminal, while its block runs.
 
-    Orbax closes its event loop at the first that fails; TensorStore's threads then find none to report to.
+    Orbax gives up at the first that fails. The others end with coroutines that nobody waited for and tasks whose
+    errors nobody asked for, which asyncio reports once they are collected; TensorStore's threads find the event loop
+    closed, which Python reports through its hook.
     """
-    previous = sys.unraisablehook
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    disabled = logger.disabled
 
-    def hook(unraisable) -> None:
+    def of_others(unraisable) -> None:
         if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
-            previous(unraisable)
+            hook(unraisable)
 
-    sys.unraisablehook = hook
+    logger.disabled, sys.unraisablehook = True, of_others
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
+    finally:
+        logger.disabled, sys.unraisablehook = disabled, hook
 
 
 def _check_array(expected, found) -> None:
@@ -246,8 +384,3 @@ def _check_array(expected, found) -> None:
 def first_line(error: Exception) -> str:
     """Returns the first line of what an error says, at most 200 characters of it."""
     return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def abstract_state(create, placement: jax.sharding.Sharding) -> TrainState:
-    """Returns the shapes and dtypes of the state that `create()` would return, placed, without making it."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), jax.eval_shape(create))

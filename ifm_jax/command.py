@@ -3,9 +3,11 @@
 import atexit
 import contextlib
 import ctypes
+import difflib
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import pathlib
 import platform
@@ -16,13 +18,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import flags
 
 from ifm_jax import process, sharding
-from ifm_jax.config import Config
+from ifm_jax.config import did_you_mean
+from ifm_jax.config_flag import UNSET, ConfigFlag
 from ifm_jax.errors import RunError, UsageError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
@@ -65,10 +68,7 @@ def define_hosts() -> Callable[[], None]:
 
 def recipe_name() -> str:
     """Returns the name of the recipe that --config gives: `trifeature` for `configs/trifeature.py`."""
-    from ml_collections import config_flags  # of the scripts that take a config
-
-    filename = config_flags.get_config_filename(flags.FLAGS["config"])
-    return os.path.splitext(os.path.basename(filename))[0]
+    return _config_flag.name()
 
 
 def refuse_arguments(arguments: list[str]) -> None:
@@ -77,88 +77,18 @@ def refuse_arguments(arguments: list[str]) -> None:
         raise UsageError(f"{arguments[0]!r} is no flag: expected --name=value; --help lists the flags")
 
 
-def define_config(default: str) -> Callable[[], Config]:
-    """Defines `--config=FILE.py` and `--config.field=value`; returns the function that gives the config once parsed.
+def define_config(default: str | None = None) -> ConfigFlag:
+    """Defines `--config=RECIPE` and `--config.field=value`; returns what gives the config once parsed.
 
     Args:
-      default: path of the recipe that is taken without the flag.
+      default: path of the recipe that is taken without the flag; None: there is none.
     """
-    from ml_collections import config_flags  # of the scripts that take a config
-
-    # The library looks at the command line's --config.field already here, where no one would catch a mistake.
-    try:
-        holder = config_flags.DEFINE_config_file("config", default, "A recipe: a Python file with get_config().")
-    except Exception as error:
-        _mistakes_at_definition.append(_config_mistake(error))
-        return Config
-
-    def config() -> Config:
-        value = holder.value
-        if isinstance(value, Config):
-            return value
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        # A file that could not be loaded gives an object that holds the error.
-        error = vars(value).get("_error") if hasattr(value, "__dict__") else None
-        if not os.path.exists(path):
-            raise UsageError(f"--config={path} is not there: expected a recipe, for example configs/trifeature.py")
-        if error is not None:
-            raise UsageError(f"--config={path} cannot be loaded: {type(error).__name__}: {error}")
-        raise UsageError(
-            f"--config={path}: get_config() returned a {type(value).__name__}, expected an ifm_jax.config.Config"
-        )
-
-    return config
+    global _config_flag
+    _config_flag = ConfigFlag(default)
+    return _config_flag
 
 
-def define_config_over(base: Callable[[], Config]) -> Callable[[], Config]:
-    """Defines `--config=FILE.py` and `--config.field=value` on top of a config that is read from somewhere else.
-
-    Args:
-      base: reads it; called now, since the fields' flags are made of it.
-
-    Returns:
-      The function that gives the config once parsed: the file's where one is given, else `base`'s; with the fields
-      changed.
-    """
-    from ml_collections import config_flags  # of the scripts that take a config
-
-    if any(re.fullmatch(r"--?config(=.*)?", argument) for argument in sys.argv[1:]):
-        return define_config(default="")
-    try:
-        config = base()
-        holder = config_flags.DEFINE_config_dataclass("config", config, help_string="Fields to change.")
-    except UsageError as error:
-        _mistakes_at_definition.append(error)
-        return Config
-    except Exception as error:
-        _mistakes_at_definition.append(_config_mistake(error))
-        return Config
-    return lambda: holder.value
-
-
-def flag_on_command_line(name: str) -> str | None:
-    """Returns the value of `--name=value` or `--name value` before flags are parsed; None: not there."""
-    arguments = sys.argv[1:]
-    for place, argument in enumerate(arguments):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == name:
-            return value if equals else next(iter(arguments[place + 1 :]), None)
-    return None
-
-
-_mistakes_at_definition: list[UsageError] = []
-
-
-def _config_mistake(error: Exception) -> UsageError:
-    """What the flags library raises for a --config.field=value, said so that it helps."""
-    if isinstance(error, KeyError):
-        field = re.match(r"Field (\S+) not found", str(error.args[0]))
-        name = repr(field[1]) if field else error.args[0]
-        given = next((a for a in sys.argv if field and a.startswith("--") and field[1] in a.split("=")[0]), "--config")
-        return UsageError(f"{given}: there is no config field {name}; ifm_jax/config.py lists the fields")
-    if isinstance(error, flags.Error):
-        return UsageError(f"{error}; --help lists the flags")
-    return UsageError(f"the config cannot be read: {type(error).__name__}: {error}")
+_config_flag: ConfigFlag | None = None  # of the script
 
 
 def _keep_memory() -> None:
@@ -319,24 +249,67 @@ def _say(name: str, error: object, status: int) -> int:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses absl's flags; every kind of mistake becomes a `UsageError`."""
+    """Parses all flags; every kind of mistake becomes a `UsageError`."""
     if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
         _help(argv[0])
-    if _mistakes_at_definition:
-        raise _mistakes_at_definition[0]
     try:
-        return flags.FLAGS(argv)
-    except Exception as error:
-        raise _config_mistake(error) from None
+        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
+        if _config_flag is not None:
+            arguments = _config_flag.take(arguments)
+        positional = flags.FLAGS([argv[0], *arguments])
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(_unknown_flag(error.flagname, argv)) from None
+    except flags.IllegalFlagValueError as error:
+        raise UsageError(_illegal_value(str(error))) from None
+    except flags.Error as error:
+        raise UsageError(f"{error}; --help lists the flags") from None
+    for flag in _own_flags(argv[0]):
+        if flag.present and isinstance(flag.value, str) and not flag.value.strip():
+            raise UsageError(f"--{flag.name}= {UNSET}")
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise UsageError(f"--{flag.name}={flag.value}: expected a finite number")
+    return positional
+
+
+def _own_flags(program: str) -> Iterator[flags.Flag]:
+    """Yields the flags of the script, and of this module, not the flags library's own."""
+    for module, defined in flags.FLAGS.flags_by_module_dict().items():
+        yield from defined if module in (program, __name__) else ()
+
+
+def _unknown_flag(name: str, argv: list[str]) -> str:
+    """Returns what is said of a flag that is none."""
+    as_given = next((a for a in argv[1:] if a.lstrip("-").partition("=")[0] == name), f"--{name}")
+    known = [flag.name for flag in _own_flags(argv[0])] + (["config"] if _config_flag is not None else [])
+    group, dot, field = name.partition(".")
+    near = difflib.get_close_matches(group, known, n=1)
+    hint = f": did you mean --{near[0]}{dot}{field}?" if near else ""
+    return f"{as_given[:120]}: there is no flag --{name[:120]}{hint or '; --help lists the flags'}"
+
+
+def _illegal_value(text: str) -> str:
+    """Returns what is said of a flag whose value is none of its kind, from the flags library's own words."""
+    match = re.match(r"flag --(\w+)=(.*?): ", text, re.DOTALL)
+    if match is None or match[1] not in flags.FLAGS:
+        return f"{text}; --help lists the flags"
+    name, value = match.groups()
+    parser = flags.FLAGS[name].parser
+    if not value.strip():
+        return f"--{name}= {UNSET}"
+    if isinstance(parser, flags.EnumParser):
+        choices = parser.enum_values
+        return f"--{name}={value[:120]}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}"
+    expected = "true or false" if isinstance(parser, flags.BooleanParser) else parser.syntactic_help
+    return f"--{name}={value[:120]}: expected {expected}"
 
 
 def _help(program: str) -> None:
     """Prints the script's docstring and its own flags, and ends the process."""
     print((sys.modules["__main__"].__doc__ or "").strip())
     print("\nFlags:")
-    own = {program, __name__}
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        for flag in defined if module in own else ():
-            print(f"  --{flag.name}: {flag.help}")
-    print("  --config.FIELD=VALUE: changes one field of the recipe; ifm_jax/config.py describes them.")
+    for flag in _own_flags(program):
+        print(f"  --{flag.name}: {flag.help}")
+    if _config_flag is not None:
+        print("  --config: A recipe: a Python file with get_config(), or the name of one in configs/.")
+        print("  --config.FIELD=VALUE: changes one field of the recipe; ifm_jax/config.py describes them.")
     sys.exit(0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ifm_jax import torch_checkpoint
-from ifm_jax.models import Encoder
+from ifm_jax.models import Encoder, without_head
 from ifm_jax.models.resnet import ResNet
 
 
@@ -39,6 +39,5 @@ def load(path: str | os.PathLike, *, dtype: str = "float32") -> ResNet:
     encoder = Encoder(
         arch=model.arch, dim=0, stem=model.stem, width=model.width, compute_dtype=dtype, param_dtype=dtype
     )
-    params = {name: value for name, value in found.state.params.items() if name != "fc"}
-    place = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)  # noqa: E731
-    return encoder.bind(place(params), place(found.state.batch_stats))
+    place = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), without_head(tree))  # noqa: E731
+    return encoder.bind(place(found.state.params), place(found.state.batch_stats))

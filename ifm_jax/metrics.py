@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ifm_jax import files
+from ifm_jax.errors import UsageError
 from ifm_jax.process import Output
 
 if TYPE_CHECKING:
@@ -32,17 +34,6 @@ FIELDS = (
     *("images_per_sec", "data_wait"),
 )
 """The fields of a line of `metrics.jsonl`, in their order there; whatever else a record holds follows them."""
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary name beside `path`, which takes its place once the block has ended without an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,7 +52,7 @@ class MetricsLog:
         last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
 
     Raises:
-        ValueError: if a line in the middle of the file is not a record.
+        UsageError: if a line in the middle of the file is not a record.
     """
 
     def __init__(self, path: str | os.PathLike, last_step: int = 0):
@@ -71,7 +62,7 @@ class MetricsLog:
             kept = [(line, record) for line, record in _parse(self._path) if record["step"] <= last_step]
             content = b"".join(line for line, _ in kept)
             if content != self._path.read_bytes():
-                with _replacing(self._path) as temporary, temporary.open("wb") as file:
+                with files.replacing(self._path) as temporary, temporary.open("wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
@@ -127,7 +118,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line before the last is not a record.
+        UsageError: if a line before the last is not a record.
     """
     return [record for _, record in _parse(pathlib.Path(path))]
 
@@ -141,12 +132,12 @@ def _parse(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line, parse_constant=_refuse)
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise ValueError("no integer field 'step'")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ValueError(
+            raise UsageError(
                 f"{path}, line {number}: expected a JSON object with an integer 'step', found {line[:40]!r} ({error}); "
                 "remove that line"
             ) from None
@@ -361,7 +352,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike, p
     figure.text(0.975, 0.955, title, color=GREY, fontsize=11, ha="right")
     title = "Linear evaluation" if probe else "Contrastive pre-training"
     figure.text(0.09, 0.955, title, color=INK, fontsize=13, weight="bold")
-    with _replacing(pathlib.Path(path)) as temporary:
+    with files.replacing(path) as temporary:
         canvas.print_png(temporary)
 
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ifm_jax import losses, optim, queue, sharding
+from ifm_jax import optim, sharding
 from ifm_jax.augment import example_rngs
+from ifm_jax.methods import losses, queue
 from ifm_jax.models import Encoder
 from ifm_jax.state import TrainState, placements
 
@@ -101,11 +102,12 @@ class PretrainStep:
             if self.queue_sharded:
                 # All queries against each device's part of the queue; the compiler combines the parts' sums and ranks.
                 queries, positives = self._replicate(queries), all_keys
-            margin, rank = losses.contrast(queries, positives, state.queue, self.temperature)
-            clean = jnp.mean(jax.nn.softplus(margin))
-            ifm = jnp.mean(jax.nn.softplus(margin + losses.margin_shift(self.temperature, self.epsilon)))
+            found = losses.contrast(queries, positives, state.queue, self.temperature)
+            clean, ifm = (
+                jnp.mean(jax.nn.softplus(margin)) for margin in losses.margins(found, self.temperature, self.epsilon)
+            )
             loss = {"moco": clean, "ifm": (clean + self.alpha * ifm) / (1 + self.alpha), "ifm_only": ifm}[self.method]
-            return loss, (clean, ifm, rank, batch_stats)
+            return loss, (clean, ifm, found.rank, batch_stats)
 
         (loss, (clean, ifm, rank, batch_stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
 

@@ -27,7 +27,6 @@ import math
 import os
 import pathlib
 import time
-import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,14 +35,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from ifm_jax import assembly, command, optim, sharding, snapshot, torch_checkpoint
 from ifm_jax import config as configs
 from ifm_jax.config import Config
+from ifm_jax.config_flag import ConfigFlag
 from ifm_jax.errors import UsageError
+from ifm_jax.npz import Npz, NpzError
 from ifm_jax.pretrain import PretrainStep
 from ifm_jax.snapshot import Snapshot
 from ifm_jax.state import TrainState
@@ -245,12 +245,12 @@ def load_npz(path: str | os.PathLike, what: str) -> dict[str, np.ndarray]:
       UsageError: if it cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with Npz(path) as file:
             return dict(file)
     except FileNotFoundError:
         raise UsageError(f"{path} is not there: expected {what}") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is no .npz of plain arrays ({type(error).__name__}): expected {what}") from None
+    except NpzError as error:
+        raise UsageError(f"{path} is no .npz of plain arrays ({error}): expected {what}") from None
 
 
 def check_views(views: dict[str, np.ndarray], path: str | os.PathLike = "views") -> None:
@@ -314,26 +314,16 @@ def _print_series(out: dict[str, np.ndarray]) -> None:
     Console().print(table)
 
 
-def _resolve_config(holder, start: Snapshot, path: str) -> Config:
+def _resolve_config(flag: ConfigFlag, start: Snapshot, path: str) -> Config:
     """Returns the config of the flags; without --config the start's own, with the fields that flags change."""
-    flag = flags.FLAGS["config"]
-    given = holder.value
-    if flag.config_filename == __file__:
-        changed = configs.flatten(configs.to_dict(given))
-        overrides = {name: changed[name] for name in config_flags.get_override_values(flag)}
-        given = configs.from_dict(configs.flatten(configs.to_dict(start.config)) | overrides)
+    given = flag.over(lambda: configs.from_dict(configs.to_dict(start.config)))
     snapshot.check_config(given, start, path)
     return given
 
 
-def get_config() -> Config:
-    """Returns the recipe without --config, whose fields the start then replaces: the original's defaults."""
-    return Config()
-
-
 def _define_flags() -> dict[str, Any]:
     return {
-        "config": config_flags.DEFINE_config_file("config", __file__, "The recipe; not given: the start's own."),
+        "config": command.define_config(),  # not given: the start's own
         "start": flags.DEFINE_string("start", None, "A .pth.tar in the original's format, or a run of our own."),
         "views": flags.DEFINE_string("views", None, "Recorded views, .npz."),
         "reference": flags.DEFINE_string("reference", None, "What to compare with, .npz."),

@@ -4,13 +4,12 @@ Python then has nothing to do between two steps. The step itself is `PretrainSte
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from ifm_jax import sharding
+from ifm_jax import memory, sharding
 from ifm_jax.augment import resized_crops
 from ifm_jax.errors import UsageError
 from ifm_jax.pretrain import PretrainStep
@@ -105,12 +104,9 @@ def check_memory(images: int, side: int, mesh: jax.sharding.Mesh) -> None:
     Raises:
       UsageError: if they take more than 80 % of its memory.
     """
-    device = mesh.local_mesh.devices.flat[0]
-    has = (device.memory_stats() or {}).get("bytes_limit")
-    if has is None:  # a processor: its memory is the machine's
-        has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(mesh.local_mesh.devices.flat)
+    has = memory.of_device(mesh)
     needed = images * side * side * 3
-    if needed > _SHARE * has:
+    if has is not None and needed > _SHARE * has:
         raise UsageError(
             f"data.cache='device' takes {needed / 1e9:.1f} GB on each device, {images:,} images of {side} px, of the "
             f"{has / 1e9:.1f} GB it has: expected at most {_SHARE:.0%}; a smaller data.cache_size, or data.cache=''"

@@ -10,22 +10,18 @@ as the working directory of a run, so that whatever reads a run reads it too:
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
 from typing import Any
 
-from ifm_jax import checkpoint, metrics
+from ifm_jax import checkpoint, files, metrics
 from ifm_jax import config as configs
 from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.state import TrainState
-
-CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
-CONVERTED = "converted.json"
+from ifm_jax.workdir import CHECKPOINTS, CONFIG, CONVERTED, METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,59 +112,86 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike) ->
 
 
 def read(path: str | os.PathLike) -> Snapshot:
-    """Returns the newest state of a run's working directory, or the state in one of its checkpoints.
+    """Returns the newest state of a run's working directory that can be read, or the state in one of its checkpoints.
 
     Args:
       path: the working directory, its `checkpoints`, or `checkpoints/<step>`.
 
+    Returns:
+      The snapshot; its `notes` name damaged checkpoints that were passed over.
+
     Raises:
-      UsageError: if there is none, or it cannot be read.
+      UsageError: if there is none, or none can be read.
     """
-    step_dir = _find(pathlib.Path(path).absolute())
+    path = pathlib.Path(path).absolute()
+    notes = []
+    if _is_checkpoint(path):
+        workdir = path.parent.parent
+        try:
+            stored = checkpoint.read(path)
+        except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
+            raise UsageError(
+                f"{path}: the checkpoint cannot be read ({type(error).__name__}: {checkpoint.first_line(error)}): "
+                "name another, or the workdir, whose newest whole one is used"
+            ) from None
+    else:
+        directory = _checkpoints(path)
+        workdir = directory.parent
+        stored, damaged = checkpoint.newest_whole(directory)
+        if stored is None:
+            raise UsageError(f"{directory} holds no whole checkpoint yet: let the run reach its first")
+        notes = [
+            f"the checkpoint of step {step} is damaged ({reason}): step {int(stored.state['step'])} is used instead"
+            for step, reason in damaged.items()
+        ]
     try:
-        values = checkpoint.read_arrays(step_dir)
-        config = configs.from_dict(json.loads((step_dir / "config" / "metadata").read_text()))
-        state = TrainState(**values)
-    except UsageError:
-        raise
-    except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
+        state = TrainState(**stored.state)
+    except TypeError:
         raise UsageError(
-            f"{step_dir}: the checkpoint cannot be read ({type(error).__name__}: {checkpoint.first_line(error)}): "
-            "delete it, so that the one before it is taken, or name another"
+            f"{path} holds {', '.join(list(stored.state)[:5])}: expected the state of a pre-training run"
         ) from None
-    workdir = step_dir.parent.parent
     origin = _read_origin(workdir / CONVERTED)
-    return Snapshot(config, state, origin, _steps_per_epoch(workdir, origin))
+    config = configs.from_dict(stored.config)
+    return Snapshot(config, state, origin, _steps_per_epoch(workdir, origin), tuple(notes))
 
 
-def _find(path: pathlib.Path) -> pathlib.Path:
-    """Returns the directory of the checkpoint that `path` stands for."""
+def stored_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns the config in the newest checkpoint of a workdir whose config can be read; None: there is none."""
+    directory = pathlib.Path(workdir) / CHECKPOINTS
+    for step in reversed(checkpoint.steps(directory)):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            return checkpoint.read_config(directory / str(step))
+    return None
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    return (path / "state").is_dir() and (path / "config").is_dir()
+
+
+def _checkpoints(path: pathlib.Path) -> pathlib.Path:
+    """Returns the directory of the checkpoints that `path` stands for."""
     if not path.exists():
         raise UsageError(f"{path} is not there: expected the workdir of a run, one of its checkpoints, or a .pth.tar")
-    if (path / "state").is_dir() and (path / "config").is_dir():
-        return path
     directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if directory.name == CHECKPOINTS:
-        steps = checkpoint.steps(directory)
-        if not steps:
-            raise UsageError(f"{directory} holds no whole checkpoint yet: let the run reach its first")
-        return directory / str(steps[-1])
+        return directory
     raise UsageError(f"{path} holds no checkpoints: expected the workdir of a run, or one of its checkpoints")
 
 
 def _read_origin(path: pathlib.Path) -> Origin | None:
-    if not path.exists():
+    values = files.read_json(path, "convert the checkpoint again")
+    if values is None:
         return None
     try:
-        return Origin(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return Origin(**values)
+    except TypeError as error:
         raise UsageError(f"{path} cannot be read ({error}): convert the checkpoint again") from None
 
 
 def _steps_per_epoch(workdir: pathlib.Path, origin: Origin | None) -> int | None:
     """What a run's metrics, or else the converted file, say about the length of an epoch."""
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError):
-        last = metrics.read(workdir / "metrics.jsonl")[-1]
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError, ZeroDivisionError, TypeError):
+        last = metrics.read(workdir / METRICS)[-1]
         return round(last["step"] / last["epoch"])
     return steps_in_epoch(origin.epoch, origin.step) if origin else None
 
@@ -202,9 +225,9 @@ def write(snapshot: Snapshot, directory: str | os.PathLike, overwrite: bool = Fa
         config = configs.to_dict(snapshot.config)
         with Checkpoints(temporary / CHECKPOINTS) as checkpoints:
             checkpoints.save(snapshot.state, config)
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        files.write_json(temporary / CONFIG, config)
         if snapshot.origin:
-            (temporary / CONVERTED).write_text(json.dumps(dataclasses.asdict(snapshot.origin), indent=2) + "\n")
+            files.write_json(temporary / CONVERTED, dataclasses.asdict(snapshot.origin))
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             directory.rename(old)

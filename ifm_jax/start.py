@@ -3,19 +3,19 @@
 In the order in which it is decided:
 
 1. The working directory holds a checkpoint: go on from the newest that can be read, with the next step. The config must
-   be the run's own.
+   be the run's own, which the checkpoint holds; config.json is a copy of it for people.
 2. It holds none, and `init_from` names weights: start with them, at step 0.
 3. Neither: start afresh.
 
 Of several hosts each decides the same, or all end before the first step: what they must agree on is compared.
 """
 
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -23,13 +23,15 @@ import jaxlib
 import numpy as np
 
 import ifm_jax
-from ifm_jax import assembly, checkpoint, sharding, snapshot
+from ifm_jax import assembly, checkpoint, files, memory, sharding, snapshot
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.data import Source, open_source
+from ifm_jax.data import Source, open_source, steps_per_epoch
 from ifm_jax.errors import UsageError
-from ifm_jax.snapshot import CHECKPOINTS, CONFIG, CONVERTED, Snapshot
+from ifm_jax.models import only_head, without_head
+from ifm_jax.snapshot import Snapshot
 from ifm_jax.state import TrainState
+from ifm_jax.workdir import CHECKPOINTS, CONFIG, CONVERTED, DATA, locked
 
 Answer = TypeVar("Answer")
 
@@ -37,8 +39,6 @@ Answer = TypeVar("Answer")
 _SHARED_WITHIN = 70.0
 # What each host may have of its own: where its images lie, and with what it reads them.
 _HOSTS_OWN = ("data.source", "data.classes", "data.workers", "data.processes")
-
-DATA = "data.json"  # in a workdir: which images the run is on
 
 
 @dataclasses.dataclass
@@ -65,8 +65,48 @@ def open_run(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> 
     return together(lambda: _open(config, workdir, mesh), lambda opened: _identity(*opened))
 
 
+@contextlib.contextmanager
+def held(directory: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
+    """Makes a directory and keeps others that write there out of it while the block runs; process 0 does so for all.
+
+    Args:
+      directory: of a run, or of an evaluation.
+      flag: that names another one, for the error.
+
+    Raises:
+      UsageError: if another process is in it, or it cannot be made.
+    """
+
+    def hold() -> None:
+        if jax.process_index() == 0:
+            with writing(directory, flag):
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(directory, flag))
+
+    with contextlib.ExitStack() as stack:
+        together(hold)
+        yield
+
+
+@contextlib.contextmanager
+def writing(directory: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
+    """Turns what keeps its block from writing to a directory into a `UsageError`; arguments as for `held`."""
+    try:
+        yield
+    except OSError as error:
+        name = flag.lstrip("-")
+        raise UsageError(
+            f"{name} {directory} cannot be written to ({error.strerror}): pass the {flag} of a directory that can"
+        ) from None
+
+
+def set_aside(directory: pathlib.Path, damaged: Mapping[int, str]) -> list[str]:
+    """Moves damaged checkpoints of a workdir out of the way, process 0 for all; returns what the user is told."""
+    return together(lambda: checkpoint.set_aside(directory / CHECKPOINTS, damaged) if jax.process_index() == 0 else [])
+
+
 def open_workdir(config: Config, workdir: pathlib.Path, source: Source) -> Start:
-    """Makes the working directory, or looks at what it holds; damaged checkpoints are moved out of the way.
+    """Looks at what the working directory holds; damaged checkpoints are moved out of the way.
 
     Args:
       config: resolved.
@@ -76,10 +116,10 @@ def open_workdir(config: Config, workdir: pathlib.Path, source: Source) -> Start
     Raises:
       UsageError: if it cannot be written to, or belongs to another run, or what is there cannot be read.
     """
-    together(lambda: _open_workdir(workdir, config, source))  # process 0 makes it, then all look
+    together(lambda: _open_workdir(workdir, config, source))  # process 0 writes, then all look
     create = assembly.state_creator(config)
     (state, damaged), weights = together(lambda: _find(workdir, config, create), lambda found: _facts(*found))
-    said = together(lambda: _set_aside(workdir, damaged) if jax.process_index() == 0 else [])
+    said = set_aside(workdir, damaged)
     return Start(state, weights, said)
 
 
@@ -90,11 +130,14 @@ def _open(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tup
       UsageError: for a config that cannot be run.
     """
     configs.validate(config, devices=mesh.size)
-    config = assembly.resolve(config, assembly.read_config(workdir) if (workdir / CONFIG).exists() else None)
+    config = assembly.resolve(config, assembly.find_config(workdir))
     assembly.configure_jax(config.model.compute_dtype)
     assembly.make_augmentation(config)
+    memory.check(config, mesh)
     # The images before the workdir: one made for a mistaken folder would refuse the right one.
     source = open_source(config.data, "train")
+    size = min(config.data.limit or len(source), len(source))
+    memory.check_steps(config, steps_per_epoch(size, config.batch_size))
     if (workdir / CONVERTED).exists() and (missing := snapshot.read(workdir).missing):
         raise UsageError(
             f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
@@ -176,7 +219,7 @@ def _find(
         time.sleep(1.0)
     stored, damaged = checkpoint.newest_whole(workdir / CHECKPOINTS, jax.eval_shape(create))
     if stored is not None or not config.init_from:
-        return (stored, damaged), None
+        return (stored and stored.state, damaged), None
     from ifm_jax import torch_checkpoint
 
     given = torch_checkpoint.read(config.init_from)
@@ -198,15 +241,6 @@ def _facts(stored: tuple[TrainState | None, dict[int, str]], given: Snapshot | N
     }
 
 
-def _set_aside(workdir: pathlib.Path, damaged: Mapping[int, str]) -> list[str]:
-    """Moves damaged checkpoints out of the way; returns what the user is told."""
-    said = []
-    for step, reason in damaged.items():
-        moved = checkpoint.set_aside(workdir / CHECKPOINTS, step)
-        said.append(f"The checkpoint of step {step} is damaged ({reason}): moved to {moved}.")
-    return said
-
-
 def started_with(given: Snapshot, fresh: TrainState) -> tuple[TrainState, list[str]]:
     """Returns the state that a new run starts with the weights of another in, and in words what of them it has taken.
 
@@ -222,12 +256,16 @@ def started_with(given: Snapshot, fresh: TrainState) -> tuple[TrainState, list[s
         return jax.tree.map(np.shape, tree)
 
     state, taken = given.state, ["query encoder"]
-    head = shapes(state.params.get("fc")) == shapes(fresh.params["fc"])
+    # A head with BatchNorm has statistics as well.
+    heads = [tuple(shapes(only_head(tree)) for tree in (of.params, of.batch_stats)) for of in (state, fresh)]
+    head = heads[0] == heads[1]
     if not head:
         taken = ["query encoder without its head (a new one)"]
-    fc = {"fc": (state if head else fresh).params["fc"]}
-    params = cast({**state.params, **fc}, fresh.params)
-    batch_stats = cast(state.batch_stats, fresh.batch_stats)
+    with_head = state if head else fresh
+    params, batch_stats = (
+        cast(without_head(getattr(state, part)) | only_head(getattr(with_head, part)), getattr(fresh, part))
+        for part in ("params", "batch_stats")
+    )
     if head and state.key_params is not None:
         key_params = cast(state.key_params, fresh.key_params)
         key_batch_stats = cast(state.key_batch_stats, fresh.key_batch_stats)
@@ -255,46 +293,39 @@ def started_with(given: Snapshot, fresh: TrainState) -> tuple[TrainState, list[s
 
 
 def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None:
-    """Makes the working directory with its config.json and data.json, or checks that it is this run's.
+    """Writes config.json and data.json, once they are known to be this run's.
 
     Raises:
-      UsageError: if it cannot be written to, or belongs to a run with another config or on other images.
+      UsageError: if they cannot be written, or belong to a run with another config or on other images.
     """
-    if (workdir / CONFIG).exists() and (differing := configs.differences(config, assembly.read_config(workdir))):
+    known = assembly.find_config(workdir)
+    if known is not None and known.model.compute_dtype == "auto":  # converted, not trained yet
+        known.model.compute_dtype = config.model.compute_dtype
+    if known is not None and (differing := configs.differences(config, known)):
         raise UsageError(
             f"workdir {workdir} belongs to a run with another config ({'; '.join(differing)}): "
             "pass another --workdir, or the config it was started with"
         )
     images = {"images": len(source), "fingerprint": source.fingerprint}
-    if (known := _read_data(workdir)) and known != images:
-        counts = f"{known['images']} then, {images['images']} now"
+    path = workdir / DATA
+    noted = files.read_json(path, "remove it, and its images are not checked")
+    earlier = [images | {"fingerprint": fingerprint} for fingerprint in source.earlier_fingerprints]
+    if noted is not None and noted not in (images, *earlier):
+        if noted.keys() != images.keys():
+            raise UsageError(
+                f"{path} holds {', '.join(noted) or 'nothing'}, expected images and fingerprint: remove it, and its "
+                "images are not checked"
+            )
+        counts = f"{noted['images']} then, {images['images']} now"
         raise UsageError(
             f"workdir {workdir} belongs to a run on other images than data.source={config.data.source!r} holds "
-            f"({counts if known['images'] != images['images'] else 'as many, others'}): pass another --workdir, or "
+            f"({counts if noted['images'] != images['images'] else 'as many, others'}): pass another --workdir, or "
             "the images it was started with"
         )
     if jax.process_index() > 0:
         return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
+    with writing(workdir):
         for leftover in workdir.glob("*.*.tmp"):  # of a process that died as it wrote one of these files
             leftover.unlink(missing_ok=True)
-        for name, values in ((CONFIG, configs.to_dict(config)), (DATA, images)):
-            temporary = (workdir / name).with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(values, indent=2) + "\n")
-            os.replace(temporary, workdir / name)
-    except OSError as error:
-        raise UsageError(
-            f"workdir {workdir} cannot be written to ({error.strerror}): pass the --workdir of a directory that can"
-        ) from None
-
-
-def _read_data(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Returns what a run noted of its images when it began; None: nothing yet."""
-    path = workdir / DATA
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}): remove it, and its images are not checked") from None
+        files.write_json(workdir / CONFIG, configs.to_dict(config))
+        files.write_json(path, images)

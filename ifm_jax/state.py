@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ifm_jax import queue as key_queue
 from ifm_jax import sharding
+from ifm_jax.methods import queue as key_queue
 from ifm_jax.models import Encoder
 
 Tree = dict[str, Any]

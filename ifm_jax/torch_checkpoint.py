@@ -24,7 +24,7 @@ import optax
 from ifm_jax import snapshot
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-from ifm_jax.models import ARCHITECTURES
+from ifm_jax.models import ARCHITECTURES, HCLHead, without_head
 from ifm_jax.models.resnet import Architecture
 from ifm_jax.snapshot import Origin, Snapshot
 from ifm_jax.state import TrainState
@@ -112,10 +112,15 @@ def backbone_table(architecture: Architecture, stem: str = "imagenet") -> list[E
     return table
 
 
-def head_table(features: int, dim: int, mlp: bool) -> list[Entry]:
-    """Returns the entries of a head: one linear layer, or MoCo-v2's two."""
-    if not mlp:
+def head_table(features: int, dim: int, head: str) -> list[Entry]:
+    """Returns the entries of a head, one of `models.HEADS`."""
+    if head == "linear":
         return list(_layer("fc", "fc", "linear", (dim, features)))
+    if head == "hcl":
+        width = HCLHead.hidden_features
+        weight, _ = _layer("fc.0", "fc.hidden", "linear", (width, features))  # it has no bias
+        norm = _layer("fc.1", "fc.norm", "norm", (width,))
+        return [weight, *norm, *_layer("fc.3", "fc.output", "linear", (dim, width))]
     hidden = _layer("fc.0", "fc.hidden", "linear", (features, features))
     return [*hidden, *_layer("fc.2", "fc.output", "linear", (dim, features))]
 
@@ -124,7 +129,7 @@ def encoder_table(config: Config, head: bool = True) -> list[Entry]:
     """Returns the entries of the encoder that a config describes, in the order of PyTorch's `parameters()`."""
     table = backbone_table(_architecture(config), config.model.stem)
     if head:
-        table += head_table(_features(_architecture(config)), config.moco.dim, config.moco.mlp)
+        table += head_table(_features(_architecture(config)), config.moco.dim, "mlp" if config.moco.mlp else "linear")
     return table
 
 
@@ -575,8 +580,8 @@ def _torchvision_tensors(found: Snapshot) -> dict[str, Any]:
     """The query encoder without its projection head; `fc` stays where it came as a classifier."""
     if found.origin and found.origin.kind == "torchvision":
         return {name: _tensor(values) for name, values in state_dict(found)}
-    params = {name: value for name, value in found.state.params.items() if name != "fc"}
-    named = _encoder_tensors(found, params, found.state.batch_stats, "encoder_q.")
+    params, batch_stats = without_head(found.state.params), without_head(found.state.batch_stats)
+    named = _encoder_tensors(found, params, batch_stats, "encoder_q.")
     return {name.removeprefix("encoder_q."): _tensor(values) for name, values in named}
 
 

@@ -7,7 +7,8 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -18,8 +19,11 @@ from ifm_jax.config import Config
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
 from ifm_jax.data.resident import Copies, copies_side, read_all, resident_batches
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.snapshot import CHECKPOINTS
 from ifm_jax.state import TrainState, placements
+from ifm_jax.workdir import CHECKPOINTS, CURVES, METRICS, TENSORBOARD, bad_images
+
+if TYPE_CHECKING:
+    from ifm_jax.evaluation.online import OnlineEvaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +77,13 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         side = start.together(
             lambda: _side(config, source, size, mesh), lambda found: {"side of the images held on the devices": found}
         )
-    begin = start.open_workdir(config, workdir, source)
     primary = jax.process_index() == 0
     total_steps = config.epochs * epoch_steps
     last_step = min(config.steps, total_steps) if config.steps else total_steps
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(start.held(workdir))
+        begin = start.open_workdir(config, workdir, source)
         first = int(begin.state.step) if begin.state is not None else 0
         if first >= last_step:
             if not quiet and primary:
@@ -101,8 +106,8 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
 
         log = tensorboard = None
         if primary:
-            log = stack.enter_context(metrics.MetricsLog(workdir / "metrics.jsonl", first))
-            tensorboard = stack.enter_context(metrics.TensorBoardLog(workdir / "tensorboard", first))
+            log = stack.enter_context(metrics.MetricsLog(workdir / METRICS, first))
+            tensorboard = stack.enter_context(metrics.TensorBoardLog(workdir / TENSORBOARD, first))
         progress = stack.enter_context(
             metrics.Progress(last_step, epochs=config.epochs, start_step=first, steps_per_epoch=epoch_steps)
             if primary and not quiet
@@ -110,15 +115,15 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         )
         for line in begin.said:
             progress.message(line)
-        bad_images = BadImages(size, config.data.max_bad, workdir / _bad_images_file(), progress.message)
+        unreadable = BadImages(size, config.data.max_bad, workdir / bad_images(jax.process_index()), progress.message)
         images = ()
         if config.data.cache:
-            pixels, copies = _read_all(config, source, size, side, bad_images, progress)
+            pixels, copies = _read_all(config, source, size, side, unreadable, progress)
             images = (sharding.place_everywhere(mesh, pixels),)
             del pixels
             calls = _calls_on_devices(config, mesh, copies, first, last_step)
         else:
-            calls = _calls_from_host(config, mesh, source, size, first, bad_images)
+            calls = _calls_from_host(config, mesh, source, size, first, unreadable)
         stack.callback(calls.close)
         call = next(calls)
 
@@ -138,7 +143,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
 
         stop = stack.enter_context(loop.StopSignals(progress))
         recorder = loop.Recorder(
-            log, tensorboard, progress, config.batch_size, epoch_steps, config.log_every, workdir / "curves.png"
+            log, tensorboard, progress, config.batch_size, epoch_steps, config.log_every, workdir / CURVES
         )
         done, _ = loop.run(
             lambda state, batch: program(state, *images, batch),
@@ -161,12 +166,6 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         )
         checkpoints.wait()
     return Result(done, last_step, stop.signal if done < last_step else None)
-
-
-def _bad_images_file() -> str:
-    """Returns the name of the list of images that this host could not read; every host meets others."""
-    number = jax.process_index()
-    return f"bad_images.{number}.txt" if number else "bad_images.txt"
 
 
 def _calls_from_host(config, mesh, source, size: int, first: int, bad_images: BadImages) -> Iterator[loop.Call]:
@@ -215,26 +214,28 @@ def _read_all(config: Config, source, size: int, side: int, bad_images: BadImage
 
 
 class _Evaluation:
-    """An evaluation that remembers what it found last.
+    """An evaluation that remembers what it measured last.
 
     Args:
-      evaluate: `(state) -> record`.
+      evaluate: `(state) -> record`; `measures` names the fields of a record.
       best: the name that must be in the record; empty: none.
+
+    Raises:
+      UsageError: if it is not.
     """
 
-    def __init__(self, evaluate: Callable[[TrainState], Mapping[str, float]], best: str):
-        self._evaluate, self._best = evaluate, best
+    def __init__(self, evaluate: "OnlineEvaluation", best: str):
+        if best and best not in evaluate.measures:
+            raise UsageError(f"checkpoint_best={best!r}: expected one of {', '.join(evaluate.measures)}")
+        self._evaluate = evaluate
         self._step, self._found = None, None
 
     def __call__(self, state: TrainState) -> Mapping[str, float]:
-        found = self._evaluate(state)
-        if self._best and self._best not in found:
-            raise UsageError(f"checkpoint_best={self._best!r}: expected one of {', '.join(found)}")
-        self._step, self._found = int(state.step), found
-        return found
+        self._step, self._found = int(state.step), self._evaluate(state)
+        return self._found
 
     def found_at(self, step: int) -> Mapping[str, float] | None:
-        """Returns what was found at that step; None: nothing."""
+        """Returns what was measured at that step; None: nothing."""
         return self._found if step == self._step else None
 
 

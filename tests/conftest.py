@@ -27,6 +27,17 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch on one thread: two on shared cores wait for each other more than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """A run in float64 turns 64-bit types on for its process; the next test starts without."""

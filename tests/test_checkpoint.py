@@ -2,12 +2,13 @@
 
 import resource
 import shutil
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, checkpoint, metrics, training
+from ifm_jax import assembly, checkpoint, metrics, sharding, training
 from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.errors import RunError, UsageError
 from tests import small
@@ -46,11 +47,82 @@ def test_every_truncated_or_missing_file_is_noticed_or_does_no_harm(state, tmp_p
             target = tmp_path / "copy" / file.relative_to(tmp_path / "whole")
             target.write_bytes(target.read_bytes()[: target.stat().st_size // 2]) if cut else target.unlink()
             found, damaged = checkpoint.newest_whole(tmp_path / "copy", shapes(state))
+            found = found.state
             if damaged:
                 noticed += 1
                 assert list(damaged) == [2]
             small.assert_same(found, at(state, 1 if damaged else 2))
     assert noticed >= 6
+
+
+class Few(NamedTuple):
+    """A state of few arrays, quick to read."""
+
+    step: np.ndarray
+    params: dict
+
+
+def test_every_flipped_bit_is_noticed_or_does_no_harm(tmp_path):
+    """200 single bits, spread over the files and their bytes: the one before, or the very same arrays and config."""
+    draw = np.random.default_rng(0)
+    few = Few(np.int32(0), {name: draw.normal(size=size).astype(np.float32) for name, size in (("a", 3), ("b", 2000))})
+    config = {"optim": {"lr": 0.1, "milestones": [120, 160]}}
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(at(few, step), config)
+    files = [file for file in sorted((tmp_path / "run" / "2").rglob("*")) if file.is_file()]
+    noticed = 0
+    for number in range(200):
+        # Half of the flips in a file whatever its size, half in a byte whatever its file.
+        sizes = [file.stat().st_size for file in files]
+        file = files[number % len(files) if number % 2 else draw.choice(len(files), p=np.divide(sizes, sum(sizes)))]
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[draw.integers(len(content))] ^= 1 << draw.integers(8)
+        file.write_bytes(flipped)
+        found, damaged = checkpoint.newest_whole(tmp_path / "run", shapes(few))
+        noticed += bool(damaged)
+        small.assert_same(found.state, at(few, 1 if damaged else 2))
+        assert found.config == config
+        file.write_bytes(content)
+    assert noticed >= 80  # the rest are in what nobody reads, such as where the arrays lay
+
+
+def test_a_flipped_bit_in_the_config_is_noticed(state, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at(state, 2), {"optim": {"lr": 0.1}})
+    path = tmp_path / "2" / "config" / "metadata"
+    path.write_text(path.read_text().replace("0.1", "0.3"))
+    with pytest.raises(UsageError, match="2: ValueError: the checksum of its config does not agree"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_checksums_of_a_split_queue_are_of_its_parts(state, tmp_path, monkeypatch):
+    """As on several hosts, none of which has all of the queue."""
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    queue = jax.device_put(state.queue, sharding.split(mesh))
+    monkeypatch.setattr(type(queue), "is_fully_addressable", False)
+    known = checkpoint._checksums({"queue": queue}, {})
+    monkeypatch.undo()
+    rows = [(start, stop) for start, stop, _ in known["state/queue"]["crc"]]
+    assert rows == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    whole = checkpoint._checksums
+    monkeypatch.setattr(checkpoint, "_checksums", lambda tree, config: whole(tree, config) | known)
+    save(tmp_path, state, 1)
+    assert checkpoint.read(tmp_path / "1").config == {}
+    known["state/queue"]["crc"][2] = (32, 48, 0)
+    save(tmp_path, state, 2)
+    with pytest.raises(ValueError, match="the checksum of state/queue does not agree"):
+        checkpoint.read(tmp_path / "2")
+
+
+def test_a_folder_that_is_no_checkpoint_s_is_passed_over(state, tmp_path):
+    save(tmp_path, state, 3)
+    for name in ("006", "7.tmp", "nine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "8").write_text("a file")
+    assert checkpoint.steps(tmp_path) == [3]
+    assert checkpoint.newest_whole(tmp_path)[0].state["step"] == 3
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(state, tmp_path):
@@ -94,7 +166,8 @@ def test_the_last_n_and_the_best_are_kept(state, tmp_path):
 def test_set_aside_twice(state, tmp_path):
     for expected in ("7", "7.1"):
         save(tmp_path / "checkpoints", state, 7)
-        assert checkpoint.set_aside(tmp_path / "checkpoints", 7) == tmp_path / "damaged" / expected
+        said = checkpoint.set_aside(tmp_path / "checkpoints", {7: "torn"})
+        assert said == [f"The checkpoint of step 7 is damaged (torn): moved to {tmp_path / 'damaged' / expected}."]
         assert checkpoint.steps(tmp_path / "checkpoints") == []
 
 
@@ -128,7 +201,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(finished, copy, capsys)
     assert "Going on after step 3 of 8" in said
     ours, theirs = (small.without_speed(metrics.read(d / "metrics.jsonl")) for d in (copy, finished))
     assert ours == theirs
-    states = [checkpoint.read_arrays(d / "checkpoints" / "8") for d in (copy, finished)]
+    states = [checkpoint.read(d / "checkpoints" / "8").state for d in (copy, finished)]
     small.assert_same(*states)
 
 
@@ -148,7 +221,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(copy, monkeypat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     like = jax.eval_shape(assembly.state_creator(small.config()))
-    assert checkpoint.newest_whole(copy / "checkpoints", like)[0].step == 8
+    assert checkpoint.newest_whole(copy / "checkpoints", like)[0].state.step == 8
 
 
 def test_removed_checkpoints_end_the_run(copy, monkeypatch):

@@ -1,17 +1,22 @@
 """The scripts as a user meets them: real processes, exit statuses, one line for a mistake, Ctrl-C."""
 
 import json
+import logging
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from absl import flags
 
 from benchmarks import kill_resume
-from ifm_jax import checkpoint, metrics
+from ifm_jax import checkpoint, command, metrics
+from ifm_jax import config as configs
+from ifm_jax.config_flag import ConfigFlag
 from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -70,30 +75,204 @@ def test_eval_linear(finished):
     assert {"config.json", "metrics.jsonl", "curves.png", "checkpoints"} <= set(os.listdir(workdir / "linear-full"))
 
 
+@pytest.fixture
+def in_process(monkeypatch, capsys, tmp_path):
+    """Runs a script as `python SCRIPT ...` would, in this process: `(exit status, stdout, stderr)`."""
+    monkeypatch.setattr(command, "_keep_memory", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("absl").level
+    modules = flags.FLAGS.flags_by_module_dict()
+    known = {flag.name for module in modules if module.startswith("absl") for flag in modules[module]}
+    others = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - known}
+    for name in others:  # of imported benchmarks, where a process of its own would have none
+        delattr(flags.FLAGS, name)
+
+    def run_in_process(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:
+            return ended.code, *capsys.readouterr()
+        finally:
+            for name in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+            flags.FLAGS.set_gnu_getopt(False)
+            logging.getLogger("absl").setLevel(level)
+
+    yield run_in_process
+    for name, flag in others.items():
+        flags.FLAGS[name] = flag
+
+
+MISTAKES = [
+    # Fields of the config.
+    ("train.py", ["--config.moco.size=3"], "--config.moco.size=3: there is no config field 'moco.size'"),
+    (
+        "train.py",
+        ["--config.optm.lr=0.2"],
+        "--config.optm.lr=0.2: there is no config field 'optm.lr': did you mean 'opt",
+    ),
+    ("train.py", ["--config.lr", "0.2"], "there is no config field 'lr': did you mean 'optim.lr'?"),
+    ("train.py", ["--config.moco.lr=1"], "there is no config field 'moco.lr': did you mean 'optim.lr'?"),
+    ("train.py", ["--config.=1"], "--config.=1: there is no config field ''"),
+    ("train.py", ["--config.optim.milestones[0]=1"], "there is no config field 'optim.milestones[0]': did you mean"),
+    (
+        "train.py",
+        ["--config.data.augment=x"],
+        "data.augment is a group of fields: expected one of them, as --config.data",
+    ),
+    ("train.py", ["--noconfig.epochs"], "--noconfig.epochs: there is no config field 'epochs'"),
+    ("train.py", ["--config.moco.temperature"], "--config.moco.temperature has no value: expected --config.moco.tempe"),
+    (
+        "train.py",
+        ["--config.epochs", "--workdir=x"],
+        "--config.epochs has no value: expected --config.epochs=VALUE, a w",
+    ),
+    ("eval_linear.py", ["--pretrained=x", "--config.linear.rate=1"], "there is no config field 'linear.rate'"),
+    ("ifm_jax/replay.py", ["--config.nope=1"], "--config.nope=1: there is no config field 'nope'"),
+    ("convert_checkpoints.py", ["inspect", "x", "--config.nope=1"], "--config.nope=1: there is no config field 'nope'"),
+    (
+        "convert_checkpoints.py",
+        ["to-jax", "x", "y", "--config.moco.dim=1"],
+        "--config.moco.dim changes a recipe: expect",
+    ),
+    # Their values.
+    (
+        "train.py",
+        ["--config.moco.queue_size=many"],
+        "--config.moco.queue_size=many: expected a whole number of at least",
+    ),
+    ("train.py", ["--config.batch_size=1e2"], "--config.batch_size=1e2: expected a whole number"),
+    ("train.py", ["--config.batch_size="], "--config.batch_size=: expected a whole number"),
+    ("train.py", ["--config.seed=" + "9" * 5000], "...: expected a whole number"),
+    ("train.py", ["--config.optim.lr=fast"], "--config.optim.lr=fast: expected a number above 0"),
+    ("train.py", ["--config.optim.lr=1e400"], "--config.optim.lr=1e400: expected a number above 0, and finite"),
+    ("train.py", ["--config.moco.mlp=yes"], "--config.moco.mlp=yes: expected true or false"),
+    ("train.py", ["--config.optim.milestones=1,x"], "--config.optim.milestones=1,x: expected epochs above 0"),
+    ("train.py", ["--config.optim.milestones=1,,2"], "--config.optim.milestones=1,,2: expected epochs above 0"),
+    ("train.py", ["--config.linear.lr=()"], "--config.linear.lr=(): expected numbers above 0, for example 1,10,30"),
+    ("train.py", ["--config.ifm.epsilon_negative=no"], "expected a number of at least 0, or none"),
+    (
+        "train.py",
+        ["--config.model.arch=resnet5O"],
+        "=resnet5O is unknown: expected one of resnet8, resnet18, resnet34,",
+    ),
+    ("train.py", ["--config.model.arch=resnet5O"], "did you mean 'resnet50'?"),
+    ("train.py", ["--config.moco.queue_size=1000"], "moco.queue_size=1000 is not a multiple of batch_size=64"),
+    ("train.py", ["--config.data.source=folder:/nowhere"], "data.source='folder:/nowhere'"),
+    # Recipes.
+    ("train.py", ["--config=nowhere.py"], "--config=nowhere.py is not there: expected a recipe"),
+    (
+        "train.py",
+        ["--config=configs/ifm_cifar.py"],
+        "--config=configs/ifm_cifar.py is not there: did you mean ifm_cifar",
+    ),
+    ("train.py", ["--config", "ifm_cifar"], "--config=ifm_cifar is not there: did you mean ifm_cifar10?"),
+    ("train.py", ["--config="], "--config= is empty: an unset shell variable?"),
+    ("train.py", ["--config"], "--config has no value: expected --config=VALUE, a recipe"),
+    ("convert_checkpoints.py", ["to-jax", "x", "y", "--config=broken.py"], "--config=broken.py is not there"),
+    ("ifm_jax/replay.py", ["--config=broken.py", "--start=x", "--views=y"], "y is not there: expected recorded views"),
+    # The other flags.
+    ("train.py", ["--workdir="], "--workdir= is empty: an unset shell variable?"),
+    ("train.py", ["--workdir", ""], "--workdir= is empty: an unset shell variable?"),
+    ("train.py", ["--workdir"], "Missing value for flag --workdir"),
+    ("train.py", ["--workdri=x"], "--workdri=x: there is no flag --workdri: did you mean --workdir?"),
+    ("train.py", ["--confg.moco.dim=3"], "there is no flag --confg.moco.dim: did you mean --config.moco.dim?"),
+    ("train.py", ["--epsilon=0.1"], "--epsilon=0.1: there is no flag --epsilon"),
+    ("train.py", ["--flagfile=/nowhere"], "/nowhere"),
+    ("train.py", ["run7"], "'run7' is no flag"),
+    ("train.py", ["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written to"),
+    ("eval_linear.py", ["--workdir="], "--workdir= is empty: an unset shell variable?"),
+    ("eval_linear.py", ["--pretrained="], "--pretrained= is empty: an unset shell variable?"),
+    ("eval_linear.py", ["--workdir=/nowhere"], "/nowhere/config.json is not there"),
+    ("eval_linear.py", [], "expected either --workdir, the directory of a training run, or --pretrained"),
+    ("eval_linear.py", ["--pretrained=/nowhere.pth"], "/nowhere.pth is not there"),
+    ("eval_linear.py", ["--map_method=tsn"], "--map_method=tsn: expected one of tsne, umap: did you mean 'tsne'?"),
+    ("eval_linear.py", ["--fast=maybe"], "--fast=maybe: expected true or false"),
+    ("demo.py", ["--workdir="], "--workdir= is empty: an unset shell variable?"),
+    ("demo.py", ["--seeds=few"], "--seeds=few: expected an integer"),
+    ("demo.py", ["--seeds="], "--seeds= is empty: an unset shell variable?"),
+    ("demo.py", ["--seeds=0"], "--seeds=0: expected at least 1"),
+    ("convert_checkpoints.py", ["to-jax", "", "x"], "to-jax: FILE.pth.tar is empty: an unset shell variable?"),
+    ("convert_checkpoints.py", ["to-torch", "x", ""], "to-torch: FILE.pth.tar is empty: an unset shell variable?"),
+    ("convert_checkpoints.py", ["inspect", ""], "inspect: PATH is empty: an unset shell variable?"),
+    ("convert_checkpoints.py", ["inspect", "x", "--step=-1"], "--step=-1: expected a non-negative integer"),
+    ("ifm_jax/replay.py", ["--start="], "--start= is empty: an unset shell variable?"),
+    ("ifm_jax/replay.py", ["--rtol=nan"], "--rtol=nan: expected a finite number"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2(in_process, script, arguments, message):
+    status, out, err = in_process(script, *arguments)
+    assert (status, out) == (2, ""), err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert err.startswith(f"{os.path.basename(script)}: ")
+
+
+@pytest.mark.parametrize("script", ["train.py", "-mifm_jax.replay"])
+def test_a_mistake_is_one_line_in_a_process_of_its_own(tmp_path, script):
+    """A broken recipe is met by the very process, outside of this one's guards."""
+    module = script.startswith("-m")
+    arguments = [script if module else str(ROOT / script), "--config.moco.size=3"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
 @pytest.mark.parametrize(
-    ("script", "arguments", "message"),
+    ("arguments", "changes"),
     [
-        ("train.py", ["--config.moco.size=3"], "--config.moco.size=3: there is no config field 'size'"),
-        ("train.py", ["--config.moco.queue_size=many"], "many"),
-        ("train.py", ["--config.moco.queue_size=1000"], "moco.queue_size=1000 is not a multiple of batch_size=64"),
-        ("train.py", ["--config=nowhere.py"], "--config=nowhere.py is not there: expected a recipe"),
-        ("train.py", ["--epsilon=0.1"], "Unknown command line flag 'epsilon'"),
-        ("train.py", ["run7"], "'run7' is no flag"),
-        ("train.py", ["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written to"),
-        ("train.py", ["--config.data.source=folder:/nowhere"], "data.source='folder:/nowhere'"),
-        ("eval_linear.py", ["--workdir=/nowhere"], "/nowhere/config.json is not there"),
-        ("eval_linear.py", [], "expected either --workdir, the directory of a training run, or --pretrained"),
-        ("eval_linear.py", ["--pretrained=/nowhere.pth"], "/nowhere.pth is not there"),
-        ("eval_linear.py", ["--pretrained=x", "--config.linear.rate=1"], "there is no config field 'rate'"),
+        (["--config.epochs=3", "--config.epochs=4"], {"epochs": 4}),
+        (["--config.epochs", "3", "-config.seed=1"], {"epochs": 3, "seed": 1}),
+        (["--config.batch_size=0x40", "--config.steps=1_000"], {"batch_size": 64, "steps": 1000}),
+        (["--config.moco.mlp", "--config.moco.shuffle_bn=0"], {"moco.mlp": True, "moco.shuffle_bn": False}),
+        (["--noconfig.moco.mlp", "--config.optim.per_step", "TRUE"], {"moco.mlp": False, "optim.per_step": True}),
+        (["--config.moco.mlp=f", "--config.optim.per_step=t"], {"moco.mlp": False, "optim.per_step": True}),
+        (["--config.linear.lr=1,3,10"], {"linear.lr": (1.0, 3.0, 10.0)}),
+        (
+            ["--config.linear.lr=(1, 3)", "--config.optim.milestones=[3]"],
+            {"linear.lr": (1, 3), "optim.milestones": (3,)},
+        ),
+        (["--config.optim.milestones=", "--config.linear.lr=3,"], {"optim.milestones": (), "linear.lr": (3.0,)}),
+        (["--config.ifm.epsilon_negative=none"], {"ifm.epsilon_negative": None}),
+        (["--config.ifm.epsilon_negative=.1", "--config.optim.lr=1"], {"ifm.epsilon_negative": 0.1, "optim.lr": 1.0}),
+        (
+            ["--config.data.classes=", "--config.data.source=folder:/a=b c"],
+            {"data.classes": "", "data.source": "folder:/a=b c"},
+        ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(tmp_path, script, arguments, message):
-    done = run(script, *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stderr.startswith(f"{script}: ")
-    assert done.stdout == ""
+def test_spellings_of_a_field(arguments, changes):
+    flag = ConfigFlag(default=str(ROOT / "configs" / "trifeature.py"))
+    assert flag.take(["--workdir=x", *arguments, "rest"]) == ["--workdir=x", "rest"]
+    assert flag.changes == changes
+    assert all(type(flag.changes[name]) is type(value) for name, value in changes.items())
+    config = flag()
+    assert {name: configs.get_field(config, name) for name in changes} == changes
+    assert config.model.arch == "resnet8"
+
+
+def test_spellings_of_a_recipe():
+    default = str(ROOT / "configs" / "trifeature.py")
+    path = str(ROOT / "configs" / "ifm_cifar10.py")
+    for arguments in (["--config=ifm_cifar10"], ["--config", path], ["--config=trifeature", f"-config={path}"]):
+        flag = ConfigFlag(default)
+        assert flag.take([*arguments, "--", "--config=x"]) == ["--", "--config=x"]
+        assert (flag.name(), flag().data.source) == ("ifm_cifar10", "tfds:cifar10")
+        assert flag.over(lambda: 1 / 0) == flag()
+    flag = ConfigFlag(default)
+    assert flag.take(["--config.seed=3"]) == []
+    assert (flag.name(), flag().seed, flag.over(configs.Config).seed) == ("trifeature", 3, 3)
+    assert flag.over(configs.Config).model.arch == "resnet50"
+
+
+def test_flags_in_a_file(in_process, tmp_path):
+    (tmp_path / "flags").write_text("--workdir=/dev/null/x\n--config.moco.queue_size=1000\n")
+    assert "moco.queue_size=1000 is not a multiple" in in_process("train.py", f"--flagfile={tmp_path}/flags")[2]
 
 
 def test_a_failed_run_is_one_line_and_exit_1(tmp_path):
@@ -145,12 +324,12 @@ def test_a_killed_run_ends_as_the_one_that_nobody_touched(tmp_path):
     assert checkpoint.steps(tmp_path / "killed" / "checkpoints") == [30, 35, 40]
 
 
-def test_help_lists_the_flags():
-    done = run("train.py", "--help")
-    assert done.returncode == 0
-    assert "python train.py" in done.stdout
-    assert "--workdir" in done.stdout
-    assert "--config" in done.stdout
+def test_help_lists_the_flags(in_process):
+    status, out, _ = in_process("train.py", "--help")
+    assert status == 0
+    assert "python train.py" in out
+    for flag in ("--workdir: ", "--config: ", "--config.FIELD=VALUE: "):
+        assert flag in out
 
 
 def test_importing_the_package_is_light():
@@ -164,7 +343,7 @@ def test_a_train_step_needs_no_more_than_jax_flax_optax_numpy():
     """So that it can be benchmarked where nothing else is installed."""
     code = """
 import sys
-for name in ("grain", "orbax", "cv2", "ml_collections", "tensorboardX", "matplotlib", "sklearn"):
+for name in ("grain", "orbax", "cv2", "tensorboardX", "matplotlib", "sklearn"):
     sys.modules[name] = None
 import ifm_jax, ifm_jax.pretrain, ifm_jax.state, ifm_jax.augment, ifm_jax.config
 """

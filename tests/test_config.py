@@ -1,7 +1,14 @@
 """The config: every mistake named in one line, and the round trip through JSON."""
 
+import copy
+import dataclasses
+import json
+import pickle
+
+import numpy as np
 import pytest
 
+from ifm_jax import assembly, config_flag
 from ifm_jax import config as configs
 from ifm_jax.errors import UsageError
 
@@ -79,7 +86,7 @@ def test_the_defaults_are_the_original_s():
         ({"optim__momentum": 1.0}, "optim.momentum=1.0"),
         ({"optim__warmup_epochs": 300.0}, "optim.warmup_epochs=300.0: expected a number from 0 to epochs=200"),
         ({"optim__milestones": ("a",)}, r"optim.milestones=\('a',\): expected epochs above 0"),
-        ({"epochs": 0}, "epochs=0: expected at least 1"),
+        ({"epochs": 0}, "epochs=0: expected a whole number of at least 1"),
         ({"log_every": 0}, "log_every=0"),
         ({"seed": -1}, "seed=-1"),
         ({"batch_size": 100}, "batch_size=100 is not a multiple of model.bn_groups=8"),
@@ -90,7 +97,7 @@ def test_the_defaults_are_the_original_s():
             "data.source='cifar': expected trifeature, folder:PATH, tfds:NAME or array:FILE.npz",
         ),
         ({"data__image_size": 16}, "data.image_size=16: expected 32 to 224"),
-        ({"data__trifeature__shapes": 11}, "data.trifeature.shapes=11: expected 2 to 10"),
+        ({"data__trifeature__shapes": 11}, "data.trifeature.shapes=11: expected a whole number from 2 to 10"),
         ({"data__trifeature__scale_min": 0.95}, "scale_min"),
         ({"data__augment__crop_min": 0.0}, "data.augment.crop_min=0.0"),
         ({"data__augment__flip": 2.0}, "data.augment.flip=2.0"),
@@ -118,7 +125,7 @@ def test_round_trip():
 def test_unknown_field_is_refused_and_a_missing_one_keeps_its_default():
     with pytest.raises(UsageError, match=r"'moco.size' is unknown"):
         configs.from_dict({"moco": {"size": 3}})
-    with pytest.raises(UsageError, match=r"'mocco.dim' is unknown"):
+    with pytest.raises(UsageError, match=r"'mocco' is unknown: did you mean 'moco'\?"):
         configs.from_dict({"mocco": {"dim": 3}})
     assert configs.from_dict({"moco": {"dim": 3}}).moco.queue_size == 65536
 
@@ -131,3 +138,190 @@ def test_differences_name_the_fields_that_decide():
 def test_epsilons():
     assert configs.epsilons(configs.IFMConfig(epsilon=0.1)) == (0.1, 0.1)
     assert configs.epsilons(configs.IFMConfig(epsilon=0.1, epsilon_negative=0.3)) == (0.1, 0.3)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan"), 1e400, 1e39, 10**400])
+def test_numbers_are_finite(number):
+    """Every field that is a number, or several."""
+    for name, each in configs.fields().items():
+        if each.kind is float:
+            config = configs.Config()
+            configs.set_field(config, name, (number,) if each.many else number)
+            with pytest.raises(UsageError, match=rf"^{name}=.*: expected ") as caught:
+                configs.validate(config)
+            assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", [2**31, 2**32, 2**63, 2**64, 10**12, -(2**31), True, 3.0, "3", None, (3,)])
+def test_whole_numbers_are_those_that_the_arithmetic_holds(value):
+    for name, each in configs.fields().items():
+        if each.kind is not int or (each.declared.limit == 2**32 - 1 and value == 2**31):
+            continue
+        config = configs.Config()
+        configs.set_field(config, name, (value,) if each.many else value)
+        with pytest.raises(UsageError, match=rf"^{name}=.*: expected ") as caught:
+            configs.validate(config)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**32),
+        ("linear.seed", 2**32),
+        ("epochs", 10**8),
+        ("moco.dim", 10**6),
+        ("data.workers", 2000),
+        ("data.image_size", 10**5),
+        ("steps_per_call", 10**6),
+        ("optim.lr", -0.0),
+        ("moco.temperature", 1e-60),
+        ("data.source", "folder:\0"),
+    ],
+)
+def test_bounds_of_the_machine(name, value):
+    config = configs.Config()
+    configs.set_field(config, name, value)
+    with pytest.raises(UsageError, match=rf"^{name}="):
+        configs.validate(config)
+
+
+def test_a_number_too_long_to_show():
+    with pytest.raises(UsageError, match="batch_size=int too long to show: expected a whole number"):
+        configs.validate(configs.Config(batch_size=10**5000))
+
+
+def test_the_largest_seed_and_a_negative_zero():
+    """A seed of more than 32 bits would be another's: JAX takes the low ones alone."""
+    config = configs.Config(seed=2**32 - 1)
+    config.ifm.epsilon = -0.0
+    configs.validate(config)
+
+
+def test_every_default_holds_and_every_field_is_described():
+    for name, each in configs.fields().items():
+        value = configs.get_field(configs.Config(), name)
+        each.check(value)
+        assert each.declared.meaning
+        assert each.expected()
+        if not each.is_group:
+            assert type(value) is type(each.default)
+            # A text, a list, a dict and another group are none of its values, unless it is text.
+            for wrong in ([1], {}, object(), configs.EvalConfig(), b"x") + (() if each.kind is str else ("x",)):
+                with pytest.raises(UsageError, match=rf"^{name}=.*: expected "):
+                    each.check(wrong)
+
+
+def test_what_is_no_field_is_refused_where_it_is_set():
+    config = configs.Config()
+    with pytest.raises(AttributeError, match="MoCoConfig has no field 'temprature': did you mean 'temperature'"):
+        config.moco.temprature = 0.5
+    with pytest.raises(AttributeError, match="Config has no field 'optimm': did you mean 'optim'"):
+        config.optimm.lr = 0.5
+    with pytest.raises(AttributeError, match=r"has no field 'zzz'$"):
+        config.data.zzz = 1
+    assert not hasattr(config, "zzz")
+
+
+def test_a_list_stands_for_a_tuple_and_copies_are_equal():
+    config = configs.Config()
+    config.optim.milestones = [3, 4]
+    config.linear.lr = [1, np.float64(0.5)]
+    configs.validate(config)
+    assert config.optim.milestones == (3, 4)
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert again == config
+
+
+@pytest.mark.parametrize("config", [None, {}, configs.MoCoConfig(), configs.Config])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(UsageError, match=r"expected an ifm_jax\.Config"):
+        configs.validate(config)
+
+
+@dataclasses.dataclass(slots=True)
+class Renamed(configs.Group):
+    """A group whose field was called otherwise, and its values too."""
+
+    objective: str = configs.field(
+        "ifm", "the loss", choices=("infonce", "ifm"), formerly={"method": {"moco": "infonce"}}, free_on_resume=True
+    )
+
+
+def test_a_former_name_is_read_and_set():
+    group = Renamed()
+    group.method = "moco"
+    assert (group.method, group.objective) == ("infonce", "infonce")
+    group.method = "ifm"
+    assert group == Renamed()
+    known, renamed = configs.find("method", Renamed)
+    assert (known.name, renamed) == ("objective", {"moco": "infonce"})
+    assert configs.find("methods", Renamed) is None
+    assert known.free_on_resume
+
+
+def test_a_former_name_in_a_dict_and_on_the_command_line(monkeypatch):
+    """Through a field of the config that is given a former name for the test."""
+    known = configs.find("ifm.method")[0]
+    older = {"loss": {"infonce": "moco"}}
+    changed = dataclasses.replace(known, declared=dataclasses.replace(known.declared, formerly=older))
+    fields = {**configs.fields(), "ifm.method": changed}
+    monkeypatch.setattr(configs, "fields", lambda group=configs.Config: fields)
+    assert configs.from_dict({"ifm": {"loss": "infonce"}}).ifm.method == "moco"
+    assert configs.from_dict({"ifm.loss": "ifm_only"}).ifm.method == "ifm_only"
+    flag = config_flag.ConfigFlag()
+    flag.take(["--config.ifm.loss=infonce"])
+    assert flag.changes == {"ifm.method": "moco"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r"a config is \[\]: expected fields by name"),
+        ("null", "a config is None"),
+        ("5", "a config is 5"),
+        ('"x"', "a config is 'x'"),
+        ("", "it is no JSON"),
+        ("{", "it is no JSON"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"a":' * 100_000, "it is nested too deeply"),
+        ('{"moco": ' + '{"dim": ' * 400 + "1" + "}" * 401, r"moco.dim=\{'dim': .*: expected a whole number"),
+        ('{"moco": 5}', "moco=5: expected a group of fields"),
+        ('{"moco": null}', "moco=None: expected a group"),
+        ('{"moco": [1]}', r"moco=\(1,\): expected a group"),
+        ('{"batch_size": "64"}', "batch_size='64': expected a whole number"),
+        ('{"batch_size": 64.0}', "batch_size=64.0"),
+        ('{"batch_size": true}', "batch_size=True"),
+        ('{"batch_size": [64]}', r"batch_size=\(64,\)"),
+        ('{"batch_size": {"x": 1}}', "batch_size={'x': 1}"),
+        ('{"batch_size": null}', "batch_size=None"),
+        ('{"optim": {"milestones": 3}}', "optim.milestones=3"),
+        ('{"optim": {"milestones": [[3]]}}', "optim.milestones="),
+        ('{"moco": {"dims": 3}}', "config field 'moco.dims' is unknown: did you mean 'moco.dim'"),
+        ('{"": {"": 3}}', "config field '' is unknown"),
+        ('{"zzz": 3}', "config field 'zzz' is unknown: written by another version of ifm_jax?"),
+        ('{"batch_size": ' + "9" * 5000 + "}", "it is no JSON"),
+    ],
+)
+def test_a_config_json_of_something_else_is_one_line_that_names_the_file(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        assembly.read_config(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/config.json cannot be read (")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_config_json_that_cannot_be_read(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'{"init_from": "caf\xe9"}')
+    with pytest.raises(UsageError, match=r"config\.json cannot be read"):
+        assembly.read_config(tmp_path)
+    (tmp_path / "workdir" / "config.json").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"config\.json cannot be read"):
+        assembly.read_config(tmp_path / "workdir")
+
+
+def test_what_was_read_is_what_was_written():
+    config = changed(ifm__epsilon_negative=0.2, optim__milestones=(), linear__lr=(1, 2.5))
+    assert configs.from_json(json.dumps(configs.to_dict(config))) == config
+    assert configs.from_dict(configs.flatten(configs.to_dict(config))) == config

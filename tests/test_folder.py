@@ -1,10 +1,16 @@
 """Images in folders: PIL's pixels, torchvision's classes and crops, the same batches wherever they are read."""
 
+import errno
+import hashlib
 import io
 import itertools
+import os
 import pathlib
+import resource
 import shutil
+import struct
 import tracemalloc
+import zlib
 
 import cv2
 import jax
@@ -17,7 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from ifm_jax import assembly, augment, metrics, training
 from ifm_jax.config import DataConfig
-from ifm_jax.data import BadImages, ViewSource, crops, folder, images, open_source, training_batches
+from ifm_jax.data import BadImages, ViewSource, crops, folder, images, open_source, scan, training_batches
 from ifm_jax.errors import RunError, UsageError
 from tests import small
 from tests.torchvision_peer import torchvision
@@ -107,6 +113,48 @@ def make(path, *names):
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(target) if target.suffix else target.mkdir()
     return path
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("~nobody-here/images", "data.source='folder:~nobody-here/images': .*; expected the path of a folder"),
+        ("x" * 300, "xxx cannot be read .File name too long.; expected folders that you may read"),
+    ],
+)
+def test_mistaken_paths_are_named(path, message):
+    with pytest.raises(UsageError, match=message):
+        source(path)
+
+
+def test_a_folder_that_may_not_be_read_is_named(root, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"train cannot be read \(Permission denied\); expected folders that you may"):
+        source(root)
+
+
+def test_a_replaced_file_is_noticed(root, tmp_path, monkeypatch):
+    """Also where what was found is remembered; and what was written before sizes counted is still known."""
+    monkeypatch.setenv("IFM_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scan, "_WORTH_REMEMBERING", 3)
+    monkeypatch.setattr(scan, "_SETTLED", 0)
+    shutil.copytree(root, tmp_path / "images")
+    before = source(tmp_path / "images")
+    assert before.fingerprint == source(root).fingerprint  # wherever they lie
+    assert list((tmp_path / "cache" / "folders").iterdir())
+    with (tmp_path / "images" / "train" / before.paths[3]).open("ab") as file:
+        file.write(b"more")
+    after = source(tmp_path / "images")
+    assert after.paths == before.paths
+    assert after.fingerprint != before.fingerprint
+    assert after.earlier_fingerprints == before.earlier_fingerprints
+    names = hashlib.sha256()
+    for part in ("\0".join(before.paths).encode(), before.labels()["class"].tobytes()):
+        names.update(b"%d:" % len(part) + part)
+    assert before.earlier_fingerprints == (names.hexdigest()[:24],)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +473,115 @@ def test_unreadable_images_are_replaced_counted_and_listed(root, tmp_path):
         next(training_batches(of, 30, seed=0))  # nobody takes note
 
 
+def png(width, height, content):
+    """A PNG with a header, whatever its content; its checksums are right."""
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", content), (b"IEND", b"")
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def damaged(data, place):
+    return data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :]
+
+
+def bad_files(photograph):
+    """Name -> content that is no image."""
+    image = Image.fromarray(photograph).resize((100, 75))
+    files = {"0.jpg": b"", "text.jpg": b"no image", "huge.jpg": None}
+    for kind in ("PNG", "JPEG", "WEBP", "BMP"):
+        data = encoded(image, kind)
+        files |= {f"half {kind}.jpg": data[: len(data) // 2], f"start {kind}.jpg": data[:30]}
+    whole, progressive = encoded(image, "PNG"), encoded(image, "JPEG", progressive=True)
+    files |= {f"damaged {place}.png": damaged(whole, place) for place in (17, 30, len(whole) // 2, len(whole) - 20)}
+    files |= {"tail.png": whole[: len(whole) // 2] + bytes(5000), "cut.jpg": progressive[:-20]}
+    # Small files that would fill memory.
+    files |= {f"{side}.png": png(side, side, zlib.compress(bytes(10**6))) for side in (0, 13_400, 60_000)}
+    at = images._jpeg_header(np.frombuffer(progressive, np.uint8)).place
+    files["wide.jpg"] = progressive[: at + 5] + struct.pack(">HH", 65_000, 65_000) + progressive[at + 9 :]
+    return files
+
+
+def test_no_bad_file_is_more_than_that(photographs, tmp_path, capfd):
+    """Of whatever kind: named with its reason, nothing written by libraries, no memory filled."""
+    for name, content in bad_files(photographs[0]).items():
+        (tmp_path / name).write_bytes(content or b"")
+    with (tmp_path / "huge.jpg").open("r+b") as file:
+        file.truncate(2**40)  # of which the disk holds nothing
+    (tmp_path / "broken.jpg").symlink_to("nothing")
+    bad = source(tmp_path)
+    assert len(bad) == len(bad_files(photographs[0])) + 1
+    (tmp_path / "text.jpg").unlink()
+    os.mkfifo(tmp_path / "text.jpg")  # in the place of a file that was found
+    used, reasons = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
+    for index in range(len(bad)):
+        for read in (lambda index: bad.views(index, draws(0)), bad.central_view, lambda index: bad.whole(index, 32)):
+            with pytest.raises(images.UnreadableImageError) as caught:
+                read(index)
+            reasons[bad.paths[index]] = caught.value.reason
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 100_000  # kB
+    assert reasons.pop("huge.jpg") == "1099511627776 bytes, more than 1073741824"
+    assert reasons.pop("text.jpg") == "not a regular file"
+    assert reasons.pop("broken.jpg") == "No such file or directory"
+    assert reasons.pop("13400.png") == "13400 x 13400 pixels, more than 178956970"
+    assert reasons.pop("60000.png") == "60000 x 60000 pixels, more than 178956970"
+    assert reasons.pop("wide.jpg") == "65000 x 65000 pixels, more than 178956970"
+    assert set(reasons.values()) == {"not an image, or a broken one"}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_flaws_that_leave_an_image_are_passed_over_in_silence(photographs, capfd):
+    """The pixels are PIL's, which says nothing either."""
+    image = Image.fromarray(photographs[0]).resize((100, 75))
+    jpeg, preview = encoded(image, "JPEG"), encoded(image.resize((8, 8)), "JPEG")
+    flawed = {
+        "more before the end": jpeg[:-2] + b"abcdef" + jpeg[-2:],
+        "more after the end": jpeg + b"abcdef",
+        "flipped bits": damaged(jpeg, 1500),
+        "a profile that is none": encoded(image, "PNG", icc_profile=b"no profile" * 30),
+        "previews": encoded(image, "JPEG", exif=b"Exif\0\0" + preview),
+    }
+    for name, data in flawed.items():
+        ours = images.decode(name, np.frombuffer(data, np.uint8))[..., ::-1]
+        np.testing.assert_array_equal(ours, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), name)
+    cut = flawed["previews"][:-500]
+    with pytest.raises(images.UnreadableImageError):
+        images.decode("a preview does not end an image", np.frombuffer(cut, np.uint8))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (1, 1)])
+def test_a_strip_is_an_image(tmp_path, shape):
+    """Resized as a whole, its longer side would be millions of pixels."""
+    Image.fromarray(np.full((*shape, 3), 77, np.uint8)).save(tmp_path / "strip.png")
+    strip = source(tmp_path, size=64)
+    for view in (strip.central_view(0), *strip.views(0, draws(0)), strip.whole(0, 64)[0]):
+        np.testing.assert_array_equal(view, np.full((64, 64, 3), 77))
+
+
+def test_any_file_name_is_written_in_one_line(tmp_path):
+    """Bytes that are not UTF-8, tabs and line ends; what is listed is known again."""
+    (tmp_path / "images" / os.fsdecode(b"cl\xffass")).mkdir(parents=True)
+    names = [b"\xff\xfe.jpg", b"a\tb\nc.jpg", "d\u2028e.jpg".encode(), "ü.jpg".encode()]
+    for name in names:
+        (tmp_path / "images" / os.fsdecode(b"cl\xffass") / os.fsdecode(name)).write_bytes(b"")
+    bad = source(tmp_path / "images")
+    bad.fingerprint.encode("ascii")
+    assert bad.label_names == {"class": (r"cl\xffass",)}
+    for _ in range(2):
+        ledger = BadImages(4, 1.0, tmp_path / "bad.txt", str.encode)  # as a terminal does
+        for index in range(4):
+            with pytest.raises(images.UnreadableImageError) as caught:
+                bad.views(index, draws(0))
+            assert caught.value.reason == "not an image, or a broken one"
+            ledger.add(bad.name(index), "why\nnot")
+        assert len(ledger) == 4
+        lines = (tmp_path / "bad.txt").read_text().splitlines()
+        shown = [line.removeprefix(str(tmp_path / "images" / r"cl\xffass") + "/") for line in lines]
+        assert shown == [f"{name}\twhy\\nnot" for name in (r"a\tb\nc.jpg", r"d\u2028e.jpg", "ü.jpg", r"\xff\xfe.jpg")]
+
+
 def test_one_image_of_many_is_found_bad_only_if_all_around_it_are(tmp_path):
     make(tmp_path, "1.png", "2.png")
     for name in ("1.png", "2.png"):
@@ -465,15 +622,16 @@ def test_a_run_on_a_folder(root, tmp_path):
         training.train(own_images(tmp_path / "moved"), tmp_path / "parts", devices=jax.devices()[:1], quiet=True)
 
 
-def test_a_run_replaces_an_unreadable_image(root, tmp_path, capsys):
+def test_a_run_replaces_an_unreadable_image(root, tmp_path, capfd):
+    """And says so itself, once: the libraries that decode say nothing."""
     shutil.copytree(root / "train", tmp_path / "images")
     bad = next((tmp_path / "images").rglob("*.png"))
-    bad.write_bytes(b"")
+    bad.write_bytes(damaged(bad.read_bytes(), 200))
     run = own_images(tmp_path / "images", data__max_bad=0.1, steps=2, batch_size=16)
     training.train(run, tmp_path / "run", devices=jax.devices()[:1])
-    assert (
-        f"{bad} cannot be read (not an image, or a broken one): a neighbour takes its place" in capsys.readouterr().out
-    )
+    said = capfd.readouterr()
+    assert f"{bad} cannot be read (not an image, or a broken one): a neighbour takes its place" in said.out
+    assert said.err == ""
     assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(str(bad))
     run.data.max_bad, run.steps = 0.01, 2
     with pytest.raises(RunError, match=r"1 of 30 images cannot be read, more than data.max_bad=0.01"):

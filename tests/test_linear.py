@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ifm_jax import assembly, loop, metrics, training
+from ifm_jax import assembly, loop, metrics, training, workdir
 from ifm_jax.augment import normalize
+from ifm_jax.data import ViewSource, open_source, pipeline
+from ifm_jax.data.array import open_array
+from ifm_jax.data.sources import drawn
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import evaluate, features, heads, linear, subject
 from tests import small
@@ -140,6 +143,22 @@ def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatc
     assert lines[0] == lines[1]
 
 
+@pytest.mark.parametrize("steps", [(12,), (9, 12)])
+def test_damaged_checkpoints_of_an_evaluation_are_set_aside(run, full, tmp_path, steps):
+    """It goes on from the one before, or starts afresh: the results are the same."""
+    probe = shutil.copytree(full[1], tmp_path / "probe")
+    for step in steps:
+        (probe / "checkpoints" / str(step) / "state" / "_METADATA").write_text("{")
+    assert results(run, probe) == full[0]
+    assert sorted(path.name for path in (probe / "damaged").iterdir()) == sorted(map(str, steps))
+
+
+def test_one_evaluation_at_a_time_in_a_directory(run, tmp_path):
+    (tmp_path / "probe").mkdir()
+    with workdir.locked(tmp_path / "probe"), pytest.raises(UsageError, match=r"is in use by process .* --output"):
+        results(run, tmp_path / "probe")
+
+
 def test_as_many_kept_views_as_epochs_are_the_full_protocol(run, full, tmp_path):
     found = results(run, tmp_path / "fast", fast=True, views=3)
     for label in LABELS:
@@ -210,6 +229,42 @@ def test_all_at_once(run, tmp_path, capsys):
         assert file["names"][3] == "image 3"
     for name in ("map.png", "run/similarities.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_diagnostics_are_of_images_drawn_at_random(run, monkeypatch):
+    """Of a source that cuts no views, too; the embeddings are of the same images as the features."""
+    read = []
+    monkeypatch.setattr(
+        evaluate, "training_batches", lambda *args, **options: read.append(args[0]) or batches(*args, **options)
+    )
+    monkeypatch.setattr(evaluate, "extract", lambda frozen, source: read.append(source) or extract(frozen, source))
+    batches, extract = pipeline.training_batches, features.extract
+    found = evaluate.diagnose(of(run, eval__images=12), jax.devices()[:1])
+    assert found["images"] == 12
+    assert sum(found["positive_histogram"]) == 12
+    for source in read:
+        assert not isinstance(source, ViewSource)
+        np.testing.assert_array_equal(source.indices, np.sort(np.random.default_rng(0).permutation(37)[:12]))
+    assert len(read) == 2
+
+
+def test_a_part_drawn_at_random_has_all_classes(tmp_path):
+    """Of a source sorted by class; it depends on the seed alone and is what the source is: of views or not."""
+    np.savez(tmp_path / "sorted.npz", images=np.zeros((1000, 8, 8), np.uint8), labels=np.arange(1000) // 5)
+    source = open_array(str(tmp_path / "sorted.npz"), "train", image_size=8)
+    part = drawn(source, 400, 0)
+    assert isinstance(part, ViewSource)
+    assert len(set(part.labels()["class"])) > 170
+    assert part.fingerprint == drawn(source, 400, 0).fingerprint != drawn(source, 400, 1).fingerprint
+    assert [part.name(place) for place in (0, 399)] == [f"image {part.indices[place]}" for place in (0, 399)]
+    assert drawn(source, 0, 0) is drawn(source, 1000, 0) is source
+    plain = drawn(small_trifeature(), 10, 0)
+    assert not isinstance(plain, ViewSource)
+    np.testing.assert_array_equal(plain.batch(np.arange(10))["color"], plain.labels()["color"])
+
+
+def small_trifeature():
+    return open_source(small.config().data, "test")
 
 
 def test_records_and_projections(run, tmp_path):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifm_jax import losses, models, optim, pretrain, sharding, state
+from ifm_jax import models, optim, pretrain, sharding, state
 from ifm_jax.augment import TrifeatureAugmentation, example_rngs
+from ifm_jax.methods import losses
 from ifm_jax.models import resnet
 
 N, K, SIZE, STEPS = 16, 48, 16, 6

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifm_jax import queue, sharding
+from ifm_jax import sharding
+from ifm_jax.methods import queue
 
 
 def test_starts_as_random_unit_vectors():

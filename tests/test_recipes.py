@@ -1,19 +1,16 @@
 """The recipes in configs/: each loads from anywhere, holds together, and says how it is run."""
 
 import pathlib
-import sys
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
+from ifm_jax import recipes
 from ifm_jax.config import Config, differences, validate
+from ifm_jax.config_flag import ConfigFlag
+from ifm_jax.errors import UsageError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 RECIPES = sorted(CONFIGS.glob("*.py"))
-
-# How the flags library loads a recipe is deprecated; ours to bear, not to mend.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
 @pytest.fixture
@@ -22,13 +19,10 @@ def load(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def load(name: str, **fields) -> Config:
-        arguments = ["train.py", f"--config={CONFIGS / name}.py"]
-        arguments += [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
-        monkeypatch.setattr(sys, "argv", arguments)  # where the library looks for them already as it defines the flag
-        values = flags.FlagValues()
-        holder = config_flags.DEFINE_config_file("config", flag_values=values)
-        values(arguments)
-        return holder.value
+        flag = ConfigFlag()
+        changes = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
+        assert flag.take([f"--config={CONFIGS / name}.py", *changes]) == []
+        return flag()
 
     return load
 
@@ -94,3 +88,95 @@ def test_imagenet100s_classes_are_a_hundred_ids():
 )
 def test_recipes_differ_in_what_they_say_only(load, ours, theirs, fields):
     assert {line.split(":")[0] for line in differences(load(ours), load(theirs))} == fields
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_ours_has_a_name(monkeypatch, tmp_path, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path.stem).mkdir()  # a run's folder of that name is not meant
+    assert recipes.load(path.stem) == recipes.load(path)
+    assert recipes.name_of(path.stem) == recipes.name_of(path) == path.stem
+
+
+BEGIN = "from ifm_jax.config import Config\nconfig = Config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            BEGIN + "def get_config():\n    config.moco.temprature = 0.5\n",
+            "line 4: .*'temprature': did you mean 'temperature'",
+        ),
+        (
+            BEGIN + "def get_config():\n    config.batch_size = '64'\n    return config",
+            "batch_size='64': expected a whole",
+        ),
+        (
+            BEGIN + "def get_config():\n    config.epochs = 6.0\n    return config",
+            "epochs=6.0: expected a whole number",
+        ),
+        (
+            BEGIN + "def get_config():\n    config.epochs = True\n    return config",
+            "epochs=True: expected a whole number",
+        ),
+        (BEGIN + "def get_config():\n    config.model = None\n    return config", "model=None: expected a ModelConfig"),
+        (
+            BEGIN + "def get_config():\n    config.optim.lr = '0.1'\n    return config",
+            "optim.lr='0.1': expected a number",
+        ),
+        (BEGIN + "def get_config():\n    config.linear.lr = 3.0\n    return config", "linear.lr=3.0: expected numbers"),
+        (BEGIN + "def get_config():\n    pass", r"returned None: does it end with `return config`\?"),
+        (BEGIN + "def get_config():\n    return {}", r"returned \{\}, expected an ifm_jax.config.Config"),
+        (BEGIN + "def get_config(batch):\n    return config", r"get_config\(\) takes arguments"),
+        (BEGIN + "def get_config():\n    return 1 / 0", "line 4: ZeroDivisionError: division by zero"),
+        (BEGIN + "def get_config():\n    return get_config()", "RecursionError"),
+        (BEGIN + "import sys\ndef get_config():\n    sys.exit(0)", "line 5: it ends the process"),
+        (BEGIN + "raise SystemExit", "it ends the process"),
+        (BEGIN + "get_config = 3", r"has no function get_config\(\)"),
+        ("", r"has no function get_config\(\)"),
+        ("import nothing_like_this", "line 1: ModuleNotFoundError: No module named 'nothing_like_this'"),
+        ("def get_config(:\n", "line 1: SyntaxError: "),
+        ("a = 'caf\xe9'", "SyntaxError: .*utf-8"),
+        ("a = '\0'", "null bytes"),
+        ("(" * 3000, "SyntaxError"),
+    ],
+)
+def test_a_broken_recipe_is_one_line(tmp_path, text, message):
+    """Everything that its author can have done to it."""
+    path = tmp_path / "mine.py"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match=message) as caught:
+        recipes.load(path)
+    assert str(caught.value).startswith(f"--config={path}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "warm.py").write_text(BEGIN + "def get_config():\n    return config\n")
+    for given, message in (
+        ("folder.py", "folder.py is a directory"),
+        ("wram.py", "wram.py is not there: did you mean warm.py?"),
+        ("configs/ifm_cifar.py", "is not there: did you mean ifm_cifar10?"),
+        ("ifm_cifra10", "is not there: did you mean ifm_cifar10?"),
+        ("nowhere.py", "nowhere.py is not there: expected a recipe, for example configs/trifeature.py"),
+        ("x" * 5000, "is not there"),
+        ("a\0b.py", "is not there"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            recipes.load(given)
+        assert message in str(caught.value)
+    assert recipes.load("warm.py") == Config()
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path, run_name):
+        raise PermissionError(13, "Permission denied", path)
+
+    path = tmp_path / "mine.py"
+    path.touch()
+    monkeypatch.setattr(recipes.runpy, "run_path", refuse)  # the tests may run as root, who reads everything
+    with pytest.raises(UsageError, match=r"mine\.py: it cannot be read \(Permission denied\)"):
+        recipes.load(path)

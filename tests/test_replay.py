@@ -45,11 +45,15 @@ class Case:
     resumed: bool = False
     mlp: bool = True
     momentum: float = 0.99
+    arch: str = "resnet18"
+    width: int = 64
 
     def reference(self, **options) -> Reference:
         """The peer."""
         return Reference(
+            self.arch,
             dim=DIM,
+            width=self.width,
             queue_size=QUEUE,
             mlp=self.mlp,
             world=self.groups,
@@ -73,6 +77,8 @@ class Case:
         return config
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Every value that the issue names is in at least one of them; the full product is benchmarks/parity_sweep.py's.
 CASES = {
     "moco": Case("moco", mlp=False),
@@ -80,15 +86,6 @@ CASES = {
     "ifm_weighted": Case("ifm", epsilon=0.05, alpha=0.5, groups=4, devices=8, schedule="step"),
     "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=2, resumed=True),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads on shared cores wait for each other more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def worst(comparisons):
@@ -129,6 +126,17 @@ def test_trajectory(name, tmp_path):
     comparisons = replay.compare(found, expected, rtol=RTOL, atol=0.0)
     assert [c for c in comparisons if not c.holds] == []
     print(f"{name}: worst {worst(comparisons)}")
+
+
+def test_one_step_of_more_than_ten_blocks_in_a_stage(tmp_path):
+    case = Case("ifm", groups=2, arch="resnet101", width=8)
+    reference, start, _ = begin(case, tmp_path / "start.pth.tar")
+    assert (start.config.model.arch, start.config.model.width) == ("resnet101", 8)
+    views = random_views(1, BATCH, SIZE, world=2, seed=4) | {"lr": np.full(1, BASE_LR)}
+    found = replay.replay(case.config(start), start, views, devices=jax.devices()[:1])
+    comparisons = replay.compare(found, reference.run(views), rtol=RTOL, atol=0.0)
+    assert [c for c in comparisons if not c.holds] == []
+    print(f"resnet101: worst {worst(comparisons)}")
 
 
 # The comparison sees every wrong variant of the step: two steps of ours, once, against each mutated peer's.

@@ -1,6 +1,7 @@
 """Finding files: once, in torchvision's order, and again as soon as a folder has changed."""
 
 import os
+import socket
 
 import pytest
 
@@ -34,7 +35,7 @@ def read_folders(root, monkeypatch):
     """Returns what is found, and how many folders were read for it."""
     count = []
     listing = scan._list
-    monkeypatch.setattr(scan, "_list", lambda folder: count.append(folder) or listing(folder))
+    monkeypatch.setattr(scan, "_list", lambda folder, above: count.append(folder) or listing(folder, above))
     found = files(scan.tree(root))
     monkeypatch.setattr(scan, "_list", listing)
     return found, len(count)
@@ -54,6 +55,33 @@ def test_what_was_found_is_remembered_until_a_folder_changes(root, monkeypatch):
     assert [read_folders(root, monkeypatch)[1] for _ in range(2)] == [5, 0]
     (root / "b" / "6.bmp").unlink()
     assert "b/6.bmp" not in read_folders(root, monkeypatch)[0]
+
+
+def test_a_folder_in_itself_is_passed_over(root, monkeypatch):
+    """By a link to itself, to the one above it or across; a folder that is linked twice is there twice."""
+    before = files(scan.tree(root))
+    (root / "a" / "sub" / "up").symlink_to(root)
+    (root / "a" / "here").symlink_to(".")
+    (root / "a" / "across").symlink_to(root / "b")
+    (root / "b" / "back").symlink_to(root / "a")
+    (root / "b" / "itself").symlink_to("itself")
+    settle(root)
+    expected = sorted([*before, "a/across/6.bmp", "b/back/1.jpg", "b/back/sub/2.PNG"])
+    assert sorted(files(scan.tree(root))) == expected
+    found, count = read_folders(root, monkeypatch)
+    assert (sorted(found), count) == (expected, 0)
+
+
+def test_only_files_are_images(root):
+    """A pipe named so would be waited for; a link that leads nowhere is an image that cannot be read."""
+    before = files(scan.tree(root))
+    os.mkfifo(root / "b" / "pipe.jpg")
+    (root / "b" / "null.jpg").symlink_to(os.devnull)
+    (root / "b" / "link.jpg").symlink_to(root / "a" / "1.jpg")
+    (root / "b" / "broken.jpg").symlink_to("nothing")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(root / "b" / "socket.jpg"))  # an absolute path may be too long for one
+        assert sorted(files(scan.tree(root))) == sorted([*before, "b/link.jpg", "b/broken.jpg"])
 
 
 def test_subfolders_come_in_the_order_of_their_paths(root):

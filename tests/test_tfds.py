@@ -122,6 +122,56 @@ def test_a_damaged_record_is_named(root):
         source.views(0, [0.5] * 44)
 
 
+@pytest.mark.parametrize("way", ["plain", "snake", "nested", "legacy", "by name"])
+def test_no_module_that_a_data_set_names_is_imported(root, tmp_path, monkeypatch, way):
+    (tmp_path / "evil_feature.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "data" / "reptiles" / "1.0.0"
+    shutil.copytree(root / "reptiles" / "1.0.0", folder)
+    features, evil = json.loads((folder / "features.json").read_text()), "evil_feature.Image"
+    parts = features["featuresDict"]["features"]
+    if way == "snake":
+        del parts["image"]["pythonClassName"]
+        parts["image"]["python_class_name"] = evil
+    elif way == "nested":
+        inner = json.dumps({"image": {"type": evil, "content": {}}})
+        features = {"pythonClassName": features["pythonClassName"], "jsonFeature": {"json": inner}}
+    elif way == "legacy":
+        old = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+        features = {"type": old, "content": {"image": {"type": evil, "content": {}}}}
+    else:
+        parts["image"]["pythonClassName"] = evil
+    (folder / "features.json").write_text(json.dumps(features))
+    name = str(folder)
+    if way == "by name":
+        name = "reptiles"
+        monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "data"))
+    with pytest.raises(UsageError, match=r"names the class 'evil_feature.Image', for which code outside") as caught:
+        open_tfds(name, "train", image_size=16)
+    assert "\n" not in str(caught.value)
+    assert "evil_feature" not in sys.modules
+
+
+def test_a_feature_may_be_called_type(root, tmp_path):
+    folder = tmp_path / "1.0.0"
+    shutil.copytree(root / "reptiles" / "1.0.0", folder)
+    features = json.loads((folder / "features.json").read_text())
+    features["featuresDict"]["features"]["type"] = features["featuresDict"]["features"].pop("label")
+    (folder / "features.json").write_text(json.dumps(features))
+    assert set(open_tfds(str(folder), "train", image_size=16).label_names) == {"type"}
+    (folder / "features.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"cannot be opened \(.*\): expected the name of a data set"):
+        open_tfds(str(folder), "train", image_size=16)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive"])
+def test_damaged_remembered_labels_are_read_anew(root, tmp_path, content):
+    labels = open_source(config(), "train").labels()["label"]
+    (memory,) = (tmp_path / "cache" / "tfds").iterdir()
+    memory.write_bytes(content)
+    np.testing.assert_array_equal(open_source(config(), "train").labels()["label"], labels)
+
+
 def test_mistakes_are_named(root, tmp_path):
     old = tmp_path / "reptiles" / "1.0.0"
     shutil.copytree(root / "reptiles" / "1.0.0", old)

@@ -2,23 +2,25 @@
 
 import json
 import math
+import os
+import pathlib
+import shutil
+import tarfile
 
 import jax
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, metrics, snapshot, torch_checkpoint, training
-from ifm_jax.checkpoint import Checkpoints, abstract_state
+from ifm_jax import assembly, checkpoint, metrics, snapshot, torch_checkpoint, training, workdir
+from ifm_jax import config as configs
+from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.errors import RunError, UsageError
 from tests import small
 
 
 def final_state(workdir):
-    config = assembly.read_config(workdir)
-    placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-        return checkpoints.restore(step, abstract_state(assembly.state_creator(config), placement))
+    like = jax.eval_shape(assembly.state_creator(assembly.read_config(workdir)))
+    return checkpoint.newest_whole(workdir / "checkpoints", like)[0].state
 
 
 def train(config, workdir, devices=1):
@@ -130,8 +132,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
         train(config, tmp_path)
     step = int(str(caught.value).split("at step ")[1].split(":")[0])
     assert step >= 2
-    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
-        assert checkpoints.latest_step() == step - 1
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == step - 1
     state = final_state(tmp_path)
     assert np.isfinite(np.asarray(state.queue)).all()
 
@@ -176,7 +177,7 @@ def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
     """A conversion may be at step 0; its weights are what the run starts with."""
     other = jax.jit(assembly.state_creator(small.config(seed=5)))()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(other, {})
+        checkpoints.save(other, configs.to_dict(small.config()))
         checkpoints.wait()
     train(small.config(steps=1), tmp_path)
     ours, theirs = (metrics.read(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path, finished))
@@ -223,3 +224,78 @@ def test_an_incomplete_conversion_cannot_be_gone_on_from(tmp_path):
     snapshot.write(snapshot.Snapshot(config, stripped, origin, None, ()), tmp_path / "run", overwrite=False)
     with pytest.raises(UsageError, match="converted checkpoint without key encoder, queue, optimiser state"):
         train(config, tmp_path / "run")
+
+
+def test_one_run_at_a_time_in_a_workdir(finished):
+    """The second is told who the first is, and nothing is touched; a lock that a dead process left blocks nobody."""
+    before = (finished / "metrics.jsonl").read_bytes()
+    first = rf"is in use by process {os.getpid()} on \S+: wait for it, .* --workdir"
+    with workdir.locked(finished), pytest.raises(UsageError, match=first):
+        train(small.config(epochs=3), finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    (finished / ".lock").write_text('{"pid": 1, "host": "gone"}')
+    assert train(small.config(), finished).step == 8
+
+
+@pytest.mark.parametrize("written", [None, "[]", "another"])
+def test_the_checkpoint_s_config_decides(finished, tmp_path, written):
+    """Whatever becomes of config.json, the run does not go on with other hyperparameters."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    other = small.config(epochs=3, optim__lr=0.5)
+    path = run / "config.json"
+    if written is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(configs.to_dict(other)) if written == "another" else written)
+    with pytest.raises(
+        UsageError, match=r"another config \(epochs: 3, not 2; optim.lr: 0.5, not 0.03\)|lr: 0.5, not 0"
+    ):
+        train(other, run)
+    assert assembly.read_config(run).optim.lr == 0.03
+    assert train(small.config(), run).step == 8
+    assert json.loads(path.read_text())["optim"]["lr"] == 0.03
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "5", '"text"', "[" * 100_000, "\udcff", '{"images": 3}'])
+def test_a_small_file_that_holds_something_else_is_named(tmp_path, content):
+    for name in ("config.json", "data.json"):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / name).write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(UsageError, match=rf"{name}.*|config field 'images' is unknown"):
+            train(small.config(steps=1), directory)
+        assert (directory / name).read_bytes() == content.encode(errors="surrogateescape")
+
+
+def test_an_unknown_best_measure_is_refused_before_the_first_step(tmp_path):
+    config = small.config(eval__every=1, checkpoint_best="knn/size")
+    with pytest.raises(UsageError, match="checkpoint_best='knn/size': expected one of knn, linear, knn/shape"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdirs_of_version_0_1_go_on(tmp_path):
+    """A run that version 0.1 stopped after step 4 ends as that version's own; so does a checkpoint it converted."""
+    with tarfile.open(pathlib.Path(__file__).parent / "data" / "workdirs_0_1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    expected = metrics.read(tmp_path / "whole" / "metrics.jsonl")
+    for name, first in (("run", 0), ("converted", 4)):
+        train(small.config(checkpoint_keep=1), tmp_path / name)
+        ours = metrics.read(tmp_path / name / "metrics.jsonl")
+        assert [record["step"] for record in ours] == list(range(first + 1, 9))
+        # The fixture was made with XLA's optimizer on, and perhaps on another processor.
+        for record, theirs in zip(ours[4 - first :], expected[4:], strict=True):
+            assert record["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+            assert record["lr"] == theirs["lr"]
+
+
+def test_a_converted_checkpoint_that_trained_on_and_is_damaged_is_set_aside(tmp_path):
+    with tarfile.open(pathlib.Path(__file__).parent / "data" / "workdirs_0_1.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    run = tmp_path / "converted"
+    train(small.config(steps=6), run)
+    shutil.rmtree(run / "checkpoints" / "6" / "state")
+    assert snapshot.read(run).notes[0].startswith("the checkpoint of step 6 is damaged")
+    train(small.config(), run)
+    assert (run / "damaged" / "6").is_dir()
+    assert checkpoint.steps(run / "checkpoints")[-1] == 8

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ifm_jax.models.resnet import ARCHITECTURES, Architecture
 from tests.torchvision_peer import torchvision
 
 METHODS = ("moco", "ifm", "ifm_only")
@@ -65,16 +66,47 @@ class ReferenceMoCo(nn.Module):
         queue_ptr: `(1,)` int64 buffer, the column where the next keys go.
     """
 
-    def __init__(self, arch: str = "resnet18", dim: int = 128, queue_size: int = 65536, mlp: bool = True):
+    def __init__(
+        self, arch: str = "resnet18", dim: int = 128, queue_size: int = 65536, mlp: bool = True, width: int = 64
+    ):
         super().__init__()
-        self.encoder_q = _encoder(arch, dim, mlp)
+        self.encoder_q = _encoder(arch, dim, mlp, width)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
 
-def _encoder(arch: str, dim: int, mlp: bool) -> nn.Module:
-    network = torchvision.models.get_model(arch, num_classes=dim)
+def resnet(arch: str, num_classes: int, width: int = 64) -> nn.Module:
+    """Returns torchvision's ResNet of that name; with another `width`, all its channels times width / 64."""
+    if width == 64:
+        return torchvision.models.get_model(arch, num_classes=num_classes)
+    return _Narrow(ARCHITECTURES[arch], num_classes, width)
+
+
+class _Narrow(torchvision.models.resnet.ResNet):
+    """torchvision's class and blocks, asked for fewer channels."""
+
+    def __init__(self, arch: Architecture, num_classes: int, width: int):
+        self.width = width
+        blocks = torchvision.models.resnet
+        super().__init__(
+            blocks.Bottleneck if arch.bottleneck else blocks.BasicBlock,
+            list(arch.depths),
+            groups=arch.groups,
+            width_per_group=arch.width_per_group,
+        )
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(self.fc.in_features * width // 64, num_classes)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+
+def _encoder(arch: str, dim: int, mlp: bool, width: int) -> nn.Module:
+    network = resnet(arch, dim, width)
     if mlp:
         features = network.fc.in_features
         network.fc = nn.Sequential(nn.Linear(features, features), nn.ReLU(), network.fc)
@@ -106,6 +138,7 @@ class Reference:
         dim: size of an embedding.
         queue_size: K; must be a multiple of the global batch.
         mlp: MoCo-v2's projection head instead of a single linear layer.
+        width: channels of the network's first stage; see `resnet`.
         world: W, number of ranks.
         method: `"moco"` (InfoNCE), `"ifm"` (both, weighted) or `"ifm_only"` (shifted InfoNCE).
         epsilon: the shift, subtracted from the positive's similarity and added to the negatives'.
@@ -130,6 +163,7 @@ class Reference:
         queue_size: int = 65536,
         mlp: bool = True,
         *,
+        width: int = 64,
         world: int = 1,
         method: str = "ifm",
         epsilon: float = 0.1,
@@ -154,7 +188,7 @@ class Reference:
         self.groups = 1 if "one_batch_norm" in mutations else world
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = ReferenceMoCo(arch, dim, queue_size, mlp).to(dtype).train()
+            self.model = ReferenceMoCo(arch, dim, queue_size, mlp, width).to(dtype).train()
         self._mutate_networks()
         self.weight_decay = weight_decay
         decays = "decoupled_decay" not in mutations

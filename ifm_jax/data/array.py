@@ -8,7 +8,6 @@ class_names   text (C,), if there are any; a class's number is its place
 
 import hashlib
 import pathlib
-import zipfile
 
 import numpy as np
 
@@ -16,11 +15,14 @@ from ifm_jax.data import crops
 from ifm_jax.data.classes import chosen
 from ifm_jax.data.images import PixelImages
 from ifm_jax.errors import UsageError
+from ifm_jax.npz import Npz, NpzError
 
 _NAMES = {
     "train": {"images": ("train_images", "x_train", "images"), "labels": ("train_labels", "y_train", "labels")},
     "test": {"images": ("test_images", "x_test"), "labels": ("test_labels", "y_test")},
 }
+
+_MOST_CLASSES = 2**20  # without names of their own they are named by their numbers
 
 
 class ArrayFile(PixelImages):
@@ -93,7 +95,11 @@ def open_array(
       UsageError: for a file that is missing or holds something else, a split that is not there, an unknown class.
     """
     said = f"data.source='array:{path}'"
-    arrays = _read(pathlib.Path(path).expanduser(), split, said)
+    try:
+        file = pathlib.Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UsageError(f"{said}: {error}; expected the path of a .npz file") from None
+    arrays = _read(file, split, said)
     images, labels = arrays["images"], arrays["labels"]
     if images is None:
         raise UsageError(
@@ -113,20 +119,25 @@ def open_array(
         if classes:
             raise UsageError(f"data.classes={classes!r}: {said} has no labels to choose by; leave data.classes empty")
         return ArrayFile(images, image_size, random_crops=random_crops)
-    if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(images) or labels.min() < 0:
-        raise UsageError(
-            f"{said}: its {split} labels are {labels.dtype} of shape {labels.shape}; expected {len(images)} integers "
-            "of at least 0, one for each image"
-        )
-    labels = labels.reshape(-1)
-    names = tuple(map(str, arrays["class_names"])) if arrays["class_names"] is not None else None
-    names = names or tuple(map(str, range(arrays["num_classes"])))
-    if labels.max() >= len(names):
-        raise UsageError(
-            f"{said}: a {split} label is {labels.max()}, expected 0 to {len(names) - 1}: class_names has {len(names)}"
-            if arrays["class_names"] is not None
-            else f"{said}: a {split} label is {labels.max()}, but the training labels end at {len(names) - 1}"
-        )
+    labels = _checked(labels, len(images), f"{said}: its {split} labels")
+    names = arrays["class_names"]
+    if names is not None and names.size:
+        if names.ndim != 1:
+            raise UsageError(f"{said}: class_names is of shape {names.shape}; expected one name for each class")
+        names = tuple(map(str, names))
+        if labels.max() >= len(names):
+            raise UsageError(
+                f"{said}: a {split} label is {labels.max()}, expected 0 to {len(names) - 1}: class_names has "
+                f"{len(names)}"
+            )
+    else:
+        train_labels = labels
+        if split == "test" and (train_labels := arrays["train_labels"]) is not None:
+            train_labels = _checked(train_labels, train_labels.size, f"{said}: its training labels")
+        count = 0 if train_labels is None else int(train_labels.max()) + 1
+        if labels.max() >= count:
+            raise UsageError(f"{said}: a {split} label is {labels.max()}, but the training labels end at {count - 1}")
+        names = tuple(map(str, range(count)))
     kept = chosen(classes, names, f"classes of {path}")
     if classes:
         number = np.full(len(names), -1, np.int32)
@@ -138,23 +149,34 @@ def open_array(
     return ArrayFile(images, image_size, tuple(kept), labels.astype(np.int32), random_crops)
 
 
-def _read(path: pathlib.Path, split: str, said: str) -> dict:
-    """Returns `images`, `labels` and `class_names`, None where not there, and `num_classes` of the training labels."""
+def _checked(labels: np.ndarray, count: int, said: str) -> np.ndarray:
+    """Returns labels `(count,)`.
+
+    Raises:
+      UsageError: if they are none.
+    """
+    if not np.issubdtype(labels.dtype, np.integer) or labels.size != count or not count:
+        raise UsageError(
+            f"{said} are {labels.dtype} of shape {labels.shape}; expected {count} integers of at least 0, one for each "
+            "image"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= _MOST_CLASSES:
+        raise UsageError(
+            f"{said} hold {low if low < 0 else high}; expected numbers of classes, from 0 to {_MOST_CLASSES - 1}"
+        )
+    return labels.reshape(-1)
+
+
+def _read(path: pathlib.Path, split: str, said: str) -> dict[str, np.ndarray | None]:
+    """Returns `images`, `labels`, `train_labels` and `class_names`, None where not there."""
+    names = _NAMES[split] | {"train_labels": _NAMES["train"]["labels"], "class_names": ("class_names",)}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("one array, not an archive of them")
-
-            def first(names):
-                return next((file[name] for name in names if name in file), None)
-
-            found = {kind: first(names) for kind, names in _NAMES[split].items()} | {
-                "class_names": first(["class_names"])
-            }
-            train_labels = found["labels"] if split == "train" else first(_NAMES["train"]["labels"])
-            found["num_classes"] = int(train_labels.max()) + 1 if train_labels is not None and train_labels.size else 0
-            return found
+        with Npz(path) as file:
+            found = {kind: next((name for name in each if name in file), None) for kind, each in names.items()}
+            arrays = {name: file[name] for name in set(found.values()) - {None}}
+            return {kind: arrays.get(name) for kind, name in found.items()}
     except FileNotFoundError:
         raise UsageError(f"{said}: {path} is not there; expected a .npz file with train_images") from None
-    except (OSError, ValueError, zipfile.BadZipFile, TypeError) as error:
+    except NpzError as error:
         raise UsageError(f"{said}: {path} cannot be read ({error}); expected a .npz file with train_images") from None

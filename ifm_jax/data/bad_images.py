@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Callable, Iterator
 
+from ifm_jax.data.classes import shown
 from ifm_jax.errors import RunError, UsageError
 
 _TRIES = 100  # neighbours, before something else is amiss than single images
@@ -28,7 +29,15 @@ class BadImages:
 
     def __init__(self, size: int, max_share: float, path: str | pathlib.Path, say: Callable[[str], None] = print):
         self._size, self._max_share, self._path, self._say = size, max_share, pathlib.Path(path), say
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        try:
+            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            lines = []
+        except OSError as error:
+            raise UsageError(
+                f"{self._path} cannot be read ({error.strerror}): expected the list of unreadable images; remove it, "
+                "and they are counted anew"
+            ) from None
         self._names = {line.split("\t")[0] for line in lines}
 
     def __len__(self) -> int:
@@ -41,11 +50,12 @@ class BadImages:
           RunError: if there are now too many of them.
           UsageError: if the list cannot be written.
         """
+        name, reason = shown(name), shown(reason)
         if name in self._names:
             return
         self._names.add(name)
         try:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{name}\t{reason}\n")
         except OSError as error:
             raise UsageError(
@@ -54,7 +64,8 @@ class BadImages:
         if len(self) > self._max_share * self._size:
             raise RunError(
                 f"{len(self)} of {self._size} images cannot be read, more than data.max_bad={self._max_share:g} "
-                f"allows; the last was {name} ({reason}). They are listed in {self._path}: replace or remove them, or "
-                "raise data.max_bad; the run goes on from its last checkpoint"
+                f"allows; the last was {name} ({reason}). They are listed in {self._path}: raise data.max_bad, and the "
+                "run goes on from its last checkpoint; or replace or remove them, and data.json of the workdir, which "
+                "would tell"
             )
         self._say(f"{name} cannot be read ({reason}): a neighbour takes its place ({len(self)} so far).")

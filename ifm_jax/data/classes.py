@@ -1,4 +1,4 @@
-"""A choice among a source's classes: the names that a file lists."""
+"""A choice among a source's classes: the names that a file lists; and names as they are shown."""
 
 import pathlib
 import re
@@ -48,6 +48,14 @@ def read_names(path: str) -> list[str]:
     if not names:
         raise UsageError(f"data.classes={path!r} names no class: expected class names, one a line")
     return sorted(names)
+
+
+def shown(name: str) -> str:
+    """Returns a file's name so that any program can write it, in one line: what cannot be printed as an escape."""
+    if name.isprintable():
+        return name
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # bytes that are not UTF-8
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def some(names: Sequence[str], count: int = 3) -> str:

@@ -8,14 +8,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
+
+from ifm_jax.data.opencv import cv2
 
 SCALE = (0.2, 1.0)  # least and greatest area of a crop, relative to the image's: MoCo v1 and v2
 RATIO = (3 / 4, 4 / 3)  # least and greatest width over height
 DRAWS = 22  # random numbers that a crop takes: ten areas, ten aspect ratios, the place
 
 _ATTEMPTS = 10
+_LONGEST = 16  # times the shorter side, of which the middle is evaluated anyway
 _LINEAR_UP_TO = 2.2  # pixels to one of the result, beyond which interpolation alone would skip some
 _LINEAR_BY = 1.4  # likewise, where more averages follow
 
@@ -222,6 +224,11 @@ def central_view(image: np.ndarray, size: int) -> np.ndarray:
     """
     if image.shape[:2] == (size, size):
         return image
+    # Of a strip the middle will do: resized as a whole it might not fit in memory.
+    high, wide = image.shape[:2]
+    long = _LONGEST * min(high, wide)
+    top, left = max(0, high - long) // 2, max(0, wide - long) // 2
+    image = image[top : top + long, left : left + long]
     height, width = central_size(image.shape[0], image.shape[1], size)
     whole = resize(image, height, width)
     top, left = round((height - size) / 2), round((width - size) / 2)

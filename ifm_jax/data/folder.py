@@ -5,18 +5,24 @@ PATH/train/<class>/..., PATH/val/<class>/...     two: `val`, or else `test`, is 
 PATH/*.jpg, PATH/train/*.jpg                     no classes, so no labels
 """
 
+import concurrent.futures
+import contextlib
 import os
 import pathlib
+import stat
 from collections.abc import Sequence
 
 import numpy as np
 
 from ifm_jax.data import crops, scan
-from ifm_jax.data.classes import chosen
-from ifm_jax.data.images import EncodedImages, UnreadableImageError
+from ifm_jax.data.classes import chosen, shown
+from ifm_jax.data.images import EncodedImages, UnreadableImageError, digest
 from ifm_jax.errors import UsageError
 
 HELD_OUT = ("val", "test")  # in this order of preference
+
+_MOST_BYTES = 2**30  # of a file; OpenCV takes less than twice as many
+_AT_ONCE = 256  # files of which a thread asks the size
 
 
 class Folder(EncodedImages):
@@ -58,19 +64,54 @@ class Folder(EncodedImages):
         return self._labels
 
     def name(self, index: int) -> str:
-        """Returns the path of a file."""
+        """Returns the path of a file, as it is shown."""
+        return shown(self._path(index))
+
+    def _path(self, index: int) -> str:
         return os.path.join(self.root, self.paths[index])
 
     def encoded(self, index: int) -> np.ndarray:
         """Returns the bytes of a file; see `EncodedImages`."""
         try:
-            with open(self.name(index), "rb") as file:
-                return np.frombuffer(file.read(), np.uint8)
+            with open(self._path(index), "rb", opener=_open_at_once) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise UnreadableImageError(self.name(index), "not a regular file")
+                if status.st_size > _MOST_BYTES:
+                    raise UnreadableImageError(self.name(index), f"{status.st_size} bytes, more than {_MOST_BYTES}")
+                return np.frombuffer(file.read(_MOST_BYTES), np.uint8)
         except OSError as error:
-            raise UnreadableImageError(self.name(index), error.strerror) from None
+            raise UnreadableImageError(self.name(index), error.strerror or str(error)) from None
 
     def _fingerprint(self) -> list[str | bytes]:
+        return [*self._names(), self._sizes().tobytes()]
+
+    @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What `fingerprint` was before it covered the sizes of the files."""
+        return (digest(self._names()),)
+
+    def _names(self) -> list[str | bytes]:
         return ["\0".join(self.paths), *(labels.tobytes() for labels in self._labels.values())]
+
+    def _sizes(self) -> np.ndarray:
+        """Returns the size of each file in bytes, int64; -1: there is none. As they are now: nothing remembers them."""
+        sizes = np.full(len(self.paths), -1, "<i8")
+
+        def ask(begin: int) -> None:
+            for place in range(begin, min(begin + _AT_ONCE, len(sizes))):
+                with contextlib.suppress(OSError):  # an unreadable image, as will be said
+                    sizes[place] = os.stat(self._path(place)).st_size
+
+        with concurrent.futures.ThreadPoolExecutor(scan.THREADS) as pool:
+            for _ in pool.map(ask, range(0, len(sizes), _AT_ONCE)):
+                pass
+        return sizes
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting for what may never come, where a pipe has taken its place."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def open_folder(
@@ -97,6 +138,30 @@ def open_folder(
     Raises:
       UsageError: for a folder that is missing, empty or in disorder, a split that is not there, an unknown class.
     """
+    try:
+        parts = _parts(path)
+        if split not in parts:
+            root = pathlib.Path(path).expanduser()
+            raise UsageError(
+                f"data.source='folder:{path}' has no held-out images: expected {root / 'train'} and "
+                f"{root / HELD_OUT[0]} (or {HELD_OUT[1]}), with the same classes in both"
+            )
+        return _open_part(path, parts, split, image_size, classes, random_crops)
+    except OSError as error:
+        raise UsageError(
+            f"data.source='folder:{path}': {error.filename} cannot be read ({error.strerror}); expected folders that "
+            "you may read"
+        ) from None
+    except RuntimeError as error:  # ~nobody
+        raise UsageError(f"data.source='folder:{path}': {error}; expected the path of a folder") from None
+
+
+def _parts(path: str) -> dict[str, pathlib.Path]:
+    """Returns the folder of each split there is.
+
+    Raises:
+      UsageError: if there is no folder at all.
+    """
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UsageError(
@@ -108,18 +173,7 @@ def open_folder(
         parts["train"] = root / "train"
         if held_out := next((name for name in HELD_OUT if (root / name).is_dir()), None):
             parts["test"] = root / held_out
-    if split not in parts:
-        raise UsageError(
-            f"data.source='folder:{path}' has no held-out images: expected {root / 'train'} and {root / HELD_OUT[0]} "
-            f"(or {HELD_OUT[1]}), with the same classes in both"
-        )
-    try:
-        return _open_part(path, parts, split, image_size, classes, random_crops)
-    except OSError as error:
-        raise UsageError(
-            f"data.source='folder:{path}': {error.filename} cannot be read ({error.strerror}); expected folders that "
-            "you may read"
-        ) from None
+    return parts
 
 
 def _open_part(path, parts, split, image_size, classes, random_crops) -> Folder:
@@ -161,7 +215,7 @@ def _open_part(path, parts, split, image_size, classes, random_crops) -> Folder:
         labels += [label] * len(files)
     if not paths:
         raise UsageError(f"data.source='folder:{path}': {parts[split]} holds none of the classes of {parts['train']}")
-    return Folder(parts[split], paths, image_size, names, labels, random_crops)
+    return Folder(parts[split], paths, image_size, [shown(name) for name in names], labels, random_crops)
 
 
 def _class_folders(tree: scan.Tree) -> list[str]:

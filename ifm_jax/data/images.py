@@ -8,12 +8,15 @@ import abc
 import concurrent.futures
 import functools
 import hashlib
+import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import cv2
 import numpy as np
+import simplejpeg
 
 from ifm_jax.data import crops
+from ifm_jax.data.opencv import MOST_PIXELS, cv2
 from ifm_jax.errors import RunError
 
 # A large JPEG is decoded at a half, a quarter or an eighth, which takes a third of the time, if that still leaves so
@@ -26,6 +29,9 @@ _REDUCED = {
 }
 _PIXELS_LEFT = 1.5
 
+_JPEG, _JPEG_END, _PNG = b"\xff\xd8", b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
 
 class UnreadableImageError(RunError):
     """An image that is not there, is none, or is broken; the message says which and why."""
@@ -33,7 +39,7 @@ class UnreadableImageError(RunError):
     def __init__(self, name: str, reason: str):
         super().__init__(
             f"{name} cannot be read ({reason}): replace or remove it and start again; a run goes on from its last "
-            "checkpoint"
+            "checkpoint, if you remove its data.json too, by which it would notice"
         )
         self.name, self.reason = name, reason
 
@@ -48,15 +54,13 @@ class Images(abc.ABC):
       image_size: side of a view in pixels.
       random_crops: what `views` cuts.
       label_names: the classes of each label; empty without labels.
+      earlier_fingerprints: what `fingerprint` was in earlier versions, so that their runs may go on.
     """
+
+    earlier_fingerprints: tuple[str, ...] = ()
 
     def __init__(self, image_size: int, random_crops: crops.RandomCrops, label_names: dict[str, tuple[str, ...]]):
         self.image_size, self.random_crops, self.label_names = image_size, random_crops, label_names
-        _set_up_opencv()
-
-    def __setstate__(self, state: dict):
-        self.__dict__.update(state)
-        _set_up_opencv()  # in a worker process
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -104,11 +108,7 @@ class Images(abc.ABC):
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of which images these are, in which order; the same wherever they lie."""
-        digest = hashlib.sha256()
-        for part in self._fingerprint():
-            part = part.encode(errors="surrogateescape") if isinstance(part, str) else part
-            digest.update(b"%d:%b" % (len(part), part))
-        return digest.hexdigest()[:24]
+        return digest(self._fingerprint())
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Reads several images as they are evaluated: the shorter side resized, the central square cut out.
@@ -125,6 +125,15 @@ class Images(abc.ABC):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             images = list(pool.map(self.central_view, np.asarray(indices).tolist()))
         return {"image": np.stack(images), **{name: values[indices] for name, values in self.labels().items()}}
+
+
+def digest(parts: Sequence[str | bytes]) -> str:
+    """Returns a hash of several texts."""
+    found = hashlib.sha256()
+    for part in parts:
+        part = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        found.update(b"%d:%b" % (len(part), part))
+    return found.hexdigest()[:24]
 
 
 class EncodedImages(Images):
@@ -220,10 +229,37 @@ class Cropped(PixelImages):
         return [self.source.fingerprint]
 
 
-def _set_up_opencv() -> None:
-    # Images are small and there is one for every thread: OpenCV's own threads would only be in the way.
-    cv2.setNumThreads(0)
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what it warns of is raised
+class _JpegHeader(NamedTuple):
+    """What a JPEG's header says, before any rotation.
+
+    Attributes:
+      height: in pixels.
+      width: in pixels.
+      channels: 1, 3, or 4 inks.
+      place: where in the file it says so.
+    """
+
+    height: int
+    width: int
+    channels: int
+    place: int
+
+
+def _jpeg_header(encoded: np.ndarray) -> _JpegHeader | None:
+    data = memoryview(encoded)
+    if data[:2] != b"\xff\xd8":
+        return None
+    place = 2
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # fill
+            place += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
+            return _JpegHeader(height, width, data[place + 9], place) if height and width else None
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
 
 
 def jpeg_size(encoded: np.ndarray) -> tuple[int, int] | None:
@@ -232,20 +268,8 @@ def jpeg_size(encoded: np.ndarray) -> tuple[int, int] | None:
     Args:
       encoded: the file's bytes, uint8 `(N,)`.
     """
-    data = memoryview(encoded)
-    if data[:2] != b"\xff\xd8":
-        return None
-    place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker == 0xFF:  # fill
-            place += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height, width = (int.from_bytes(data[place + at : place + at + 2], "big") for at in (5, 7))
-            return (height, width) if height and width else None
-        else:
-            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
+    header = _jpeg_header(encoded)
+    return header and header[:2]
 
 
 def _reduction(shrink: float) -> int:
@@ -271,13 +295,81 @@ def decode(name: str, encoded: np.ndarray, reduction: int = 1) -> np.ndarray:
     Raises:
       UnreadableImageError: if it cannot be decoded; a truncated file cannot.
     """
+    # libjpeg and libpng write what they think of a file to the process's standard error, from C, whatever OpenCV is
+    # told: to lead that elsewhere would hide what XLA and a crash have to say. So JPEG goes to the same library by an
+    # interface that keeps its remarks to itself (the same pixels in the same time), and PNG is checked before OpenCV
+    # gets it, for a fortieth of the time. What may still speak is a PNG whose checksums are right and whose content is
+    # not, which was written so.
     try:
-        image = cv2.imdecode(encoded, _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
-    except cv2.error:
+        if encoded[:2].tobytes() == _JPEG:
+            image = _decode_jpeg(encoded, reduction)
+        elif encoded[:8].tobytes() == _PNG:
+            image = cv2.imdecode(_plain_png(encoded), _REDUCED[reduction])
+        else:
+            image = cv2.imdecode(encoded, _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION) if encoded.size else None
+    except _TooLargeError as error:
+        raise UnreadableImageError(name, str(error)) from None
+    except (cv2.error, ValueError):
         image = None
     if image is None:
         raise UnreadableImageError(name, "not an image, or a broken one")
     return image
+
+
+class _TooLargeError(Exception):
+    """An image that would fill memory."""
+
+
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise _TooLargeError(f"{width} x {height} pixels, more than {MOST_PIXELS}")
+
+
+def _decode_jpeg(encoded: np.ndarray, reduction: int) -> np.ndarray:
+    """Decodes a JPEG as OpenCV does, without a word.
+
+    Raises:
+      ValueError: if it is truncated, or so broken that nothing can be made of it.
+    """
+    header = _jpeg_header(encoded)
+    if header is None:
+        raise ValueError
+    _check_pixels(header.height, header.width)
+    # Its end is missing: libjpeg would make up the rest. An embedded preview has an end of its own, before the header.
+    if encoded[-2:].tobytes() != _JPEG_END and encoded.tobytes().rfind(_JPEG_END) < header.place:
+        raise ValueError
+    # The least size asked for says by how much to reduce.
+    least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
+    options = {"strict": False} | (least if reduction > 1 else {})
+    if header.channels != 4:
+        return simplejpeg.decode_jpeg(encoded, "BGR", **options)
+    inks = simplejpeg.decode_jpeg(encoded, "CMYK", **options)  # inverted, as everyone writes them
+    return cv2.multiply(inks[..., 2::-1], np.repeat(inks[..., 3:], 3, axis=2), scale=1 / 255)
+
+
+def _plain_png(encoded: np.ndarray) -> np.ndarray:
+    """Returns a PNG without what does not concern its pixels, whose checksums are right.
+
+    Raises:
+      ValueError: if one is wrong, or something is missing.
+    """
+    data = encoded.tobytes()
+    place, parts = len(_PNG), [_PNG]
+    while place + 12 <= len(data):
+        kind, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if kind in _PNG_CHUNKS:
+            if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+                raise ValueError
+            parts.append(data[place:end])
+        if kind == b"IHDR":
+            width, height = (int.from_bytes(data[place + at : place + at + 4], "big") for at in (8, 12))
+            if not width or not height:
+                raise ValueError
+            _check_pixels(height, width)
+        if kind == b"IEND":
+            return np.frombuffer(b"".join(parts), np.uint8)
+        place = end
+    raise ValueError
 
 
 def _rgb(view: np.ndarray) -> np.ndarray:

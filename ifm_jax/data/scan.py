@@ -19,10 +19,11 @@ from ifm_jax import cache
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-_THREADS = 32  # they wait for the disk, or the network, most of the time
+THREADS = 32  # they wait for the disk, or the network, most of the time
 _WORTH_REMEMBERING = 5000  # images
 _SETTLED = 2e9  # nanoseconds: a folder changed this shortly before it was read may change again in the same tick
 _SAY_AFTER = 2.0  # seconds
+_FORMAT = b"2"  # of what is remembered: with anything but regular files, or folders in themselves, it is not
 
 
 @dataclasses.dataclass
@@ -70,12 +71,14 @@ class Tree:
 def tree(root: pathlib.Path) -> Tree:
     """Returns what is at and below a folder; links are followed, hidden files and folders passed over.
 
+    A folder that lies in itself, by a link, is passed over there: it would have no end.
+
     Raises:
       OSError: if a folder cannot be read.
     """
     root = root.absolute()
-    memory = cache.directory("folders") / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.json.gz"
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    memory = cache.directory("folders") / f"{hashlib.sha256(_FORMAT + os.fsencode(root)).hexdigest()[:24]}.json.gz"
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         known = _recall(memory)
         if known and all(pool.map(_unchanged, [root / path for path in known], known.values(), chunksize=64)):
             return Tree(root, known)
@@ -96,32 +99,47 @@ def is_image(name: str) -> bool:
 def _scan(root: pathlib.Path, pool: concurrent.futures.Executor) -> dict[str, Listing]:
     """Reads all folders, those of one depth at once."""
     progress, begun = _Progress(root), time.monotonic()
-    listings, level = {}, [""]
+    listings, level = {}, {"": frozenset()}  # with the folders that each lies in, whatever their paths
     while level:
-        following = []
-        futures = [pool.submit(_list, root / path) for path in level]
-        for path, future in zip(level, futures, strict=True):
-            listings[path] = future.result()
-            following += [os.path.join(path, name) for name in listings[path].folders]
-            progress.add(len(listings[path].images))
+        following = {}
+        futures = [pool.submit(_list, root / path, above) for path, above in level.items()]
+        for (path, above), future in zip(level.items(), futures, strict=True):
+            listing, identity = future.result()
+            if listing is None:
+                parent, name = os.path.split(path)
+                listings[parent].folders.remove(name)
+                continue
+            listings[path] = listing
+            following |= {os.path.join(path, name): above | {identity} for name in listing.folders}
+            progress.add(len(listing.images))
         level = following
     progress.close(time.monotonic() - begun)
     return listings
 
 
-def _list(folder: pathlib.Path) -> Listing:
-    changed = os.stat(folder).st_mtime_ns  # before what it holds is read: a change meanwhile is seen the next time
+def _list(folder: pathlib.Path, above: frozenset[tuple[int, int]]) -> tuple[Listing | None, tuple[int, int]]:
+    """Returns what is in a folder, None if it lies in itself; and its device and number."""
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        return None, identity
+    changed = status.st_mtime_ns  # before what it holds is read: a change meanwhile is seen the next time
     folders, images = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             # Files that start with a dot are other programs' (such as ._photo.jpg beside photo.jpg on some disks).
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, or into a folder that may not be entered
+                is_folder = is_file = False
+            if is_folder:
                 folders.append(entry.name)
-            elif is_image(entry.name):
+            # A link that leads nowhere is an image that cannot be read; a pipe or a device is none.
+            elif is_image(entry.name) and (is_file or (entry.is_symlink() and not os.path.exists(entry))):
                 images.append(entry.name)
-    return Listing(changed, sorted(folders), sorted(images))
+    return Listing(changed, sorted(folders), sorted(images)), identity
 
 
 def _unchanged(folder: pathlib.Path, listing: Listing) -> bool:

@@ -25,10 +25,13 @@ class Source(Protocol):
     Attributes:
       label_names: the classes of each label, for example `{"shape": ("circle", ...), ...}`; empty without labels.
       fingerprint: a hash of which images these are, in which order; the same wherever they lie.
+      earlier_fingerprints: what it was in earlier versions, so that their runs may go on; empty: the same.
     """
 
     label_names: dict[str, tuple[str, ...]]
-    fingerprint: str
+    if TYPE_CHECKING:  # not looked for by isinstance(), which would compute it on Python 3.11
+        fingerprint: str
+        earlier_fingerprints: tuple[str, ...]
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -152,16 +155,17 @@ def _open_trifeature(data: DataConfig, split: str) -> Trifeature:
 
 
 class Subset:
-    """Some of a source's images.
+    """Some of a source's images; `subset` makes one.
 
     Attributes:
-      source: of all of them; a `ViewSource`.
+      source: of all of them.
       indices: int `(N,)`, which ones, as they are numbered here.
     """
 
-    def __init__(self, source: ViewSource, indices: np.ndarray):
+    earlier_fingerprints: tuple[str, ...] = ()
+
+    def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices, self.label_names = source, np.asarray(indices), source.label_names
-        self.image_size, self.random_crops = source.image_size, source.random_crops
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -179,6 +183,16 @@ class Subset:
         """Returns the labels of all images."""
         return {name: values[self.indices] for name, values in self.source.labels().items()}
 
+
+class ViewSubset(Subset):
+    """Some of the images of a `ViewSource`, and one itself."""
+
+    source: ViewSource
+
+    def __init__(self, source: ViewSource, indices: np.ndarray):
+        super().__init__(source, indices)
+        self.image_size, self.random_crops = source.image_size, source.random_crops
+
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""
         return self.source.views(int(self.indices[index]), uniforms)
@@ -190,3 +204,26 @@ class Subset:
     def name(self, index: int) -> str:
         """Returns what to call an image; see `ViewSource`."""
         return self.source.name(int(self.indices[index]))
+
+
+def subset(source: Source, indices: np.ndarray) -> Subset:
+    """Returns some of a source's images: a `ViewSource` if that is one.
+
+    Args:
+      source: of all of them.
+      indices: int `(N,)`, which ones, in this order.
+    """
+    return (ViewSubset if isinstance(source, ViewSource) else Subset)(source, indices)
+
+
+def drawn(source: Source, count: int, seed: int) -> Source:
+    """Returns so many of a source's images, drawn at random, in their own order; the source where it has no more.
+
+    Args:
+      source: of all of them, which may lie sorted by class.
+      count: of the images wanted; 0: all.
+      seed: of the draw, which depends on nothing else.
+    """
+    if not count or len(source) <= count:
+        return source
+    return subset(source, np.sort(np.random.default_rng(seed).permutation(len(source))[:count]))

@@ -8,9 +8,12 @@ was prepared as TFRecord, the older default, has no random access; `tfds convert
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
+import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +26,10 @@ from ifm_jax.data import crops
 from ifm_jax.data.classes import chosen, some
 from ifm_jax.data.images import EncodedImages, UnreadableImageError
 from ifm_jax.errors import UsageError
+from ifm_jax.npz import Npz, NpzError
 
 _SPLITS = {"train": ("train",), "test": ("validation", "test")}  # what is taken unless told otherwise
+_FEATURES = "features.json"  # of a prepared data set: which classes its features are
 _AT_ONCE = 256  # records, while their labels are read
 
 
@@ -112,9 +117,9 @@ class Tfds(EncodedImages):
         path = cache.directory("tfds") / f"{name}.npz"
         if self._memory:
             try:
-                with np.load(path) as file:
+                with Npz(path) as file:
                     return {label: file[label] for label in self.label_names}
-            except (OSError, ValueError, KeyError):  # not there, or not whole
+            except (FileNotFoundError, NpzError, KeyError):  # not there, or not whole
                 pass
         labels = self._read_labels()
         if self._memory:
@@ -236,9 +241,10 @@ def _tfds(said: str):
 
 def _builder(tfds, name: str, said: str):
     """Returns the builder of a folder, or of a name."""
-    folder = pathlib.Path(name).expanduser()
     try:
+        folder = pathlib.Path(name).expanduser()
         if (folder / "dataset_info.json").exists():
+            _check_features(folder / _FEATURES, said)
             return tfds.builder_from_directory(folder)
         if folder.is_dir() and len(folder.parts) > 1:
             raise UsageError(
@@ -247,6 +253,8 @@ def _builder(tfds, name: str, said: str):
             )
         from absl import logging
 
+        for path in _features_of_name(tfds, name):
+            _check_features(path, said)
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)  # it warns of a folder that is not prepared, as we do in better words
         try:
@@ -261,3 +269,40 @@ def _builder(tfds, name: str, said: str):
             f"{said} cannot be opened ({reason}): expected the name of a data set of TensorFlow Datasets, as in "
             "tfds:cifar10, or the folder of a prepared one"
         ) from None
+
+
+def _features_of_name(tfds, name: str) -> list[pathlib.Path]:
+    """Returns the feature files of all versions of a data set that are prepared where one is looked for."""
+    parts = [part for part in re.split("[:/]", name) if part not in ("", ".", "..")]
+    roots = tfds.core.utils.file_utils.list_data_dirs()
+    return [path for root in roots for part in parts for path in (pathlib.Path(root) / part).rglob(_FEATURES)]
+
+
+def _check_features(path: pathlib.Path, said: str) -> None:
+    """Refuses features that are not TensorFlow Datasets' own: it would import whatever module they name.
+
+    Raises:
+      UsageError: for the first such class.
+    """
+    try:
+        pending = [json.loads(path.read_text())]
+    except FileNotFoundError:
+        return
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            with contextlib.suppress(ValueError):  # JSON in JSON, if it is
+                pending.append(json.loads(value))
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, dict):
+            pending += value.values()
+            # The last is the older way, beside a "content"; a feature may be called "type" too.
+            classes = [value.get("pythonClassName"), value.get("python_class_name")]
+            classes += [value["type"]] if "content" in value and "type" in value else []
+            for each in classes:
+                if isinstance(each, str) and "." in each and not each.startswith("tensorflow_datasets."):
+                    raise UsageError(
+                        f"{said}: {path} names the class {each!r}, for which code outside TensorFlow Datasets would be "
+                        "run; expected classes of tensorflow_datasets, so prepare the data set with those"
+                    )

@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import tempfile
+from typing import ClassVar
 
 import numpy as np
 
@@ -99,6 +100,8 @@ class Trifeature:
     texture_period: float = 0.2
     scale: tuple[float, float] = (0.7, 0.9)
     noise: float = 0.06
+
+    earlier_fingerprints: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "scale", tuple(self.scale))

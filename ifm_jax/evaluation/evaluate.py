@@ -1,7 +1,6 @@
 """One evaluation as the script asks for it: what is wanted of which checkpoint, printed and written to results.json."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -10,18 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifm_jax import assembly, metrics, sharding
+from ifm_jax import assembly, files, metrics, sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
-from ifm_jax.data.sources import Subset
+from ifm_jax.data.sources import drawn
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import diagnostics, export, knn, linear, readout, report, subject
 from ifm_jax.evaluation.features import extract
 from ifm_jax.evaluation.subject import Subject
 from ifm_jax.loop import Stopped
-
-RESULTS = "results.json"
+from ifm_jax.workdir import RESULTS
 
 _READOUT_LIMIT = 2e10  # images x features x classes, up to which logistic regression takes minutes
 
@@ -112,15 +110,13 @@ def add_result(output: pathlib.Path, of: Subject, name: str, found: dict[str, An
     if jax.process_index() > 0:
         return
     path = output / RESULTS
+    known = files.read_json(path, "pass another --output") or {}
+    known[name] = {"checkpoint": of.path, "step": of.step, "source": of.config.data.source} | found
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known[name] = {"checkpoint": of.path, "step": of.step, "source": of.config.data.source} | found
         output.mkdir(parents=True, exist_ok=True)
-        temporary = output / f".{RESULTS}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps(known, indent=2) + "\n")
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read or written ({error}): pass another --output") from None
+        files.write_json(path, known)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}): pass another --output") from None
 
 
 def _features(of: Subject, devices, split: str, layer: str = "backbone") -> tuple[np.ndarray, Any]:
@@ -202,14 +198,15 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
 
     Similarities, alignment and uniformity are of the embeddings (of the features, where a checkpoint has no head) of
     two views as in pre-training; the effective rank is of the features of the images as they are evaluated. At most
-    `eval.images` images.
+    `eval.images` images, drawn at random, since a source may lie sorted by class; the same on all hosts.
     """
     config = of.config
     try:
         source = open_source(config.data, "test")
     except UsageError:  # one set of images, all of them for training
         source = open_source(config.data, "train")
-    count = min(len(source), config.eval.images or len(source))
+    source = drawn(source, config.eval.images, config.linear.seed)
+    count = len(source)
     layer = "projection" if of.snapshot.state.params.get("fc") is not None else "backbone"
     embed = of.frozen(devices, layer)
     augment = assembly.make_augmentation(config)
@@ -230,7 +227,6 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
         source,
         batch_size,
         seed=config.linear.seed,
-        size=count,
         host=jax.process_index(),
         hosts=jax.process_count(),
         remainder=True,
@@ -245,7 +241,7 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
     # What fills the last batch up comes last.
     first, second = (np.concatenate(view)[:count] for view in zip(*parts, strict=True))
     found = diagnostics.diagnose(first, second)
-    features = extract(of.frozen(devices), source if count == len(source) else Subset(source, np.arange(count)))
+    features = extract(of.frozen(devices), source)
     found |= {
         "effective_rank": diagnostics.effective_rank(features),
         "effective_rank_embeddings": found["effective_rank"],

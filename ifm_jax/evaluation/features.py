@@ -14,7 +14,7 @@ from ifm_jax import sharding
 from ifm_jax.augment import normalize
 from ifm_jax.data import Source
 from ifm_jax.errors import UsageError
-from ifm_jax.models import Encoder
+from ifm_jax.models import Encoder, without_head
 from ifm_jax.models.encoder import Tree
 
 LAYERS = ("backbone", "projection")
@@ -53,7 +53,7 @@ class FrozenEncoder:
             raise UsageError("the checkpoint has no projection head: expected one, or the features of the backbone")
         if layer == "backbone":
             encoder = dataclasses.replace(encoder, dim=0)
-            params = {name: value for name, value in params.items() if name != "fc"}
+            params, batch_stats = without_head(params), without_head(batch_stats)
         self._encoder, self._layer = encoder, layer
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.weights = jax.tree.map(self._place, (params, batch_stats))
@@ -73,7 +73,8 @@ class FrozenEncoder:
           batch_stats: likewise.
         """
         other = copy.copy(self)
-        params = {name: value for name, value in params.items() if name in self.weights[0]}
+        if self._layer == "backbone":
+            params, batch_stats = without_head(params), without_head(batch_stats)
         other.weights = params, batch_stats
         return other
 

@@ -11,7 +11,6 @@ used again in turn. With as many views as epochs it is the full one.
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -21,16 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ifm_jax import checkpoint, files, loop, metrics, sharding, start
 from ifm_jax import config as configs
-from ifm_jax import loop, metrics, sharding
 from ifm_jax.augment import ProbeAugmentation, example_rngs
-from ifm_jax.checkpoint import Checkpoints, abstract_state
+from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
-from ifm_jax.data.sources import Subset, ViewSource
+from ifm_jax.data.sources import ViewSource, subset
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.evaluation import heads
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.subject import Subject, chosen_labels, labelled
+from ifm_jax.workdir import CHECKPOINTS, CONFIG, CURVES, METRICS, TENSORBOARD, bad_images
 
 
 class ProbeState(NamedTuple):
@@ -147,25 +147,37 @@ def run(
         count = max(1, round(linear.holdout * len(source)))
         if count >= len(source):
             raise UsageError(f"{len(source)} training images are too few to keep {linear.holdout:g} of them aside")
-        aside, source = Subset(source, np.sort(order[:count])), Subset(source, np.sort(order[count:]))
+        aside, source = subset(source, np.sort(order[:count])), subset(source, np.sort(order[count:]))
     epoch_steps = steps_per_epoch(len(source), linear.batch_size, remainder=True)
     last_step = linear.epochs * epoch_steps
-    _open_directory(directory, config, {"protocol": "fast" if fast else "full", "backbone": digest}, source, test)
+    identity = {"protocol": "fast" if fast else "full", "backbone": digest}
     primary = jax.process_index() == 0
 
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(directory / "checkpoints", keep=1))
-        first = checkpoints.latest_step() or 0
+        stack.enter_context(start.held(directory, "--output"))
+        start.together(lambda: _open_directory(directory, config, identity, source, test))
+        # Unlike pre-training it starts afresh where none can be read: all it needs is there.
+        stored, damaged = start.together(
+            lambda: checkpoint.find_whole(directory / CHECKPOINTS),
+            lambda found: {"step of the checkpoint": int(found[0].state["step"]) if found[0] else 0},
+        )
+        notes = start.set_aside(directory, damaged)
+        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, keep=2))
+        first = int(stored.state["step"]) if stored else 0
         log = tensorboard = None
         if primary:
-            log = stack.enter_context(metrics.MetricsLog(directory / "metrics.jsonl", first))
-            tensorboard = stack.enter_context(metrics.TensorBoardLog(directory / "tensorboard", first))
+            log = stack.enter_context(metrics.MetricsLog(directory / METRICS, first))
+            tensorboard = stack.enter_context(metrics.TensorBoardLog(directory / TENSORBOARD, first))
         progress = stack.enter_context(
             metrics.Progress(last_step, epochs=linear.epochs, start_step=first, steps_per_epoch=epoch_steps)
             if primary and not quiet
             else metrics.Silence()
         )
-        bad_images = BadImages(len(source), config.data.max_bad, directory / "bad_images.txt", progress.message)
+        for line in notes:
+            progress.message(line)
+        unreadable = BadImages(
+            len(source), config.data.max_bad, directory / bad_images(jax.process_index()), progress.message
+        )
 
         progress.message(f"Features of {len(test):,} held-out images")
         held = {"test": _Held(frozen, test, names)}
@@ -189,12 +201,12 @@ def run(
             )
 
         placement = sharding.replicated(mesh)
-        if first:
-            state = checkpoints.restore(first, abstract_state(create, placement))
-        else:
+        if stored is None:
             state = jax.jit(create, out_shardings=placement)()
+        else:
+            state = sharding.place(checkpoint.fitted(stored.state, jax.eval_shape(create)), placement)
 
-        views = _Views(frozen, config, source, names, bad_images)
+        views = _Views(frozen, config, source, names, unreadable)
         if fast:
             batches = views.kept(first, progress)
             step_fn = _step(config, names, epoch_steps, mesh, lambda weights, batch: batch["features"])
@@ -216,7 +228,7 @@ def run(
                     linear.batch_size,
                     epoch_steps,
                     config.log_every,
-                    directory / "curves.png",
+                    directory / CURVES,
                 ),
                 panels=metrics.PROBE,
                 remedy="A lower linear.lr may help",
@@ -241,7 +253,7 @@ def run(
                 return loop.Stopped(done, last_step, stop.signal)
     if frozen.digest() != digest:
         raise RunError("a tensor of the frozen backbone has changed: the evaluation is void; please report it")
-    history = [record["heads"] for record in metrics.read(directory / "metrics.jsonl") if "heads" in record]
+    history = [record["heads"] for record in metrics.read(directory / METRICS) if "heads" in record]
     return {label: _result(label, "fast" if fast else "full", combinations, history, source, test) for label in names}
 
 
@@ -475,27 +487,14 @@ def _open_directory(directory: pathlib.Path, config: configs.Config, subject: di
         "test": test.fingerprint,
     }
     path = directory / "evaluation.json"
-    if path.exists():
-        try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read ({error}): pass another --output, or delete it") from None
-        if known != identity:
-            known, now = configs.flatten(known), configs.flatten(identity)
-            differing = [name for name in known | now if known.get(name) != now.get(name)]
-            raise UsageError(
-                f"{directory} holds another evaluation ({', '.join(differing)} differ): pass another --output, or "
-                "delete it"
-            )
-    if jax.process_index() > 0:
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, values in (("config.json", settings), ("evaluation.json", identity)):
-            temporary = directory / f".{name}.{os.getpid()}.tmp"
-            temporary.write_text(json.dumps(values, indent=2) + "\n")
-            os.replace(temporary, directory / name)
-    except OSError as error:
+    known = files.read_json(path, "pass another --output, or delete it")
+    if known is not None and known != identity:
+        known, now = configs.flatten(known), configs.flatten(identity)
+        differing = [name for name in known | now if known.get(name) != now.get(name)]
         raise UsageError(
-            f"{directory} cannot be written to ({error.strerror}): pass an --output directory that can"
-        ) from None
+            f"{directory} holds another evaluation ({', '.join(differing)} differ): pass another --output, or delete it"
+        )
+    if jax.process_index() == 0:
+        with start.writing(directory, "--output"):
+            files.write_json(directory / CONFIG, settings)
+            files.write_json(path, identity)

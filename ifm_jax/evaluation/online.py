@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ifm_jax import assembly
 from ifm_jax.config import Config
-from ifm_jax.data.sources import Subset
+from ifm_jax.data.sources import drawn
 from ifm_jax.evaluation import diagnostics, knn
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.subject import chosen_labels, labelled
@@ -31,15 +31,14 @@ class OnlineEvaluation:
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
         self._config, self._mesh, self._frozen = config, mesh, None
-        self._sources = [self._part(labelled(config, split)) for split in ("train", "test")]
+        self._sources = [drawn(labelled(config, split), config.eval.images, config.seed) for split in ("train", "test")]
         self._labels = chosen_labels(config, self._sources[0])
 
-    def _part(self, source):
-        wanted = self._config.eval.images
-        if not wanted or len(source) <= wanted:
-            return source
-        order = np.random.default_rng(self._config.seed).permutation(len(source))
-        return Subset(source, np.sort(order[:wanted]))
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names in a record."""
+        single = [f"{kind}/{label}" for label in self._labels for kind in ("knn", "linear")]
+        return ("knn", "linear", *(single if len(self._labels) > 1 else ()), "effective_rank")
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Evaluates the query encoder.

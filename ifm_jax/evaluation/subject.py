@@ -9,7 +9,7 @@ import numpy as np
 from ifm_jax import assembly, sharding, snapshot, torch_checkpoint
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.data.sources import SPLITS, Subset, ViewSource, open_views
+from ifm_jax.data.sources import SPLITS, ViewSource, open_views, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation.features import FrozenEncoder
 from ifm_jax.snapshot import Snapshot
@@ -104,7 +104,7 @@ def labelled(config: Config, split: str, count: int = 1, least_area: float = PRO
         known[config.data.limit :] = False
     if not known.any():
         raise UsageError(f"{said}: none of its {len(source)} {split} images has a label; expected labelled ones")
-    return source if known.all() else Subset(source, np.flatnonzero(known))
+    return source if known.all() else subset(source, np.flatnonzero(known))
 
 
 def chosen_labels(config: Config, source: ViewSource) -> list[str]:

@@ -1,8 +1,8 @@
 """Networks: the ResNet family as torchvision's, grouped BatchNorm, projection heads."""
 
 from ifm_jax.models.batch_norm import BatchNorm
-from ifm_jax.models.encoder import Encoder
-from ifm_jax.models.heads import MLPHead
+from ifm_jax.models.encoder import Encoder, only_head, without_head
+from ifm_jax.models.heads import HEADS, HCLHead, MLPHead
 from ifm_jax.models.resnet import (
     ARCHITECTURES,
     STEMS,
@@ -23,12 +23,15 @@ from ifm_jax.models.resnet import (
 
 __all__ = [
     "ARCHITECTURES",
+    "HEADS",
     "STEMS",
     "BatchNorm",
     "Encoder",
+    "HCLHead",
     "MLPHead",
     "ResNet",
     "create",
+    "only_head",
     "resnet8",
     "resnet18",
     "resnet34",
@@ -40,4 +43,5 @@ __all__ = [
     "resnext101_64x4d",
     "wide_resnet50_2",
     "wide_resnet101_2",
+    "without_head",
 ]

@@ -88,7 +88,8 @@ class BatchNorm(nnx.Module):
         for average, new in ((self.mean, pick(mean)), (self.var, pick(unbiased))):
             old = average[...]
             new = jax.lax.stop_gradient(new).astype(old.dtype)
-            average[...] = self.momentum * old + (1 - self.momentum) * new
+            # Not `average[...] = `: that asks a traced value for its sharding, which searches the whole trace so far.
+            average.set_value(self.momentum * old + (1 - self.momentum) * new)
 
 
 def _channels(vector: jax.Array, ndim: int) -> jax.Array:

@@ -8,10 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ifm_jax.models import resnet
+from ifm_jax.models import heads, resnet
 from ifm_jax.models.batch_norm import RunningStats
 
 Tree = dict[str, Any]
+_HEAD = "fc"
+
+
+def without_head(tree: Tree) -> Tree:
+    """Returns an encoder's `params` or `batch_stats` without those of its head."""
+    return {name: value for name, value in tree.items() if name != _HEAD}
+
+
+def only_head(tree: Tree) -> Tree:
+    """Returns of an encoder's `params` or `batch_stats` those of its head: one entry, or none."""
+    return {name: value for name, value in tree.items() if name == _HEAD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,24 +35,30 @@ class Encoder:
     Attributes:
       arch: one of `resnet.ARCHITECTURES`.
       dim: length of an embedding; 0: no head, pooled features instead.
-      mlp: the head is MoCo-v2's (linear, ReLU, linear) instead of one linear layer.
+      head: "linear" (MoCo v1's), "mlp" (MoCo-v2's and SimCLR's: linear, ReLU, linear) or "hcl"; see `heads`.
       stem: see `resnet.ResNet`.
       width: channels of the first stage; 0: the architecture's own.
       bn_groups: groups of every BatchNorm in training.
       running_stats: which statistics the running averages follow, "first_group" or "mean".
       compute_dtype: of convolutions and products.
       param_dtype: of parameters and running averages.
+      mlp: an argument only: whether the head is "mlp" or "linear", as it was said before there were more.
     """
 
     arch: str
     dim: int = 128
-    mlp: bool = True
+    head: heads.Head = "mlp"
     stem: resnet.Stem = "imagenet"
     width: int = 0
     bn_groups: int = 1
     running_stats: RunningStats = "first_group"
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
+    mlp: dataclasses.InitVar[bool | None] = None
+
+    def __post_init__(self, mlp: bool | None):
+        if mlp is not None:
+            object.__setattr__(self, "head", "mlp" if mlp else "linear")
 
     def module(self, rngs: nnx.Rngs) -> resnet.ResNet:
         """Returns the live module with fresh parameters."""
@@ -49,7 +66,7 @@ class Encoder:
             self.arch,
             width=self.width,
             num_classes=self.dim,
-            mlp=self.mlp,
+            head=self.head,
             stem=self.stem,
             bn_groups=self.bn_groups,
             running_stats=self.running_stats,

@@ -1,12 +1,26 @@
-"""What stands on the pooled features: a linear layer, or MoCo-v2's projection head."""
+"""What stands on the pooled features: a linear layer, or a projection head of two."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ifm_jax.models.batch_norm import BatchNorm
+
+Head = Literal["linear", "mlp", "hcl"]
+HEADS: tuple[str, ...] = get_args(Head)
+
 
 def linear(
-    in_features: int, out_features: int, *, dtype: jnp.dtype | None, param_dtype: jnp.dtype, rngs: nnx.Rngs
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool = True,
+    dtype: jnp.dtype | None,
+    param_dtype: jnp.dtype,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """Returns a linear layer that starts as PyTorch's: weight and bias uniform in +-1/sqrt(in_features)."""
 
@@ -18,6 +32,7 @@ def linear(
     return nnx.Linear(
         in_features,
         out_features,
+        use_bias=use_bias,
         kernel_init=init,
         bias_init=init,
         dtype=dtype,
@@ -27,7 +42,9 @@ def linear(
 
 
 class MLPHead(nnx.Module):
-    """MoCo-v2's projection head (Chen et al. 2020b): linear, ReLU, linear; the hidden layer as wide as its input.
+    """MoCo-v2's and SimCLR's projection head: linear, ReLU, linear; the hidden layer as wide as its input.
+
+    Chen et al. 2020a, section 2.1 and 2020b, section 3.
 
     In the original's checkpoints `hidden` is `fc.0` and `output` is `fc.2`.
     """
@@ -47,3 +64,59 @@ class MLPHead(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(N, in_features)` to `(N, out_features)`."""
         return self.output(nnx.relu(self.hidden(x)))
+
+
+class HCLHead(nnx.Module):
+    """The projection head of "Contrastive learning with hard negative samples", as its released code has it.
+
+    Linear without bias, BatchNorm, ReLU, linear; the hidden layer has 512 outputs. In a PyTorch `Sequential` of these
+    four, `hidden` is `fc.0`, `norm` is `fc.1` and `output` is `fc.3`.
+
+    Args:
+      norm: makes a `BatchNorm` for a number of features; the backbone's, so that the groups are the same.
+    """
+
+    hidden_features = 512
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        norm: Callable[[int], BatchNorm],
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.hidden = linear(in_features, self.hidden_features, use_bias=False, **options)
+        self.norm = norm(self.hidden_features)
+        self.output = linear(self.hidden_features, out_features, **options)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `(N, in_features)` to `(N, out_features)`; with `train`, moves the running averages."""
+        return self.output(nnx.relu(self.norm(self.hidden(x), train=train)))
+
+
+def create(
+    head: Head, in_features: int, out_features: int, *, norm: Callable[[int], BatchNorm], **options
+) -> nnx.Linear | MLPHead | HCLHead:
+    """Builds a head by name.
+
+    Args:
+      head: one of `HEADS`: "linear" (MoCo v1's, and a classifier), "mlp" (MoCo-v2's and SimCLR's) or "hcl".
+      in_features: of the backbone.
+      out_features: length of an embedding.
+      norm: makes a `BatchNorm` for a number of features.
+      **options: dtype, param_dtype, rngs.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if head == "linear":
+        return linear(in_features, out_features, **options)
+    if head == "mlp":
+        return MLPHead(in_features, out_features, **options)
+    if head == "hcl":
+        return HCLHead(in_features, out_features, norm=norm, **options)
+    raise ValueError(f"unknown head {head!r}: expected one of {', '.join(HEADS)}")

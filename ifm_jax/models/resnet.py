@@ -150,7 +150,8 @@ class ResNet(nnx.Module):
     Args:
       arch: which one; see `ARCHITECTURES`.
       num_classes: outputs of `fc`; 0: no head, the result is the `(N, num_features)` pooled features.
-      mlp: `fc` is MoCo-v2's projection head (`heads.MLPHead`) instead of one linear layer.
+      head: what `fc` is: "linear" (one layer), "mlp" (MoCo-v2's and SimCLR's) or "hcl"; see `heads`.
+      mlp: another spelling of `head="mlp"`.
       stem: "imagenet" (7x7 stride 2, max-pooling), "small" (3x3, no pooling: images of 32 to 64 px) or
         "small_stride2" (5x5 stride 2, no pooling: the cheaper one for processors without an accelerator).
       bn_groups: groups of every BatchNorm in training (see `batch_norm`).
@@ -166,6 +167,7 @@ class ResNet(nnx.Module):
         arch: Architecture,
         *,
         num_classes: int = 1000,
+        head: heads.Head = "linear",
         mlp: bool = False,
         stem: Stem = "imagenet",
         bn_groups: int = 1,
@@ -203,10 +205,8 @@ class ResNet(nnx.Module):
 
         self.num_features = in_features
         self.fc = nnx.data(None)
-        if num_classes and mlp:
-            self.fc = heads.MLPHead(in_features, num_classes, **options)
-        elif num_classes:
-            self.fc = heads.linear(in_features, num_classes, **options)
+        if num_classes:
+            self.fc = heads.create("mlp" if mlp else head, in_features, num_classes, norm=norm, **options)
 
     def features(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns the `(N, num_features)` globally pooled features before the head, in the compute dtype.
@@ -227,7 +227,9 @@ class ResNet(nnx.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns `(N, num_classes)`, or the features where there is no head; arguments as for `features`."""
         x = self.features(images, train=train)
-        return x if self.fc is None else self.fc(x)
+        if self.fc is None:
+            return x
+        return self.fc(x, train=train) if isinstance(self.fc, heads.HCLHead) else self.fc(x)
 
 
 def create(arch: str, *, width: int = 0, **options) -> ResNet:
@@ -254,7 +256,7 @@ def _factory(name: str) -> Callable[..., ResNet]:
         return create(name, **options)
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"Builds a {name}, torchvision's layout; options of `ResNet` (num_classes, mlp, stem, rngs, ...)."
+    build.__doc__ = f"Builds a {name}, torchvision's layout; options of `ResNet` (num_classes, head, stem, rngs, ...)."
     return build
 
 

@@ -1,0 +1,171 @@
+"""What a training run takes of a device's memory at least, before anything is compiled.
+
+The estimate is a lower bound, so that a run that fits is never refused: the state, the gradient, and for each image on
+the device what the backward pass reads, the inputs and the outputs of all convolutions, in the compute dtype. By XLA's
+own account (`compiled.memory_analysis()`, arguments and temporaries, one CPU device, float32) a step takes more:
+
+    network, stem             image  batch      K   estimate      XLA   ratio
+    resnet8, small_stride2       32     64   2048      18 MB    23 MB    0.76
+    resnet8, small_stride2       32    512   2048     123 MB   158 MB    0.78
+    resnet18, small_stride2      64     32   4096     397 MB   430 MB    0.92
+    resnet18, small_stride2      64    128   4096    1029 MB  1149 MB    0.90
+    resnet18, small              32    128   4096    1022 MB  1142 MB    0.90
+    resnet50, imagenet           64     32  65536     777 MB   928 MB    0.84
+    resnet50, imagenet          128     32   4096    1630 MB  1955 MB    0.83
+
+On an accelerator XLA computes again what would not fit, so that less is counted there (`_HELD`): 1.7 GiB a chip for the
+recipe for 64 TPU chips, where the compiler plans 4.2 (docs/pods.md).
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from ifm_jax import assembly
+from ifm_jax.config import Config
+from ifm_jax.errors import UsageError
+from ifm_jax.models import Encoder
+
+# How much of the convolutions' inputs and outputs a step holds at least. A CPU's compiler keeps all of them, and as
+# much again of what lies between; an accelerator's may keep one of the two and compute the other again.
+_HELD = {"cpu": 1.4}
+_HELD_ELSEWHERE = 0.5
+# The table of learning rates as it is made: a few float64 arrays of one number a step.
+_RATES_BYTES = 48
+_INT32 = 2**31 - 1
+
+
+def of_machine() -> int | None:
+    """Returns the bytes of this machine's memory; None: not known."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # another kind of system
+        return None
+
+
+def of_device(mesh: jax.sharding.Mesh) -> int | None:
+    """Returns the bytes of memory of one of the mesh's devices here, of a CPU its share of the machine's.
+
+    Returns:
+      None if it is not known.
+    """
+    devices = mesh.local_mesh.devices.flat
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None and devices[0].platform == "cpu" and (machine := of_machine()) is not None:
+        return machine // len(devices)
+    return limit
+
+
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Checks that a run can fit into the memory of its devices, and what else is known before the images are opened.
+
+    Args:
+      config: validated and resolved.
+      mesh: the devices.
+
+    Raises:
+      UsageError: if it takes more than there is, by what it takes at least.
+    """
+    size, trifeature, machine = config.data.image_size, config.data.trifeature, of_machine()
+    drawn = trifeature.train_size * size * size * 3
+    if config.data.source == "trifeature" and machine is not None and drawn > machine:
+        raise UsageError(
+            f"data.trifeature.train_size={trifeature.train_size}: images of {size} px take {drawn / 1e9:.0f} GB of the "
+            f"{machine / 1e9:.1f} GB that this machine has: expected fewer"
+        )
+    if config.data.source == "trifeature":  # how many they are is known before they are drawn
+        used = min(config.data.limit or trifeature.train_size, trifeature.train_size)
+        check_steps(config, used // config.batch_size)
+    has = of_device(mesh)
+    if has is None:
+        return
+    state, images = estimate(config, mesh)
+    if state + images > has:
+        raise UsageError(
+            f"batch_size={config.batch_size}, data.image_size={size}: a step of {config.model.arch} takes at least "
+            f"{(state + images) / 1e9:.1f} GB on each device ({state / 1e9:.1f} for weights, optimiser and queue, "
+            f"{images / 1e9:.1f} for {config.batch_size // mesh.size} images) of the {has / 1e9:.1f} GB it has: take a "
+            "smaller batch_size, data.image_size or network, or a recipe made for less: --config=configs/trifeature.py"
+        )
+
+
+def check_steps(config: Config, epoch_steps: int) -> None:
+    """Checks that the steps of a run can be counted, and their learning rates held.
+
+    Args:
+      config: validated.
+      epoch_steps: updates in an epoch.
+
+    Raises:
+      UsageError: if they are too many.
+    """
+    steps, machine = config.epochs * epoch_steps, of_machine()
+    most = _INT32 if machine is None else min(_INT32, machine // _RATES_BYTES)
+    if steps > most:
+        raise UsageError(
+            f"epochs={config.epochs} of {epoch_steps} steps are {steps} updates: expected at most {most}; take "
+            "fewer epochs, or a larger batch_size"
+        )
+
+
+def estimate(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Returns the bytes that a step takes on one device at least: for state and gradient, and for its images.
+
+    Args:
+      config: validated and resolved.
+      mesh: the devices.
+    """
+    encoder = assembly.make_encoder(config)
+    params, batch_stats = _variables(encoder)
+    opt_state = jax.eval_shape(assembly.make_optimizer(config).init, params)
+    parts = mesh.size if config.moco.queue_sharded else 1
+    queue = config.moco.queue_size * config.moco.dim * jnp.dtype(encoder.param_dtype).itemsize // parts
+    # Query encoder, key encoder, gradient.
+    state = 3 * _bytes(params) + 2 * _bytes(batch_stats) + _bytes(opt_state) + queue
+    held = _HELD.get(mesh.devices.flat[0].platform, _HELD_ELSEWHERE)
+    images = held * _bytes_per_image(encoder, config.data.image_size) * (config.batch_size // mesh.size)
+    return state, int(images)
+
+
+@functools.cache
+def _variables(encoder: Encoder):
+    """Returns the shapes of the encoder's parameters and statistics."""
+    return jax.eval_shape(encoder.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+@functools.cache
+def _bytes_per_image(encoder: Encoder, size: int) -> float:
+    """Returns the bytes of the inputs and outputs of all convolutions, each counted once, for one image."""
+    batch = 2 * encoder.bn_groups
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.dtype(encoder.param_dtype))
+    traced = jax.make_jaxpr(lambda *args: encoder(*args, train=True)[0])(*_variables(encoder), images)
+    held = {id(var): var.aval for var in _convolved(traced.jaxpr)}
+    return sum(aval.size * aval.dtype.itemsize for aval in held.values()) / batch
+
+
+def _convolved(jaxpr: core.Jaxpr) -> Iterator:
+    """Yields the input and the output of each convolution."""
+    for equation in jaxpr.eqns:
+        if _has_convolution(equation):
+            yield equation.invars[0]
+            yield equation.outvars[0]
+
+
+def _has_convolution(equation) -> bool:
+    """Whether an equation is a convolution, in whatever form (`models.convolution`)."""
+    if equation.primitive.name == "conv_general_dilated":
+        return True
+    inner = jax.tree.leaves(
+        list(equation.params.values()), is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr)
+    )
+    inner = [getattr(each, "jaxpr", each) for each in inner if isinstance(each, core.ClosedJaxpr | core.Jaxpr)]
+    return any(_has_convolution(each) for jaxpr in inner for each in jaxpr.eqns)
+
+
+def _bytes(tree) -> int:
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

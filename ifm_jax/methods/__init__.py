@@ -1,0 +1,1 @@
+"""Methods: what is learned from, between the views of a batch and the gradient."""

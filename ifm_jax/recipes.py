@@ -1,0 +1,110 @@
+"""Recipes: Python files with a function `get_config() -> Config`, found by path or by name."""
+
+import difflib
+import inspect
+import os
+import pathlib
+import runpy
+import traceback
+
+from ifm_jax.config import Config, check_fields, shown
+from ifm_jax.errors import UsageError
+
+# Those that come with the package.
+DIRECTORY = pathlib.Path(__file__).resolve().parent.parent / "configs"
+
+
+def name_of(recipe: str | os.PathLike) -> str:
+    """Returns the name of a recipe given by path or by name: `trifeature` for `configs/trifeature.py`."""
+    return pathlib.Path(recipe).stem
+
+
+def load(recipe: str | os.PathLike) -> Config:
+    """Returns a recipe's config.
+
+    Args:
+      recipe: path of a file, or the name of one of the package's own, `ifm_cifar10`.
+
+    Raises:
+      UsageError: if there is none, or it cannot be run, or what it returns is no config, in one line that begins with
+        `--config=`.
+    """
+    path, flag = _find(recipe), f"--config={recipe}"
+    try:
+        get_config = runpy.run_path(str(path), run_name="ifm_jax_recipe").get("get_config")
+        if not callable(get_config):
+            raise UsageError(f"{flag} has no function get_config(): expected one that returns an ifm_jax.config.Config")
+        if _needs_arguments(get_config):
+            raise UsageError(f"{flag}: get_config() takes arguments: expected a function without")
+        config = get_config()
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{flag}{_line(error, path)}: {_reason(error)}") from None
+    if not isinstance(config, Config):
+        missing = ": does it end with `return config`?" if config is None else ", expected an ifm_jax.config.Config"
+        raise UsageError(f"{flag}: get_config() returned {shown(config)}{missing}")
+    try:
+        check_fields(config)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
+    return config
+
+
+def _find(recipe: str | os.PathLike) -> pathlib.Path:
+    """Returns the file of a recipe."""
+    given = pathlib.Path(recipe)
+    try:
+        if given.is_file():
+            return given.absolute()  # a recipe finds its neighbours by its __file__
+        named = DIRECTORY / f"{given}.py"
+        if given.name == str(given) and named.is_file():
+            return named
+        is_there = given.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        is_there = False
+    if is_there:
+        raise UsageError(f"--config={recipe} is a directory: expected a recipe, for example configs/trifeature.py")
+    near = _near(given)
+    hint = f": did you mean {near}?" if near else ": expected a recipe, for example configs/trifeature.py"
+    raise UsageError(f"--config={recipe} is not there{hint}")
+
+
+def _near(given: pathlib.Path) -> str | None:
+    """Returns the recipe whose name is nearest, as it is to be given: beside where it was looked for, or by name."""
+    for directory, beside in ((given.parent, True), (DIRECTORY, False)):
+        try:
+            stems = [path.stem for path in directory.glob("*.py")]
+        except (OSError, ValueError):
+            continue
+        for stem in difflib.get_close_matches(given.stem, stems, n=1):
+            return str(given.with_name(f"{stem}.py")) if beside else stem
+    return None
+
+
+def _needs_arguments(function) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # a built-in without a signature: calling it says more
+        pass
+    return False
+
+
+def _line(error: BaseException, path: pathlib.Path) -> str:
+    """Returns `, line 3` for an error that the recipe made there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines = [error.lineno]
+    return f", line {lines[-1]}" if lines and lines[-1] else ""
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what an error of a recipe says, in one line."""
+    if isinstance(error, SystemExit):
+        return "it ends the process: expected get_config() to return an ifm_jax.config.Config"
+    if isinstance(error, OSError) and error.strerror:
+        return f"it cannot be read ({error.strerror})"
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())[:300]}".removesuffix(": ")
