@@ -31,7 +31,8 @@ class PretrainStep:
 
     Attributes:
       encoder: of query and key.
-      optimizer: see `optim`.
+      optimizer: gives a direction, to which the step applies the learning rate: what `optim.make` returns. Not an optax
+        optimizer with a rate of its own, which already points downhill: with `optax.sgd(0.1)` the loss would climb.
       learning_rates: float `(steps,)`, the rate of every step.
       augment: makes a view of every image; applied to query and key images with different randomness.
       rng: a JAX random key; what a step draws depends on it, the step's number and the example's place alone.
