@@ -76,7 +76,9 @@ def one_of_several(arguments: list[str]) -> bool:
     """Returns whether the arguments or a launcher's environment speak of several processes."""
     names = [argument.partition("=")[0] for argument in arguments]
     given = any(name.lstrip("-") in _FLAGS for name in names if name.startswith("-"))
-    return given or any(name in os.environ for name in _LAUNCHERS)
+    # A TPU machine that is alone names itself; so does whoever compiles for TPUs that are not there.
+    alone = "," not in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return given or any(name in os.environ and not (alone and name.startswith("TPU")) for name in _LAUNCHERS)
 
 
 def interrupted(*_) -> None:

@@ -14,7 +14,7 @@ import pytest
 from absl import flags
 
 from benchmarks import kill_resume
-from ifm_jax import checkpoint, command, metrics
+from ifm_jax import checkpoint, command, metrics, process
 from ifm_jax import config as configs
 from ifm_jax.config_flag import ConfigFlag
 from tests import small
@@ -79,6 +79,7 @@ def test_eval_linear(finished):
 def in_process(monkeypatch, capsys, tmp_path):
     """Runs a script as `python SCRIPT ...` would, in this process: `(exit status, stdout, stderr)`."""
     monkeypatch.setattr(command, "_keep_memory", lambda: None)
+    monkeypatch.setattr(process, "begin", lambda hosts=False: None)  # it is this process that would be supervised
     monkeypatch.chdir(tmp_path)
     level = logging.getLogger("absl").level
     modules = flags.FLAGS.flags_by_module_dict()

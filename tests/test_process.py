@@ -299,5 +299,9 @@ def test_a_process_alone_has_no_supervisor(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert not process.one_of_several(["--workdir=coordinator", "--config.seed=1", "num_processes"])
     assert process.one_of_several(["-num_processes", "2"])
+    for hosts, several in (("localhost", False), ("a,b", True)):
+        monkeypatch.setenv("TPU_WORKER_HOSTNAMES", hosts)
+        assert process.one_of_several([]) is several
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
     output, error = python(SUPERVISED, "--workdir=x").communicate(timeout=30)
     assert int(output.split()[1]) == os.getpid(), error
