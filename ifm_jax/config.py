@@ -313,6 +313,7 @@ class DataConfig(Group):
         "device: the whole data set lies in the devices' memory and is cropped there, for those that fit; empty: "
         "images are read as they are needed",
         choices=("", "device"),
+        expected="device, or nothing",
         free_on_resume=True,
     )
     cache_size: int = field(
@@ -503,9 +504,8 @@ class Field:
         if value is None or self.is_group:
             return
         if declared.choices and value not in declared.choices:
-            raise UsageError(
-                f"{shown_as} is unknown: expected {self.expected()}{did_you_mean(value, declared.choices)}"
-            )
+            unknown = "" if declared.expected else " is unknown"
+            raise UsageError(f"{shown_as}{unknown}: expected {self.expected()}{did_you_mean(value, declared.choices)}")
         if self.many and not value and not declared.empty:
             raise UsageError(f"{shown_as}: expected {self.expected()}")
         for one in value if self.many else (value,):
