@@ -195,7 +195,7 @@ def _place(state: TrainState, optimizer, dtype: str, placement: jax.sharding.Sha
         opt_state = flax.serialization.from_state_dict(opt_state, state.opt_state)
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UsageError(
-            "the start's optimiser state is not that of the config's optim.name: expected the same"
+            "the start's optimizer state is not that of the config's optim.name: expected the same"
         ) from None
     state = state._replace(opt_state=opt_state)
     return jax.tree.map(lambda x: jax.device_put(_cast(np.asarray(x), dtype), placement), state)

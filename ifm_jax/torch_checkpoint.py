@@ -577,7 +577,7 @@ def to_torch(
 
 
 def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, Any]:
-    if missing := [part for part in found.missing if part != "optimiser state"]:
+    if missing := [part for part in found.missing if part != "optimizer state"]:
         notes.append(
             f"no {', '.join(missing)} there: written is what there is; the original's training code does not load it, "
             "its linear evaluation does"
