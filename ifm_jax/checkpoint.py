@@ -16,6 +16,7 @@ import json
 import logging
 import pathlib
 import sys
+import traceback
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,15 +149,20 @@ class Checkpoints:
             self._manager.close()
 
     def __enter__(self):
+        self._silence = _abandoned_work_is_silent()
+        self._silence.__enter__()
         return self
 
     def __exit__(self, kind, error, _):
-        if error is None:
-            return self.close()
-        # On several hosts Orbax waits for all of them: not where one has ended, or has failed alone.
-        if jax.process_count() == 1 or isinstance(error, RunError):
-            with contextlib.suppress(RunError):  # what ends the run is said already
-                self.close()
+        try:
+            if error is None:
+                return self.close()
+            # On several hosts Orbax waits for all of them: not where one has ended, or has failed alone.
+            if jax.process_count() == 1 or isinstance(error, RunError):
+                with contextlib.suppress(RunError):  # what ends the run is said already
+                    self.close()
+        finally:
+            self._silence.__exit__(None, None, None)
 
 
 def steps(directory: pathlib.Path) -> list[int]:
@@ -220,7 +226,8 @@ def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None
       is wrong with it.
     """
     damaged: dict[int, str] = {}
-    with _abandoned_reads_are_silent():
+    with _abandoned_work_is_silent(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         for step in reversed(steps(directory)):
             try:
                 stored = read(directory / str(step))
@@ -356,27 +363,31 @@ def _set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _abandoned_reads_are_silent() -> Iterator[None]:
-    """Keeps what the reads begun beside a failed one would have to say off the terminal, while its block runs.
+def _abandoned_work_is_silent() -> Iterator[None]:
+    """Keeps what the reads and writes begun beside a failed one would have to say off the terminal, in its block.
 
     Orbax gives up at the first that fails. The others end with coroutines that nobody waited for and tasks whose
     errors nobody asked for, which asyncio reports once they are collected; TensorStore's threads find the event loop
     closed, which Python reports through its hook.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    disabled = logger.disabled
 
     def of_others(unraisable) -> None:
         if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
             hook(unraisable)
 
-    logger.disabled, sys.unraisablehook = True, of_others
+    def is_of_others(record: logging.LogRecord) -> bool:
+        frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
+        return "orbax" not in record.getMessage() and not any("orbax" in frame.filename for frame in frames)
+
+    logger.addFilter(is_of_others)
+    sys.unraisablehook = of_others
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            yield
+        yield
+        gc.collect()  # what is left of it has its say now
     finally:
-        logger.disabled, sys.unraisablehook = disabled, hook
+        logger.removeFilter(is_of_others)
+        sys.unraisablehook = hook
 
 
 def nested(tree: Tree, memory: Sequence[str]) -> Tree:

@@ -89,8 +89,8 @@ def interrupted(*_) -> None:
 # Standard output
 
 
-class OutputClosedError(BrokenPipeError):
-    """Whoever read standard output has closed it."""
+class OutputClosedError(Exception):
+    """Whoever read standard output has closed it; no `OSError`, which would be taken for the disk's."""
 
 
 class Output:
@@ -124,6 +124,8 @@ class Output:
         try:
             if not self.closed_by_reader:
                 action(*arguments)
+        except OutputClosedError:  # the stream is one of these itself
+            self.closed_by_reader = True
         except OSError as error:
             if error.errno == errno.EPIPE:
                 self.closed_by_reader = True
@@ -131,7 +133,7 @@ class Output:
                 self.failure = error
                 self._on_failure(error)
         if self.closed_by_reader and self._strict:
-            raise OutputClosedError(errno.EPIPE, os.strerror(errno.EPIPE))
+            raise OutputClosedError
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)

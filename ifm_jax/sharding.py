@@ -112,7 +112,7 @@ def _join(seconds: float, **options) -> None:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        given = "".join(f", {name}={value}" for name, value in options.items() if name != "coordinator_bind_address")
+        given = "".join(f", {name}={options[name]}" for name in ("num_processes", "process_id") if name in options)
         raise TimeoutError(
             f"the processes of the run did not find each other within {seconds:g} s{given}: expected all of them to be "
             "started by then, with the same coordinator and num_processes, each with a process_id of its own, and the "

@@ -1,7 +1,9 @@
 """Checkpoints: damage is found, leftovers are cleared away, what is kept, what happens when one cannot be written."""
 
+import gc
 import resource
 import shutil
+import sys
 from typing import NamedTuple
 
 import jax
@@ -222,6 +224,28 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(copy, monkeypat
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     like = jax.eval_shape(assembly.state_creator(small.config()))
     assert checkpoint.newest_whole(copy / "checkpoints", like)[0].state.step == 8
+
+
+def test_the_writes_beside_one_that_fails_print_nothing(tmp_path, monkeypatch, caplog):
+    """Of thirty arrays one ends the save; the others' threads find nobody to report to, which Python would print."""
+    said = []
+    hook = lambda unraisable: said.append(unraisable.exc_value)  # noqa: E731
+    draw = np.random.default_rng(0)
+    many = Few(np.int32(1), {f"a{number}": draw.normal(size=20_000).astype(np.float32) for number in range(30)})
+    gc.collect()  # what other tests have left
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limit[1]))
+    try:
+        for attempt in ("a", "b", "c"):
+            with pytest.raises(RunError, match="cannot be written"):
+                save(tmp_path / attempt, many, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    gc.collect()
+    assert said == []
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
+    assert sys.unraisablehook is hook
 
 
 def test_removed_checkpoints_end_the_run(copy, monkeypatch):

@@ -282,26 +282,38 @@ def test_a_failed_run_is_one_line_and_exit_1(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, number):
-    arguments = [sys.executable, str(ROOT / "train.py"), *SMALL, "--config.epochs=4000", f"--workdir={tmp_path}"]
-    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "metrics.jsonl"
+    """By Ctrl-C, by its terminal's end, by a reader of its output that leaves; SIGTERM is in test_hosts."""
+    workdir = tmp_path / "läufe"  # where the terminal knows ASCII alone
+    arguments = [sys.executable, str(ROOT / "train.py"), *SMALL, "--config.epochs=4000", f"--workdir={workdir}"]
+    ascii_only = environment() | {"PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(arguments, env=ascii_only, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    if number == signal.SIGPIPE:
+        process.stdout.close()
+        said, silent = process.stderr.read(), ""
+        process.wait(timeout=60)
+    else:
+        process.send_signal(number)
+        said, silent = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert err == ""
-    assert "The same command goes on from there." in out
+    assert silent == ""
+    assert f"Stopped by {number.name} after step" in said
+    assert r"l\xe4ufe. The same command goes on from there." in said
     steps = [r["step"] for r in metrics.read(log)]
     assert steps == list(range(1, len(steps) + 1))
+    assert checkpoint.steps(workdir / "checkpoints")[-1] == len(steps)
+    if number != signal.SIGINT:
+        return
 
     # The same command, ended soon after: it goes on with the next step.
-    done = run("train.py", *SMALL, "--config.epochs=4000", f"--config.steps={len(steps) + 3}", f"--workdir={tmp_path}")
+    done = run("train.py", *SMALL, "--config.epochs=4000", f"--config.steps={len(steps) + 3}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert f"Going on after step {len(steps)}" in done.stdout
     assert [r["step"] for r in metrics.read(log)] == list(range(1, len(steps) + 4))
@@ -333,8 +345,15 @@ def test_help_lists_the_flags(in_process):
 
 
 def test_importing_the_package_is_light():
-    """Neither PyTorch nor TensorFlow nor Grain nor Orbax."""
-    code = "import sys, ifm_jax; print([m for m in ('torch', 'tensorflow', 'grain', 'orbax') if m in sys.modules])"
+    """Neither PyTorch nor TensorFlow nor Grain nor Orbax; not even JAX, before something is used."""
+    code = """
+import sys, ifm_jax
+first = [m for m in ("jax", "numpy") if m in sys.modules]
+for name in ("augment", "losses", "models", "optim", "queue", "sharding", "pretrain", "state", "config", "errors"):
+    getattr(ifm_jax, name)
+from ifm_jax import Config, Encoder, PretrainStep, RunError, TrainState, UsageError
+print(first + [m for m in ("torch", "tensorflow", "grain", "orbax") if m in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -6,8 +6,12 @@ import contextlib
 import itertools
 import json
 import pathlib
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -253,6 +257,110 @@ def test_launchers_are_recognised(monkeypatch, variables, expected):
 def test_half_of_the_three_is_refused():
     with pytest.raises(ValueError, match="num_processes=2, process_id=None: give all three or none"):
         sharding.initialize("localhost:1", 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("localhost", 2, 0), "coordinator=localhost: expected HOST:PORT of process 0, a port of 1 to 65535"),
+        (("localhost:", 2, 0), "coordinator=localhost:: expected HOST:PORT"),
+        ((":1234", 2, 0), "coordinator=:1234: expected HOST:PORT"),
+        (("localhost:port", 2, 0), "coordinator=localhost:port: expected HOST:PORT"),
+        (("localhost:0", 2, 0), "coordinator=localhost:0: expected HOST:PORT"),
+        (("localhost:99999", 2, 0), "coordinator=localhost:99999: expected HOST:PORT"),
+        (("::1:1234", 2, 0), "an IPv6 address in "),
+        (("localhost:1234", 0, 0), "num_processes=0: expected at least 1"),
+        (("localhost:1234", 2, 2), "process_id=2: expected 0 to 1, num_processes=2"),
+        (("localhost:1234", 2, -1), "process_id=-1: expected 0 to 1, num_processes=2"),
+    ],
+)
+def test_a_place_to_meet_that_is_none_is_refused(monkeypatch, given, message):
+    monkeypatch.setattr(jax.distributed, "initialize", pytest.fail)
+    with pytest.raises(ValueError, match=message):
+        sharding.initialize(*given)
+
+
+def test_process_0_listens_nowhere_but_where_it_is_told(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        with pytest.raises(ValueError, match=r"process 0 cannot listen there \(Address already in use\): give another"):
+            sharding._bind_address(f"127.0.0.1:{port}")
+    assert sharding._bind_address(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
+    assert sharding._bind_address(f"localhost:{port}") in (f"127.0.0.1:{port}", f"[::1]:{port}")
+    # An address of another machine, in front of NAT; a name that nobody knows; one that is this host's on itself alone.
+    assert sharding._bind_address(f"192.0.2.1:{port}") is None
+    assert sharding._bind_address(f"name.invalid:{port}") is None
+    loopback = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", port))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: loopback)
+    assert sharding._bind_address(f"node0:{port}") is None
+
+
+def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: never.wait())
+    monkeypatch.setattr(sharding, "_BY_HAND_WITHIN", 0.1)
+    with pytest.raises(
+        TimeoutError, match=r"not find each other within 0.1 s, num_processes=2, process_id=1: expected"
+    ):
+        sharding.initialize("localhost:1234", 2, 1)
+    never.set()
+
+
+def test_processes_that_were_told_different_numbers_all_refuse():
+    """And process 0 has listened at its address alone."""
+    code = """
+import re, sys
+from ifm_jax import sharding
+port, own, number = map(int, sys.argv[1:])
+try:
+    sharding.initialize(f"127.0.0.1:{port}", own, number)
+except ValueError as error:
+    print(error)
+if number == 0:
+    lines = open("/proc/net/tcp").readlines() + open("/proc/net/tcp6").readlines()
+    print([line.split()[1] for line in lines if re.search(rf":{port:04X} \\S+ 0A ", line)], flush=True)
+sys.stdout.flush()
+import os, time
+time.sleep(1.0 if number == 0 else 0.0)
+os._exit(0)
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(port), str(own), str(number)],
+            cwd=ROOT,
+            env=environment() | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, own in enumerate((2, 3))
+    ]
+    statuses, outputs, errors = finish(started, 120.0)
+    assert statuses == [0, 0], errors
+    expected = "different num_processes were given: 2 to process 0, 3 to process 1; give all of them the same"
+    first, listens = outputs[0].strip().splitlines()
+    assert first == outputs[1].strip() == expected
+    assert re.fullmatch(rf"\['(0{{16}}FFFF0000)?0100007F:{port:04X}'\]", listens)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the following tasks are unhealthy"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), False),
+        (ValueError("a barrier"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_only_what_is_of_a_peer_is_said_to_be(error, expected):
+    assert sharding.is_of_a_peer(error) == expected
 
 
 def test_a_batch_lies_split_over_the_devices():
