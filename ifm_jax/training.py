@@ -92,7 +92,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         create = assembly.state_creator(config)
         if begin.weights is not None:
             begin.state, notes = start.started_with(begin.weights, jax.device_get(jax.jit(create)()))
-            begin.said.append(f"Starting with {config.init_from}: {'; '.join(notes)}.")
+            begin.said.append(f"Starting with {config.init_from}: {'; '.join([*notes, *begin.weights.notes])}.")
         if begin.state is None:
             train_state = jax.jit(create, out_shardings=placement)()
         else:
