@@ -256,7 +256,7 @@ def test_features_equal_torchvisions(arch, one_thread, tmp_path):
     with jax.enable_x64(True):
         found = loading.load(tmp_path / "network.pth", dtype="float64")(jnp.asarray(images, jnp.float64))
     assert found.shape == (2, expected.shape[1])
-    error = np.abs(found - expected).max() / np.abs(expected).max()
+    error = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
     print(f"{arch}: {error:.0e}")
     assert error <= 1e-10
 
