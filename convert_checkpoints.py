@@ -1,12 +1,14 @@
 """Converts checkpoints between PyTorch and JAX, and says what one holds.
 
     python convert_checkpoints.py to-jax FILE.pth.tar DIR       the original's checkpoint, or torchvision's, into DIR
+    python convert_checkpoints.py to-jax FILE DIR --prefix=backbone.          another library's, under that prefix
     python convert_checkpoints.py to-torch DIR FILE.pth.tar     a run, as the original's code loads it
     python convert_checkpoints.py to-torch DIR FILE.pth --for=torchvision     its backbone, as torchvision's ResNet
     python convert_checkpoints.py inspect PATH                  what a file or a run holds
 
 DIR is laid out as the working directory of a run: whatever takes one takes it. A name that ends in .safetensors writes
-that format. Nothing in a file is executed. Existing output is refused without --overwrite.
+that format. MoCo's own scripts, that for detectron2 among them, read what the default, --for=moco, writes. Nothing in a
+file is executed. Existing output is refused without --overwrite.
 """
 
 if __name__ == "__main__":  # first: what is imported below takes seconds
@@ -26,6 +28,7 @@ from ifm_jax.errors import UsageError
 
 _CONFIG = command.define_config()  # to-jax: the recipe of the run, checked against the file
 _FOR = flags.DEFINE_enum("for", "moco", torch_checkpoint.TARGETS, "to-torch: who is to read the file.")
+_PREFIX = flags.DEFINE_string("prefix", "", "What the network's names in a PyTorch file begin with, as backbone.")
 _STEP = flags.DEFINE_integer("step", None, "to-jax: updates done, where the file does not say.", lower_bound=0)
 _EPOCH = flags.DEFINE_integer("epoch", None, "to-torch: epochs done, where the run does not say.", lower_bound=0)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace existing output.")
@@ -45,11 +48,13 @@ def main(arguments: list[str]) -> int:
             raise UsageError(f"{name}: {what} {command.UNSET}")
     if name == "to-jax":
         config = _CONFIG() if _CONFIG.recipe or _CONFIG.changes else None
-        found = torch_checkpoint.to_jax(*paths, config=config, step=_STEP.value, overwrite=_OVERWRITE.value)
+        options = {"step": _STEP.value, "prefix": _PREFIX.value, "overwrite": _OVERWRITE.value}
+        found = torch_checkpoint.to_jax(*paths, config=config, **options)
     elif name == "to-torch":
-        found = torch_checkpoint.to_torch(*paths, _FOR.value, epoch=_EPOCH.value, overwrite=_OVERWRITE.value)
+        options = {"epoch": _EPOCH.value, "prefix": _PREFIX.value, "overwrite": _OVERWRITE.value}
+        found = torch_checkpoint.to_torch(*paths, _FOR.value, **options)
     else:
-        found = torch_checkpoint.read(*paths)
+        found = torch_checkpoint.read(*paths, prefix=_PREFIX.value)
     _print_table(" -> ".join(paths), torch_checkpoint.describe(found))
     for note in found.notes:
         print(f"{pathlib.Path(__file__).name}: warning: {note}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
     python eval_linear.py --workdir=DIR                     a run: the original's linear-evaluation protocol
     python eval_linear.py --pretrained=FILE.pth.tar ...     a PyTorch checkpoint, or one of Orbax's (a folder)
+    ... --pretrained=FILE --prefix=backbone.                another library's, its network under that prefix
     ... --config.linear.lr=1,3,10,30                        several classifiers at once, the best chosen honestly
     ... --fast                                              minutes instead of hours: the features of a few views, kept
     ... --knn                                               k nearest neighbours (Wu et al. 2018), nothing is trained
@@ -29,6 +30,7 @@ from ifm_jax.errors import UsageError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run to evaluate.")
 _PRETRAINED = flags.DEFINE_string("pretrained", None, "A .pth.tar, a checkpoint or a workdir to evaluate instead.")
+_PREFIX = flags.DEFINE_string("prefix", "", "--pretrained: what the network's names begin with, as backbone.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results go: the workdir, or runs/NAME for --pretrained=NAME.")
 _FAST = flags.DEFINE_boolean("fast", False, "The fast protocol.")
 _KNN = flags.DEFINE_boolean("knn", False, "k nearest neighbours.")
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> int:
         split=_SPLIT.value,
         layer=_LAYER.value,
     )
-    stopped = evaluate.evaluate(path, config, output, wanted)
+    stopped = evaluate.evaluate(path, config, output, wanted, prefix=_PREFIX.value)
     return command.say_stopped(stopped, output) if stopped is not None else 0
 
 

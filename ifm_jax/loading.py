@@ -11,15 +11,18 @@ from ifm_jax.models import Encoder, without_head
 from ifm_jax.models.resnet import ResNet
 
 
-def load(path: str | os.PathLike, *, dtype: str = "float32") -> ResNet:
+def load(path: str | os.PathLike, *, dtype: str = "float32", prefix: str = "") -> ResNet:
     """Returns the backbone of the query encoder, without its head, as a live Flax NNX module in evaluation mode.
 
     Its running averages normalise and are not moved; nothing about it trains unless you make it.
 
     Args:
       path: a run's working directory (the newest checkpoint), one of its checkpoints (`DIR/checkpoints/<step>`), or a
-        `.pth` or `.pth.tar` in the original's or torchvision's format.
+        `.pth`, `.pth.tar` or `.safetensors` in the original's or torchvision's format, or another library's that holds
+        a ResNet under a prefix.
       dtype: of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
+      prefix: what the network's names in a PyTorch file begin with, as `backbone.`; "": found where it can only be one
+        (`torch_checkpoint.read`).
 
     Returns:
       `model(images)`: `(N, H, W, 3)` in `dtype`, normalised with ImageNet's mean and standard deviation ->
@@ -32,7 +35,7 @@ def load(path: str | os.PathLike, *, dtype: str = "float32") -> ResNet:
       >>> model = ifm_jax.load("runs/trifeature")              # doctest: +SKIP
       >>> features = nnx.jit(lambda m, x: m(x))(model, images)  # doctest: +SKIP
     """
-    found = torch_checkpoint.read(path)
+    found = torch_checkpoint.read(path, prefix=prefix)
     for note in found.notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     model = found.config.model

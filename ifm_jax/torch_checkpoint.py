@@ -1,28 +1,28 @@
 """PyTorch checkpoints: one table of names, read in both directions.
 
 Read are the original's training checkpoints (MoCo v1 and v2, IFM; complete, or stripped to the query encoder as the
-released MoCo files are) and torchvision's ResNet state dicts. What a file holds is told from its tensors' names and
-shapes alone. Loading executes nothing: `torch.load(weights_only=True)` and no other way.
+released MoCo files are), torchvision's ResNet state dicts, and either inside another library's checkpoint, under a
+prefix of its names. What a file holds is told from its tensors' names and shapes alone; `torch_file` reads it without
+executing anything.
 
-PyTorch is imported only when a file is read or written.
+PyTorch is imported only when a file of its own is read or written.
 """
 
 import collections
 import dataclasses
+import math
 import os
 import pathlib
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import flax.serialization
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from ifm_jax import config as configs
-from ifm_jax import snapshot
+from ifm_jax import snapshot, torch_file
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import MoCoMemory
@@ -30,6 +30,7 @@ from ifm_jax.models import ARCHITECTURES, HCLHead, without_head
 from ifm_jax.models.resnet import Architecture
 from ifm_jax.pretrain import TrainState
 from ifm_jax.snapshot import Origin, Snapshot
+from ifm_jax.torch_file import Unusable
 
 Tree = dict[str, Any]
 Target = Literal["moco", "torchvision"]
@@ -37,6 +38,13 @@ TARGETS = ("moco", "torchvision")
 
 _COUNTER = "num_batches_tracked"
 _KERNEL_OF_STEM = {"imagenet": 7, "small": 3, "small_stride2": 5}
+_MOST_STEPS = np.iinfo(np.int32).max
+
+# Where checkpoints keep a state dict, and under which names other libraries' modules the network that is trained.
+_HOLDERS = ("state_dict", "model", "model_state_dict", "backbone")
+_PREFIXES = ("backbone.", "encoder.", "model.", "model.backbone.", "model.encoder.")
+# The children of torchvision's ResNet that hold tensors, by number: in an `nn.Sequential` they have no other names.
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -172,76 +180,153 @@ def _set(tree: Tree, path: tuple[str, ...], value: np.ndarray) -> None:
 # --- PyTorch -> JAX --------------------------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike, step: int | None = None) -> Snapshot:
+def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> Snapshot:
     """Returns what a PyTorch checkpoint, or a run of our own, holds.
 
     The arrays of a file in PyTorch's present (zip) format stay on disk until they are used.
 
+    The state dict is the file itself, or what it holds under `state_dict`, `model`, `model_state_dict` or `backbone`;
+    `module.` before a name goes unnoticed. The network's names may have a prefix (`backbone.conv1.weight`), or be an
+    `nn.Sequential`'s (`backbone.0.weight`, ..., `backbone.7.1.bn2.weight`: torchvision's children by number). Where a
+    file holds one network only, or only one of several under a usual prefix (`backbone.`, `encoder.`, `model.`), that
+    one is read, with a note.
+
     Args:
-      path: a `.pth` or `.pth.tar`; a directory goes to `snapshot.read`.
+      path: a `.pth`, `.pth.tar` or `.safetensors`; a directory goes to `snapshot.read`.
       step: updates done at the time of the file; None: what its batch counters say, which the original moves by one a
         step, or 0 without.
+      prefix: what the names of the network begin with, or those of the whole MoCo (`model.` for
+        `model.encoder_q.conv1.weight`); "": found as said above. Other tensors are left aside, with a note.
 
     Raises:
       UsageError: if it cannot be read without executing code, is no ResNet, or if tensors are missing, unexpected or
         mis-shaped (all of them in one message).
     """
     path = pathlib.Path(path)
+    if step is not None and not 0 <= step <= _MOST_STEPS:
+        raise UsageError(f"step={step}: expected a number from 0 to {_MOST_STEPS}")
     if path.is_dir():
+        if prefix:
+            raise UsageError(f"--prefix={prefix}: {path} is a directory; a prefix is for files of PyTorch's")
         return snapshot.read(path)
-    return _Reader(path, _load(path)).snapshot(step)
+    return _Reader(path, torch_file.read(path), prefix).snapshot(step)
 
 
-def _load(path: pathlib.Path) -> Any:
-    """`torch.load` with every failure said in one line."""
-    torch = _import_torch()
-    if not path.exists():
-        raise UsageError(f"{path} is not there: expected a .pth.tar or the workdir of a run")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch thinks of a pickle; a failure is said below
-            # Files in the format from before PyTorch 1.6 cannot be mapped into memory.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # a malformed pickle can fail in any way
-        if forbidden := re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", str(error)):
-            raise UsageError(
-                f"{path}: loading it would run code ({forbidden[1]}), and is refused: expected tensors, numbers and "
-                "strings only; where you trust it, load it in PyTorch and save its state_dict alone"
-            ) from None
-        raise UsageError(
-            f"{path} is no whole PyTorch checkpoint ({type(error).__name__}): expected a file written by torch.save; "
-            "download or copy it again if it should be one"
-        ) from None
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, np.ndarray | Unusable)
 
 
-def _import_torch():
-    try:
-        import torch
-    except ImportError:
-        raise UsageError("reading and writing PyTorch checkpoints takes PyTorch: pip install torch") from None
-    return torch
+def _networks(names: Iterable[str]) -> dict[str, bool]:
+    """Returns the prefixes under which a state dict holds a ResNet, each with whether that is an `nn.Sequential`."""
+    names, found = set(names), {}
+    layouts = (("layer1.0.conv1.weight", "conv1.weight", False), ("4.0.conv1.weight", "0.weight", True))
+    for block, stem, numbered in layouts:
+        for name in names:
+            prefix = name.removesuffix(block)
+            if name.endswith(block) and (not prefix or prefix.endswith(".")) and prefix + stem in names:
+                found.setdefault(prefix, numbered)
+    return dict(sorted(found.items()))
+
+
+def _named_by_child(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of an `nn.Sequential` of torchvision's children under torchvision's names."""
+    split = {name: name.partition(".") for name in tensors}
+    return {f"{_CHILDREN.get(number, number)}.{rest}": tensors[name] for name, (number, _, rest) in split.items()}
+
+
+def _whole(value: Any) -> int | None:
+    """Returns a tensor of one whole number as that number; None: it is another."""
+    if not isinstance(value, np.ndarray) or value.size != 1 or value.dtype.kind not in "iuf":
+        return None
+    number = value.item()
+    return int(number) if math.isfinite(number) and number == int(number) else None
+
+
+def _number(value: Any) -> float | None:
+    """Returns a setting of an optimiser as a number; None: it is none."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else None
 
 
 class _Reader:
     """Sorts the tensors of a checkpoint, and collects all that is wrong with them before it says anything."""
 
-    def __init__(self, path: pathlib.Path, content: Any):
+    def __init__(self, path: pathlib.Path, content: Any, prefix: str):
         self.path = path
         self.notes: list[str] = []
         self._problems: dict[str, list[str]] = collections.defaultdict(list)
         self._content = content if isinstance(content, dict) else {}
-        tensors = self._content.get("state_dict", self._content)
-        torch = _import_torch()
-        if not isinstance(tensors, dict) or not any(isinstance(value, torch.Tensor) for value in tensors.values()):
-            keys = ", ".join(map(str, list(self._content)[:5])) or type(content).__name__
-            raise UsageError(f"{path} holds no state dict (found: {keys}): expected one, alone or under 'state_dict'")
-        if others := [str(name) for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
-            raise UsageError(f"{path}: {_abbreviate(others, 4)} in its state dict is no tensor: expected nothing else")
-        self._tensors = {str(name).removeprefix("module."): value for name, value in tensors.items()}
+        self._arch = arch if isinstance(arch := self._content.get("arch"), str) else None
+        tensors = self._within(prefix, self._state_dict(content))
+        self._tensors = tensors
         self._counters: dict[str, int] = {}
-        self.kind = "moco" if any(name.startswith("encoder_") for name in self._tensors) else "torchvision"
+        self.kind = "moco" if any(name.startswith(("encoder_q.", "encoder_k.")) for name in tensors) else "torchvision"
+
+    def _state_dict(self, content: Any) -> dict[str, Any]:
+        """Returns the tensors by their names, without `module.`."""
+        found = [name for name in _HOLDERS if isinstance(self._content.get(name), dict)]
+        found = [name for name in found if any(map(_is_tensor, self._content[name].values()))]
+        tensors = self._content[found[0]] if found else self._content
+        if not any(map(_is_tensor, tensors.values())):
+            keys = _abbreviate(list(map(_printable, self._content)), 5) or type(content).__name__
+            raise UsageError(
+                f"{self.path} holds no state dict (found: {keys}): expected one, alone or under "
+                f"{', '.join(map(repr, _HOLDERS))}"
+            )
+        if len(found) > 1:
+            self.notes.append(f"read is what it holds under {found[0]!r}; left aside: {', '.join(found[1:])}")
+        if others := [_printable(name) for name, value in tensors.items() if not _is_tensor(value)]:
+            raise UsageError(
+                f"{self.path}: {_abbreviate(others, 4)} in its state dict is no tensor: expected nothing else"
+            )
+        if unnamed := [_printable(name) for name in tensors if not isinstance(name, str) or not name.isprintable()]:
+            raise UsageError(f"{self.path}: {_abbreviate(unnamed, 4)} in its state dict is no name of a tensor")
+        named = {name.removeprefix("module."): value for name, value in tensors.items()}
+        if twice := [name for name in tensors if name.startswith("module.") and name[len("module.") :] in tensors]:
+            raise UsageError(
+                f"{self.path} holds {len(twice)} tensors twice, with and without 'module.' ({_abbreviate(twice, 4)}): "
+                "expected each once; save the state_dict of one network"
+            )
+        return named
+
+    def _within(self, prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Returns the tensors of the network under its own names; notes what is left aside."""
+        given, networks = prefix, _networks(tensors)
+        seen = ", ".join(repr(name) for name in networks if name)
+        if prefix:
+            prefix = f"{prefix.removesuffix('.')}.".removeprefix("module.")
+            if not any(name.startswith(prefix) for name in tensors):
+                expected = f"one of {seen}" if seen else "what they begin with"
+                raise UsageError(
+                    f"--prefix={given}: none of the tensors of {self.path} begins with it "
+                    f"({_abbreviate(list(tensors), 4)}): expected {expected}"
+                )
+        elif "conv1.weight" in tensors or any(name.startswith(("encoder_q.", "encoder_k.")) for name in tensors):
+            return tensors
+        elif len(usual := [name for name in networks if name in _PREFIXES] if len(networks) > 1 else [*networks]) == 1:
+            (prefix,) = usual
+        elif networks:
+            raise UsageError(
+                f"{self.path} holds {len(networks)} networks, its tensors begin with {seen}: name one, with --prefix= "
+                "of convert_checkpoints.py or eval_linear.py, or prefix= in Python"
+            )
+        inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        aside = sorted({name.partition(".")[0] for name in tensors if not name.startswith(prefix)})
+        if prefix and (aside or not given):
+            left = f"; left aside: {_abbreviate(aside, 6)}" if aside else ""
+            others = [name for name in networks if not name.startswith(prefix)]
+            more = f" (--prefix={others[0]} reads that network instead)" if others else ""
+            self.notes.append(f"read is the network whose tensors begin with {prefix!r}{left}{more}")
+        if networks.get(prefix):
+            inside = _named_by_child(inside)
+        first = inside.get("conv1.weight")
+        if prefix and isinstance(first, np.ndarray) and first.shape[-1:] == (_KERNEL_OF_STEM["small"],):
+            self.notes.append(
+                "the first convolution, 3x3, is taken as padded by 1; solo-learn's for CIFAR pads by 2: give such a "
+                "network its images with one more pixel of zeros on every side"
+            )
+        return inside
 
     def snapshot(self, step: int | None) -> Snapshot:
         query, key, rest = self._tensors, {}, {}
@@ -262,7 +347,7 @@ class _Reader:
 
         complete = key_params is not None and queue is not None
         epoch = self._content.get("epoch")
-        epoch = epoch if isinstance(epoch, int) else None
+        epoch = epoch if isinstance(epoch, int) and 0 <= epoch <= _MOST_STEPS else None
         if step is None:
             step = self._step(epoch) if complete else 0
         trace = momentum
@@ -273,7 +358,7 @@ class _Reader:
             config.model.compute_dtype = "float64"
         memory = MoCoMemory(key_params, key_batch_stats, queue, queue_ptr)
         state = TrainState(np.int32(step), params, batch_stats, opt_state, memory)
-        origin = Origin(self.path.name, self.kind, epoch, step, self._group().get("lr"), self._counters)
+        origin = Origin(self.path.name, self.kind, epoch, step, _number(self._group().get("lr")), self._counters)
         steps_per_epoch = snapshot.steps_in_epoch(epoch, step)
         return Snapshot(config, state, origin, steps_per_epoch, tuple(self.notes))
 
@@ -288,7 +373,7 @@ class _Reader:
     def _read_structure(self, config: Config, query: dict[str, Any]) -> None:
         """Sets architecture, stem, width, head and dim from the shapes of the query encoder."""
         first = query.get("conv1.weight")
-        if first is None or first.ndim != 4:
+        if not isinstance(first, np.ndarray) or first.ndim != 4:
             raise UsageError(
                 f"{self.path} holds no ResNet (tensors: {_abbreviate(list(query), 4)}): "
                 "expected torchvision's names, conv1.weight, bn1.weight, layer1.0.conv1.weight and on"
@@ -296,24 +381,26 @@ class _Reader:
         width = int(first.shape[0])
         stems = [stem for stem, size in _KERNEL_OF_STEM.items() if size == first.shape[-1]]
         stem = stems[0] if stems else "imagenet"
-        shapes = {name: tuple(value.shape) for name, value in query.items() if not name.startswith("fc.")}
+        shapes = {name: getattr(value, "shape", None) for name, value in query.items() if not name.startswith("fc.")}
 
         def distance(name: str) -> tuple[int, bool]:
             table = backbone_table(ARCHITECTURES[name]._replace(width=width), stem)
             wrong = {(entry.torch, entry.shape) for entry in table} ^ {
                 item for item in shapes.items() if not item[0].endswith(_COUNTER)
             }
-            return len(wrong), name != self._content.get("arch")
+            return len(wrong), name != self._arch
 
         # The nearest architecture; what it lacks or has too much is a problem to be reported later.
         arch = min(ARCHITECTURES, key=distance)
         config.model.arch, config.model.stem = arch, stem
         config.model.width = 0 if width == ARCHITECTURES[arch].width else width
-        if (said := self._content.get("arch")) in ARCHITECTURES and said != arch:
-            self.notes.append(f"the file calls itself {said}; its tensors are those of {arch}, and are taken as that")
+        if self._arch in ARCHITECTURES and self._arch != arch:
+            self.notes.append(
+                f"the file calls itself {self._arch}; its tensors are those of {arch}, and are taken as that"
+            )
 
         for name, mlp in (("fc.2.weight", True), ("fc.weight", False)):
-            if name in query and query[name].ndim == 2:
+            if len(getattr(query.get(name), "shape", ())) == 2 and query[name].shape[0]:
                 config.moco.dim, config.moco.mlp = int(query[name].shape[0]), mlp
                 break
 
@@ -327,24 +414,28 @@ class _Reader:
             values = self._array(prefix + entry.torch, tensors[entry.torch], entry.shape)
             if values is not None:
                 _set(trees[entry.collection], entry.path, _to_jax(values, entry.kind))
-        counters = [name for name in _counters(table) if name in tensors and tensors[name].numel() == 1]
-        self._counters |= {prefix + name: int(tensors[name]) for name in counters}
+        counters = [name for name in _counters(table) if name in tensors]
+        for name in counters:
+            number = _whole(tensors[name])
+            if number is None or not 0 <= number <= _MOST_STEPS:
+                self._problems["wrong"].append(f"{prefix}{name} (expected one number from 0 to {_MOST_STEPS})")
+            else:
+                self._counters[prefix + name] = number
         known = {entry.torch for entry in table} | set(counters)
         self._problems["unexpected"] += [prefix + name for name in tensors if name not in known]
         return trees["params"], trees["batch_stats"]
 
-    def _array(self, name: str, tensor: Any, shape: tuple[int, ...] | None) -> np.ndarray | None:
+    def _array(self, name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
         """Returns a tensor as a float32 or float64 array; None, and a problem noted, if it is not as expected."""
-        torch = _import_torch()
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
-            self._problems["of a wrong type"].append(f"{name} ({tensor.dtype}, expected floating point)")
+        if not isinstance(values, np.ndarray) or not jnp.issubdtype(values.dtype, np.floating):
+            what = values.dtype if isinstance(values, np.ndarray) else getattr(values, "what", type(values).__name__)
+            self._problems["of a wrong type"].append(f"{name} ({what}, expected floating point)")
             return None
-        if shape is not None and tuple(tensor.shape) != shape:
-            self._problems["mis-shaped"].append(f"{name} {tuple(tensor.shape)}, expected {shape}")
+        if values.shape != shape:
+            self._problems["mis-shaped"].append(f"{name} {values.shape}, expected {shape}")
             return None
-        if tensor.dtype not in (torch.float32, torch.float64):
-            tensor = tensor.float()
-        values = tensor.detach().numpy()
+        if values.dtype not in (np.float32, np.float64):
+            values = values.astype(np.float32)
         if not np.isfinite(values).all():
             what = "NaN" if np.isnan(values).any() else "infinity"
             self.notes.append(f"{name} holds {what}: whatever is computed with it will not be finite")
@@ -359,17 +450,18 @@ class _Reader:
         config.moco.queue_size = K
         queue = self._array("queue", rest["queue"], (config.moco.dim, K))
         pointer = rest.get("queue_ptr")
-        if pointer is None or pointer.numel() != 1 or not 0 <= int(pointer) < K:
-            found = "missing" if pointer is None else f"{pointer.tolist()}"
+        number = _whole(pointer)
+        if number is None or not 0 <= number < min(K, _MOST_STEPS):
+            found = "missing" if pointer is None else "no whole number" if number is None else number
             self._problems["wrong"].append(f"queue_ptr ({found}, expected one number from 0 to {K - 1})")
             return None, None
-        return None if queue is None else queue.T, np.int32(int(pointer))
+        return None if queue is None else queue.T, np.int32(number)
 
     def _group(self) -> dict[str, Any]:
         """The first parameter group of the optimiser; empty where there is none."""
         optimizer = self._content.get("optimizer")
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-        return groups[0] if groups and isinstance(groups[0], dict) else {}
+        return groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
 
     def _momentum(self, config: Config, table: list[Entry]) -> Tree | None:
         """Returns SGD's momentum buffers of the query parameters; None if they are not there or were never set."""
@@ -379,20 +471,28 @@ class _Reader:
         parameters = [entry for entry in table if entry.collection == "params"]
         groups, states = self._content["optimizer"]["param_groups"], self._content["optimizer"].get("state", {})
         numbers = group.get("params", [])
+        if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
+            numbers = []
         if len(groups) > 1 or len(numbers) not in (len(parameters), 2 * len(parameters)):
             self._problems["wrong"].append(
                 f"optimizer ({len(groups)} groups, {len(numbers)} parameters in the first; expected one group of "
                 f"{len(parameters)} or {2 * len(parameters)} parameters, the query encoder's first)"
             )
             return None
+        if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+            self._problems["wrong"].append("the optimizer's state (expected a dict of dicts)")
+            return None
         if any("momentum_buffer" not in state for state in states.values()):
-            found = ", ".join(sorted({name for state in states.values() for name in state}))
+            found = ", ".join(sorted({_printable(name) for state in states.values() for name in state}))
             self.notes.append(f"the optimiser is not SGD (its state: {found}): left out, momentum starts at 0")
             return None
         if group.get("nesterov") or group.get("dampening"):
             self.notes.append("the optimiser used Nesterov momentum or dampening; the training step here has neither")
-        config.optim.momentum = float(group.get("momentum", config.optim.momentum))
-        config.optim.weight_decay = float(group.get("weight_decay", config.optim.weight_decay))
+        for name in ("momentum", "weight_decay"):
+            if (number := _number(group.get(name, getattr(config.optim, name)))) is None:
+                self._problems["wrong"].append(f"the optimizer's {name} (expected a number)")
+            else:
+                setattr(config.optim, name, number)
         buffers = {number: state["momentum_buffer"] for number, state in states.items()}
         if all(buffer is None for buffer in buffers.values()):
             return None
@@ -428,6 +528,12 @@ def _map(function, tree: Tree) -> Tree:
     return {name: _map(function, value) if isinstance(value, dict) else function(value) for name, value in tree.items()}
 
 
+def _printable(name: Any) -> str:
+    """Returns a key of a file as a part of a line."""
+    text = name if isinstance(name, str) else f"{type(name).__name__} {name!r}"
+    return (text if text.isprintable() else repr(text))[:100]
+
+
 def _abbreviate(names: list[str], most: int) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -439,6 +545,7 @@ def to_jax(
     *,
     config: Config | None = None,
     step: int | None = None,
+    prefix: str = "",
     overwrite: bool = False,
 ) -> Snapshot:
     """Converts a PyTorch checkpoint into the working directory of a run.
@@ -451,6 +558,7 @@ def to_jax(
       directory: to make.
       config: recipe of the run; None: the original's defaults, with what can be read off the file.
       step: see `read`.
+      prefix: see `read`.
       overwrite: replace a run that is there.
 
     Returns:
@@ -461,7 +569,7 @@ def to_jax(
     """
     if pathlib.Path(source).is_dir():
         raise UsageError(f"{source} is a directory: to-jax expects a .pth.tar")
-    found = read(source, step)
+    found = read(source, step, prefix)
     if config is not None:
         snapshot.check_config(config, found, source)
         found = dataclasses.replace(found, config=config)
@@ -516,6 +624,7 @@ def to_torch(
     target: Target = "moco",
     *,
     epoch: int | None = None,
+    prefix: str = "",
     overwrite: bool = False,
 ) -> Snapshot:
     """Writes a run's state, or another PyTorch checkpoint's, as a PyTorch checkpoint.
@@ -524,8 +633,10 @@ def to_torch(
       source: workdir of a run or one of its checkpoints.
       path: `.pth`, `.pth.tar` or `.pt`; `.safetensors` holds the tensors alone.
       target: "moco": both encoders, queue and momentum buffers, as the original's code loads them with strict key
-        matching; "torchvision": the backbone under torchvision's names, for timm, detectron2, or linear evaluation.
+        matching, and as MoCo's scripts for linear evaluation and detection (detectron2) read it; "torchvision": the
+        backbone under torchvision's names, for torchvision and timm.
       epoch: epochs done, for "moco"; None: what the run's metrics or the converted file say.
+      prefix: see `read`, where the source is a PyTorch checkpoint.
       overwrite: replace a file that is there.
 
     Returns:
@@ -541,7 +652,7 @@ def to_torch(
         raise UsageError(f"{path}: the name must end in .pth, .pth.tar, .pt or .safetensors")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} is there already: name another file, or pass --overwrite")
-    found = read(source)
+    found = read(source, prefix=prefix)
     notes = list(found.notes)
     if target == "moco" and found.config.method != "moco":
         raise UsageError(
@@ -560,7 +671,8 @@ def to_torch(
             notes.append("safetensors holds tensors under a name each: the momentum buffers are not among them")
         _write(path, lambda file: _save_safetensors(tensors, found.config.model.arch, file))
         return dataclasses.replace(found, notes=tuple(notes))
-    content: dict[str, Any] = tensors
+    torch = torch_file.import_torch()
+    content: dict[str, Any] = {name: _tensor(values) for name, values in tensors.items()}
     if target == "moco":
         if epoch is None and (epoch := found.epoch) is None:
             epoch = 0
@@ -568,15 +680,14 @@ def to_torch(
         content = {
             "epoch": epoch,
             "arch": found.config.model.arch,
-            "state_dict": tensors,
+            "state_dict": content,
             "optimizer": _optimizer(found, notes),
         }
-    torch = _import_torch()
     _write(path, lambda file: torch.save(content, file))
     return dataclasses.replace(found, notes=tuple(notes))
 
 
-def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, Any]:
+def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, np.ndarray]:
     if missing := [part for part in found.missing if part != "optimizer state"]:
         notes.append(
             f"no {', '.join(missing)} there: written is what there is; the original's training code does not load it, "
@@ -585,21 +696,21 @@ def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, Any]:
     named = state_dict(found)
     if found.origin and found.origin.kind == "torchvision":
         named = ((f"encoder_q.{name}", values) for name, values in named)
-    return {f"module.{name}": _tensor(values) for name, values in named}
+    return {f"module.{name}": values for name, values in named}
 
 
-def _torchvision_tensors(found: Snapshot) -> dict[str, Any]:
+def _torchvision_tensors(found: Snapshot) -> dict[str, np.ndarray]:
     """The query encoder without its projection head; `fc` stays where it came as a classifier."""
     if found.origin and found.origin.kind == "torchvision":
-        return {name: _tensor(values) for name, values in state_dict(found)}
+        return dict(state_dict(found))
     params, batch_stats = without_head(found.state.params), without_head(found.state.batch_stats)
     named = _encoder_tensors(found, params, batch_stats, "encoder_q.")
-    return {name.removeprefix("encoder_q."): _tensor(values) for name, values in named}
+    return {name.removeprefix("encoder_q."): values for name, values in named}
 
 
 def _tensor(values: np.ndarray):
     # A copy in PyTorch's order, so that the file is as any other and no view of the source.
-    return _import_torch().from_numpy(np.array(values, order="C"))
+    return torch_file.import_torch().from_numpy(np.array(values, order="C"))
 
 
 def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
@@ -610,7 +721,7 @@ def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
     if config.optim.name != "sgd":
         notes.append(f"the optimiser is {config.optim.name}, the original's SGD: its state is left out")
     elif state.opt_state is not None:
-        trace = flax.serialization.to_state_dict(state.opt_state)["1"]["trace"]
+        trace = _trace(state)
         values = [np.asarray(_get(trace, entry.path)) for entry in parameters]
         # Before the first step PyTorch has no buffers.
         if any(value.any() for value in values):
@@ -636,20 +747,27 @@ def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
     return {"state": buffers, "param_groups": [group]}
 
 
-def _save_safetensors(tensors: dict[str, Any], arch: str, file: pathlib.Path) -> None:
+def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.Path) -> None:
     try:
-        import safetensors.torch
+        import safetensors.numpy
     except ImportError:
         raise UsageError("writing .safetensors takes its library: pip install safetensors") from None
-    safetensors.torch.save_file(tensors, file, metadata={"format": "pt", "arch": arch})
+    tensors = {name: np.array(values, order="C") for name, values in tensors.items()}
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt", "arch": arch})
+    except safetensors.SafetensorError as error:  # a full disk among others
+        raise OSError(str(error)) from None
 
 
 def _write(path: pathlib.Path, save) -> None:
-    """Saves under another name, then renames."""
+    """Saves under another name, then renames; who may read the file is as for any new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         save(temporary)
+        temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -680,8 +798,10 @@ def describe(found: Snapshot) -> dict[str, str]:
     memory = _moco_memory(state)
     parts = ["query encoder"] + ([] if memory.key_params is None else ["key encoder"])
     parts += [] if memory.queue is None else ["queue"]
-    if state.opt_state is not None:
-        parts.append("momentum buffers" if config.optim.name == "sgd" else f"state of {config.optim.name}")
+    if state.opt_state is not None and config.optim.name != "sgd":
+        parts.append(f"state of {config.optim.name}")
+    elif state.opt_state is not None and any(leaf.any() for leaf in _leaves(_trace(state))):
+        parts.append("momentum buffers")
     rows = {
         "kind": kind,
         "architecture": _describe_architecture(config),
@@ -698,6 +818,11 @@ def describe(found: Snapshot) -> dict[str, str]:
         rows["dim"], rows["K"] = str(memory.queue.shape[1]), str(memory.queue.shape[0])
         rows["queue_ptr"] = str(int(memory.queue_ptr))
     return rows
+
+
+def _trace(state: TrainState) -> Tree:
+    """Returns SGD's momentum buffers: zeros, where none have been set yet."""
+    return flax.serialization.to_state_dict(state.opt_state)["1"]["trace"]
 
 
 def _describe_architecture(config: Config) -> str:

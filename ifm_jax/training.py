@@ -99,7 +99,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         start_rng = sharding.place_key(mesh, assembly.initial_rngs(config)[0])
         if begin.weights is not None:
             begin.state, notes = start.started_with(begin.weights, jax.device_get(create(start_rng)), config.method)
-            begin.said.append(f"Starting with {config.init_from}: {'; '.join(notes)}.")
+            begin.said.append(f"Starting with {config.init_from}: {'; '.join([*notes, *begin.weights.notes])}.")
         if begin.state is None:
             train_state = create(start_rng)
         else:

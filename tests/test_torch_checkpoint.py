@@ -4,8 +4,13 @@ import dataclasses
 import os
 import pathlib
 import pickle
+import re
+import stat
 import subprocess
 import sys
+import tarfile
+import warnings
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +18,16 @@ import numpy as np
 import optax
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ifm_jax import checkpoint, loading, models, optim, pretrain, snapshot, torch_checkpoint, training
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.evaluation import subject
 from ifm_jax.methods import MoCo, Objective
 from ifm_jax.models import Encoder
 from ifm_jax.snapshot import Snapshot
-from tests.torch_reference import Reference, ReferenceMoCo
+from tests.torch_reference import Reference, ReferenceMoCo, resnet
 from tests.torchvision_peer import torchvision
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -184,6 +190,13 @@ def test_no_momentum_yet_stays_so(tmp_path):
     assert torch.load(tmp_path / "b.pth.tar", weights_only=True)["optimizer"]["state"] == {}
 
 
+def test_momentum_that_is_not_there_is_not_listed(tmp_path):
+    for steps, listed in ((0, False), (3, True)):
+        moco_file(tmp_path / "a.pth.tar", steps=steps)
+        rows = torch_checkpoint.describe(torch_checkpoint.read(tmp_path / "a.pth.tar"))
+        assert ("momentum buffers" in rows["parts"]) == listed
+
+
 def test_counters_move_with_the_steps(tmp_path):
     moco_file(tmp_path / "a.pth.tar", steps=3)
     found = torch_checkpoint.read(tmp_path / "a.pth.tar")
@@ -225,22 +238,25 @@ def features_of(network, images):
         return network(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_features_equal_torchvisions(arch, tmp_path):
+@pytest.mark.parametrize("arch", ["resnet18", "resnet101", "resnext101_32x8d"])
+def test_features_equal_torchvisions(arch, one_thread, tmp_path):
+    """At full width; test_models.py has every architecture, and training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = with_statistics(torchvision.models.get_model(arch, num_classes=10))
     torch.save(network.state_dict(), tmp_path / "network.pth")
-    images = np.random.default_rng(0).standard_normal((2, 64, 64, 3))
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3))
     expected = features_of(network.double(), images)
-
-    found = loading.load(tmp_path / "network.pth")(jnp.asarray(images, jnp.float32))
-    assert found.dtype == np.float32
-    assert found.shape == (2, expected.shape[1])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    if arch == "resnet18":
+        found = loading.load(tmp_path / "network.pth")(jnp.asarray(images, jnp.float32))
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     with jax.enable_x64(True):
         found = loading.load(tmp_path / "network.pth", dtype="float64")(jnp.asarray(images, jnp.float64))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+    assert found.shape == (2, expected.shape[1])
+    error = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+    print(f"{arch}: {error:.0e}")
+    assert error <= 1e-10
 
 
 def test_load_reads_every_kind_alike(tmp_path):
@@ -295,6 +311,156 @@ def test_stripped_checkpoint_round_trip(head, tmp_path):
     assert back["epoch"] == 200
 
 
+# --- Other libraries' checkpoints ------------------------------------------------------------------------------------
+
+NARROW = 8  # channels of the first stage, instead of 64
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    """A network, its state dict without the classifier, images, and their features."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = with_statistics(resnet("resnet18", 10, NARROW))
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    features = features_of(network, images)
+    return network, dict(network.state_dict()), images, features
+
+
+def under(prefix, tensors):
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def numbered(network):
+    """As lightly's examples have it: no names but the places of the children."""
+    return dict(torch.nn.Sequential(*list(network.children())[:-1]).state_dict())
+
+
+HEAD = {"projector.0.weight": torch.zeros(3, 3), "predictor.0.weight": torch.zeros(3, 3)}
+ASIDE = r"'backbone\.'; left aside: predictor, projector$"
+
+
+@pytest.mark.parametrize(
+    ("make", "prefix", "note"),  # from the state dict or the network: a file, how it is read, what is said
+    [
+        # solo-learn's, as lightning saves it
+        (lambda t, n: {"epoch": 9, "state_dict": under("backbone.", t) | HEAD}, "", ASIDE),
+        (lambda t, n: {"epoch": 9, "state_dict": under("backbone.", t) | HEAD}, "backbone.", ASIDE),
+        (lambda t, n: {"epoch": 9, "state_dict": under("backbone.", t) | HEAD}, "backbone", ASIDE),
+        (lambda t, n: {"model": under("module.backbone.", t) | HEAD}, "module.backbone.", ASIDE),
+        (lambda t, n: {"state_dict": under("module.backbone.", t) | HEAD}, "", ASIDE),
+        # lightly's
+        (lambda t, n: {"state_dict": under("backbone.", numbered(n)) | HEAD}, "", ASIDE),
+        (lambda t, n: {"state_dict": under("backbone.", numbered(n)) | HEAD}, "backbone.", ASIDE),
+        (lambda t, n: numbered(n), "", None),
+        (lambda t, n: under("encoder.", t), "", r"begin with 'encoder\.'$"),
+        (lambda t, n: under("encoder.", t), "encoder.", None),
+        (lambda t, n: {"model": under("model.", t)}, "model.", None),
+        (lambda t, n: {"model": t}, "", None),
+        (lambda t, n: {"backbone": t}, "", None),
+        (lambda t, n: {"state_dict": t, "model": t}, "", "under 'state_dict'; left aside: model"),
+        # two networks, of which one has a usual name
+        (
+            lambda t, n: under("backbone.", t) | under("momentum_backbone.", random_like(t)),
+            "",
+            r"left aside: momentum_backbone \(--prefix=momentum_backbone\. reads",
+        ),
+        (lambda t, n: under("student.", random_like(t)) | under("teacher.", t), "teacher.", "left aside: student"),
+        (lambda t, n: under("model.encoder_q.", t) | {"model.queue_ptr": torch.zeros(1)}, "model.encoder_q.", "model"),
+    ],
+)
+def test_another_librarys_checkpoint(make, prefix, note, backbone, tmp_path):
+    network, tensors, images, features = backbone
+    torch.save(make(tensors, network), tmp_path / "a.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = loading.load(tmp_path / "a.ckpt", prefix=prefix)
+    notes = [str(warning.message) for warning in caught]
+    assert len(notes) == (note is not None), notes
+    if note:
+        assert re.search(note, notes[0]), notes
+    np.testing.assert_allclose(model(jnp.asarray(images)), features, rtol=0, atol=1e-4 * np.abs(features).max())
+
+
+def random_like(tensors):
+    return {name: torch.rand(value.shape) for name, value in tensors.items()}
+
+
+def test_a_whole_moco_under_a_prefix(tmp_path):
+    content = moco_file(tmp_path / "a.pth.tar", mlp=False)
+    inner = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
+    torch.save(content | {"state_dict": under("model.", inner) | HEAD}, tmp_path / "b.pth.tar")
+    expected, found = (
+        torch_checkpoint.read(tmp_path / "a.pth.tar"),
+        torch_checkpoint.read(tmp_path / "b.pth.tar", prefix="model."),
+    )
+    assert found.missing == []
+    assert_same_tree(found.state, expected.state)
+
+
+def test_networks_of_which_one_is_to_be_named(backbone, tmp_path):
+    tensors = backbone[1]
+    torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
+    with pytest.raises(UsageError, match=r"2 networks.*begin with 'student\.', 'teacher\.': name one, with --prefix="):
+        torch_checkpoint.read(tmp_path / "a.pth")
+    with pytest.raises(UsageError, match=r"--prefix=net: none.*: expected one of 'student\.', 'teacher\.'"):
+        torch_checkpoint.to_jax(tmp_path / "a.pth", tmp_path / "run", prefix="net")
+    with pytest.raises(UsageError, match=r"is a directory; a prefix is for files"):
+        torch_checkpoint.read(tmp_path, prefix="student.")
+    assert subject.load(tmp_path / "a.pth", None, "student.").config.model.arch == "resnet18"
+    with pytest.warns(UserWarning, match="left aside: teacher"):
+        loading.load(tmp_path / "a.pth", prefix="student.")
+
+
+def test_solo_learns_cifar_stem(tmp_path):
+    """Its first convolution pads by two: as ours does images with one more pixel of zeros around."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = with_statistics(resnet("resnet18", 10, NARROW))
+        network.conv1 = torch.nn.Conv2d(3, NARROW, kernel_size=3, padding=2, bias=False)
+    network.maxpool = torch.nn.Identity()
+    torch.save({"state_dict": under("backbone.", network.state_dict())}, tmp_path / "a.ckpt")
+    images = np.random.default_rng(0).standard_normal((1, 16, 16, 3)).astype(np.float32)
+    features = features_of(network, images)
+    with pytest.warns(UserWarning, match="one more pixel of zeros on every side"):
+        model = loading.load(tmp_path / "a.ckpt", prefix="backbone.")
+    found = model(jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))))
+    np.testing.assert_allclose(found, features, rtol=0, atol=1e-4 * np.abs(features).max())
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_types_of_tensors(dtype, suffix, backbone, tmp_path, monkeypatch):
+    tensors = {name: v.to(dtype) if v.is_floating_point() else v for name, v in backbone[1].items()}
+    if suffix == ".pth":
+        torch.save({"state_dict": tensors, "arch": "resnet34"}, tmp_path / "a.pth")
+    else:
+        save_file(tensors, tmp_path / "a.safetensors", metadata={"arch": "resnet34"})
+        monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
+    found = torch_checkpoint.read(tmp_path / f"a{suffix}")
+    assert "calls itself resnet34" in found.notes[0]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    kernel = found.state.params["layer4"]["1"]["conv2"]["kernel"]
+    expected = tensors["layer4.1.conv2.weight"].to(wide).numpy()
+    assert kernel.dtype == expected.dtype
+    np.testing.assert_array_equal(kernel, expected.transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(found.state.batch_stats["bn1"]["var"], tensors["bn1.running_var"].to(wide).numpy())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_written_file_is_anyones_to_read(suffix, backbone, tmp_path):
+    torch.save(backbone[1], tmp_path / "a.pth")
+    before = os.umask(0o027)
+    try:
+        torch_checkpoint.to_torch(tmp_path / "a.pth", tmp_path / f"b{suffix}", "torchvision")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / f"b{suffix}").stat().st_mode) == 0o640
+
+
 # --- What is said and refused ----------------------------------------------------------------------------------------
 
 
@@ -336,7 +502,7 @@ def test_all_problems_in_one_message(tmp_path):
         "2 missing: encoder_q.bn1.running_mean, momentum_buffer of encoder_q.bn1.weight",
         "encoder_k.layer2.0.conv1.weight (3, 3), expected (128, 64, 3, 3)",
         "momentum_buffer of encoder_q.conv1.weight (7,), expected (64, 3, 7, 7)",
-        "encoder_k.fc.0.bias (torch.int64",
+        "encoder_k.fc.0.bias (int64",
         "queue_ptr (missing",
         "teacher.weight",
         "encoder_q.layer9.weight",
@@ -406,7 +572,69 @@ def files(tmp_path_factory):
     torch.save(densenet, folder / "densenet.pth")
     (folder / "occupied").mkdir()
     (folder / "occupied" / "file").write_text("")
+    (folder / "folder.pth.tar").mkdir()
+    os.mkfifo(folder / "pipe.pth.tar")
+    tensors = dict(resnet("resnet18", 10, NARROW).state_dict())
+    save_file(tensors, folder / "good.safetensors")
+    whole = (folder / "good.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[:-1])
+    (folder / "header.safetensors").write_bytes(whole[:8] + b"[" + whole[9:])
+    (folder / "length.safetensors").write_bytes(b"\xff" * 7 + whole[7:])
+    (folder / "empty.safetensors").write_bytes(b"")
+    save_file(tensors | {"bn1.bias": torch.zeros(NARROW).to(torch.float8_e4m3fn)}, folder / "float8.safetensors")
+    for name, content in hostile(tensors).items():
+        torch.save(content, folder / f"{name}.pth")
+    packed(folder / "zero.pth", folder / "packed.pth")
+    # From before PyTorch 1.6, with a storage that is not there.
+    torch.save(tensors, folder / "legacy.pth", _use_new_zipfile_serialization=False)
+    whole = (folder / "legacy.pth").read_bytes()
+    (folder / "legacy.pth").write_bytes(whole[: len(whole) // 2])
+    with tarfile.open(folder / "tar.pth", "w") as archive:
+        archive.add(folder / "zero.pth", "storages")
     return folder
+
+
+def packed(source, path):
+    with zipfile.ZipFile(source) as parts, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in parts.namelist():
+            archive.writestr(name, parts.read(name) + bytes(100_000))
+
+
+def hostile(tensors):
+    """State dicts that torch saves and no network has."""
+
+    def changed(name, value):
+        return tensors | {name: value}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch gives them up
+        quantized = torch.quantize_per_tensor(torch.zeros(NARROW), 1.0, 0, torch.qint8)
+    endless = {"conv1.weight": torch.zeros(1)}
+    endless["again"] = endless
+    bias = torch.zeros(NARROW)
+    optimizer = {"param_groups": [{"params": 3, "momentum": "much", "lr": "high"}], "state": [1]}
+    query = under("encoder_q.", tensors)
+    return {
+        "zero": changed("conv1.weight", torch.tensor(1.0)),
+        "zero_d": changed("bn1.bias", torch.tensor(1.0)),
+        "huge": changed("bn1.bias", torch.zeros(1).expand(10**12)),
+        "huge_queue": query | {"queue": torch.zeros(1).expand(10, 10**12), "queue_ptr": torch.zeros(1).long()},
+        "sparse": changed("bn1.bias", bias.to_sparse()),
+        "quantized": changed("bn1.bias", quantized),
+        "complex": changed("bn1.bias", torch.complex(bias, bias).conj()),
+        "meta": changed("bn1.bias", bias.to("meta")),
+        "keys": tensors | {3: bias},
+        "unprintable": changed("bn1.\x1b[31m\nbias", bias),
+        "nested_dict": {"state_dict": tensors | {"layer9": {"weight": bias}}},
+        "twice": changed("module.conv1.weight", tensors["conv1.weight"]),
+        "endless": endless,
+        "counter": changed("bn1.num_batches_tracked", torch.tensor(float("nan"))),
+        "counter_high": changed("bn1.num_batches_tracked", torch.tensor(2**40)),
+        "pointer": query | {"queue": torch.zeros(10, 4), "queue_ptr": torch.tensor([float("nan")])},
+        "optimizer": {"arch": ["a list"], "epoch": "one", "state_dict": query, "optimizer": optimizer},
+        "list": [bias],
+        "number": 3,
+    }
 
 
 def run(folder, *arguments):
@@ -424,18 +652,48 @@ def run(folder, *arguments):
         ("text.pth.tar", "no whole PyTorch checkpoint"),
         ("empty.pth.tar", "no whole PyTorch checkpoint"),
         ("vgg.pth", r"holds no ResNet \(tensors: features.0.weight"),
-        ("nested.pth", r"holds no state dict \(found: model\)"),
+        ("nested.pth", r"holds no ResNet \(tensors: features.0.weight"),
         ("densenet.pth", "1 unexpected: denseblock1.weight"),
+        ("folder.pth.tar", "holds no checkpoints"),
+        ("pipe.pth.tar", "is no regular file"),
+        ("packed.pth", r"is packed \(\d+ bytes in a file of \d+\)"),
+        ("legacy.pth", "no whole PyTorch checkpoint"),
+        ("tar.pth", "no whole PyTorch checkpoint"),
+        ("truncated.safetensors", "no whole .safetensors"),
+        ("header.safetensors", "no whole .safetensors"),
+        ("length.safetensors", "no whole .safetensors"),
+        ("empty.safetensors", "no whole .safetensors"),
+        ("float8.safetensors", r"of a wrong type: bn1.bias \(F8_E4M3, expected floating point"),
+        ("zero.pth", r"holds no ResNet \(tensors: conv1.weight"),
+        ("zero_d.pth", r"mis-shaped: bn1.bias \(\), expected \(8,\)"),
+        ("huge.pth", r"bn1.bias \(\(1000000000000,\), more numbers than the file holds"),
+        ("huge_queue.pth", r"queue \(\(10, 1000000000000\), more numbers than the file holds"),
+        ("sparse.pth", r"bn1.bias \(sparse torch.float32, expected"),
+        ("quantized.pth", r"bn1.bias \(quantized torch.qint8, expected"),
+        ("complex.pth", r"bn1.bias \(complex64, expected"),
+        ("meta.pth", r"bn1.bias \(meta, without values, expected"),
+        ("keys.pth", "int 3 in its state dict is no name of a tensor"),
+        ("unprintable.pth", r"'bn1\.\\x1b\[31m\\nbias' in its state dict is no name"),
+        ("nested_dict.pth", "layer9 in its state dict is no tensor"),
+        ("twice.pth", r"1 tensors twice, with and without 'module\.' \(module.conv1.weight\)"),
+        ("endless.pth", "again in its state dict is no tensor"),
+        ("counter.pth", r"bn1.num_batches_tracked \(expected one number"),
+        ("counter_high.pth", r"bn1.num_batches_tracked \(expected one number from 0 to 2147483647"),
+        ("pointer.pth", r"queue_ptr \(no whole number"),
+        ("optimizer.pth", r"optimizer \(1 groups, 0 parameters in the first"),
+        ("list.pth", r"holds no state dict \(found: list"),
+        ("number.pth", r"holds no state dict \(found: int"),
         ("none.pth.tar", "none.pth.tar is not there"),
         ("occupied", "holds no checkpoints"),
     ],
 )
 def test_files_that_are_refused(files, name, message):
     before = {path.name for path in files.iterdir()}
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         torch_checkpoint.read(files / name)
     with pytest.raises(UsageError):
         torch_checkpoint.to_jax(files / name, files / "out")
+    assert "\n" not in str(caught.value)
     assert {path.name for path in files.iterdir()} == before  # nothing executed, nothing half-written
 
 
@@ -447,6 +705,8 @@ def test_files_that_are_refused(files, name, message):
         (["to-torch", "good.pth.tar", "code.pth.tar"], "pass --overwrite"),
         (["to-torch", "good.pth.tar", "out.bin"], "must end in"),
         (["to-torch", "good.pth.tar", "out.pth", "--for=keras"], "keras"),
+        (["inspect", "pipe.pth.tar"], "is no regular file"),
+        (["inspect", "good.pth.tar", "--prefix=net"], "none of the tensors of good.pth.tar begins with it"),
         (["to-jax", "good.pth.tar"], "to-jax takes FILE.pth.tar DIR"),
         ([], "expected one of to-jax, to-torch, inspect"),
     ],

@@ -10,6 +10,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
+import torch
 
 from ifm_jax import assembly, checkpoint, metrics, snapshot, torch_checkpoint, training, workdir
 from ifm_jax import config as configs
@@ -185,7 +186,7 @@ def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
     assert ours != theirs
 
 
-@pytest.mark.parametrize("given", ["run", "other head", "torch"])
+@pytest.mark.parametrize("given", ["run", "other head", "torch", "backbone"])
 def test_init_from(finished, tmp_path, given, capsys):
     """A new run, at step 0, with the weights of another; what that lacks is new, and said."""
     trained = final_state(finished)
@@ -199,6 +200,15 @@ def test_init_from(finished, tmp_path, given, capsys):
         snapshot.write(snapshot.Snapshot(small.config(), jax.device_get(without)), tmp_path / "stripped")
         torch_checkpoint.to_torch(tmp_path / "stripped", path)
         taken = "query encoder; key encoder (a copy of the query encoder); a new queue"
+    elif given == "backbone":  # another library's
+        path = tmp_path / "backbone.ckpt"
+        torch_checkpoint.to_torch(finished, tmp_path / "plain.pth", "torchvision")
+        tensors = torch.load(tmp_path / "plain.pth", weights_only=True)
+        torch.save({"state_dict": {f"backbone.{name}": value for name, value in tensors.items()}}, path)
+        taken = (
+            "query encoder without its head (a new one); key encoder (a copy of the query encoder); a new queue; "
+            "read is the network whose tensors begin with 'backbone.'"
+        )
     config.init_from = str(path)
     training.train(config, tmp_path / "new", devices=jax.devices()[:1])
     assert f"Starting with {path}: {taken}." in capsys.readouterr().out

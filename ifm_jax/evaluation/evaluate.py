@@ -55,6 +55,7 @@ def evaluate(
     output: str | os.PathLike,
     wanted: Wanted = Wanted(),
     *,
+    prefix: str = "",
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
 ) -> Stopped | None:
@@ -65,6 +66,7 @@ def evaluate(
       config: to evaluate under.
       output: directory of results.json.
       wanted: what to do.
+      prefix: what the network's names in a PyTorch file begin with; see `torch_checkpoint.read`.
       devices: to run on; None: all there are.
       quiet: nothing on the terminal.
 
@@ -76,7 +78,7 @@ def evaluate(
       RunError: if images cannot be read.
     """
     output = pathlib.Path(output)
-    of = subject.load(path, config)
+    of = subject.load(path, config, prefix)
     for note in of.snapshot.notes if not quiet else ():
         print(f"{path}: {note}")
     say = (lambda text: None) if quiet or jax.process_index() else print

@@ -52,18 +52,19 @@ class Subject:
         )
 
 
-def load(path: str | os.PathLike, config: Config | None = None) -> Subject:
+def load(path: str | os.PathLike, config: Config | None = None, prefix: str = "") -> Subject:
     """Reads what is to be evaluated.
 
     Args:
       path: a run's workdir (its newest checkpoint), one of its checkpoints, or a `.pth.tar`.
       config: to evaluate under; None: the checkpoint's own. Fields that describe the network and have their default
         follow the checkpoint.
+      prefix: what the network's names in a PyTorch file begin with; see `torch_checkpoint.read`.
 
     Raises:
       UsageError: if nothing can be read there, or the config describes another network.
     """
-    found = torch_checkpoint.read(path)
+    found = torch_checkpoint.read(path, prefix=prefix)
     config = configs.from_dict(configs.to_dict(found.config if config is None else config))
     given, default, own = (snapshot.structure(each) for each in (config, Config(), found.config))
     for name in given:
