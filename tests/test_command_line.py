@@ -297,7 +297,8 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
         time.sleep(0.05)
     if number == signal.SIGPIPE:
         process.stdout.close()
-        said, silent = process.stderr.read(), ""
+        with process.stderr:
+            said, silent = process.stderr.read(), ""
         process.wait(timeout=60)
     else:
         process.send_signal(number)
