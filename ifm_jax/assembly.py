@@ -6,7 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from ifm_jax import cache, files, optim, pretrain, sharding, snapshot
+from ifm_jax import cache, optim, pretrain, sharding, snapshot
 from ifm_jax import config as configs
 from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.config import Config
@@ -184,15 +184,18 @@ def find_config(workdir: str | os.PathLike) -> Config | None:
     """
     path = pathlib.Path(workdir) / CONFIG
     stored = snapshot.stored_config(workdir)
-    if stored is None:
-        written = files.read_json(path, "expected the config of a training run")
-        return None if written is None else configs.from_dict(written)
-    stored = configs.from_dict(stored)
     try:
-        written = configs.from_dict(files.read_json(path, "") or {})
-    except UsageError:
-        return stored
-    return stored if configs.differences(stored, written) else written
+        written = configs.from_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        written = None
+    except (OSError, ValueError) as error:  # UsageError is a ValueError
+        if stored is None:
+            raise UsageError(f"{path} cannot be read ({error}): expected the config of a training run") from None
+        written = None
+    if stored is None:
+        return written
+    stored = configs.from_dict(stored)
+    return stored if written is None or configs.differences(stored, written) else written
 
 
 def read_config(workdir: str | os.PathLike) -> Config:
