@@ -14,9 +14,9 @@ As simclr_cifar10.py (image/main.py in github.com/joshr17/HCL: ResNet-50, first 
 named there hold, and its blur of 3 pixels is MoCo-v2's here; its crops are 0.08 to 1 of the area, MoCo-v2's 0.2 to 1.
 
 Hardware: one GPU with 16 GB. No time is known.
-Expected: for orientation, linear accuracy in the README of that code, one run each: SimCLR 80.15 %, debiased (tau+ 0.1)
-84.26, beta 0.5, 1, 2, 6 with tau+ 0.1: 86.38, 87.44, 87.09, 83.09. None is published for IFM here. Not yet run with this
-code.
+Expected: for orientation, linear accuracy in the README of that code, one run each: SimCLR 80.15 %, debiased (tau+ of
+0.1) 84.26, beta 0.5, 1, 2, 6 with tau+ 0.1: 86.38, 87.44, 87.09, 83.09. None is published for IFM here. Not yet run
+with this code.
 """
 
 from ifm_jax import recipes
