@@ -108,8 +108,12 @@ class PretrainStep:
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, outcome.batch_stats, opt_state, outcome.memory), metrics
 
-    def jit(self) -> Callable:
-        """Returns the compiled form, placed on the method's mesh; the state's memory is reused for the new state."""
+    def jit(self, rates: bool = True) -> Callable:
+        """Returns the compiled form, placed on the method's mesh; the state's memory is reused for the new state.
+
+        Args:
+          rates: on a mesh, whether it is called with learning rates.
+        """
         mesh = self.method.mesh
         if mesh is None:
             return jax.jit(self.__call__, donate_argnums=0)
@@ -117,6 +121,6 @@ class PretrainStep:
         return jax.jit(
             self.__call__,
             donate_argnums=0,
-            in_shardings=(state, sharding.split(mesh), whole, whole),
+            in_shardings=(state, sharding.split(mesh), whole, *([whole] if rates else [])),
             out_shardings=(state, whole),
         )

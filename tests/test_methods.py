@@ -26,5 +26,5 @@ def test_the_method_of_the_docs_trains():
         state = pretrain.create(jax.random.key(0), method, step.optimizer)
         state = jax.device_put(state, pretrain.placements(mesh, method))
         batch = sharding.put_batch(mesh, jax.device_get(names["batch"]))
-        _, metrics = step.jit()(state, batch, sharding.place_key(mesh, jax.random.key(2)))
+        _, metrics = step.jit(rates=False)(state, batch, sharding.place_key(mesh, jax.random.key(2)))
     np.testing.assert_allclose(metrics["loss"], history[0], rtol=1e-4)
