@@ -26,7 +26,7 @@ from absl import flags
 from ifm_jax import process, sharding
 from ifm_jax.config import did_you_mean
 from ifm_jax.config_flag import UNSET, ConfigFlag
-from ifm_jax.errors import RunError, UsageError
+from ifm_jax.errors import RunError, UsageError, name_too_long
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -173,6 +173,8 @@ def _outcome(main: Callable[[list[str]], int | None], argv: list[str], name: str
     except KeyboardInterrupt:
         return _say(name, process.INTERRUPTED, 128 + signal.SIGINT), True
     except Exception as error:
+        if isinstance(error, OSError) and (mistake := name_too_long(error)) is not None:
+            return _say(name, mistake, 2), True
         if jax.distributed.is_initialized() and sharding.is_of_a_peer(error):
             return _say(name, f"{process.PEER_ENDED} ({_first_line(error)})", 1), True
         where = _write_traceback(argv)

@@ -667,7 +667,7 @@ def to_torch(
         )
     tensors = _torchvision_tensors(found) if target == "torchvision" else _moco_tensors(found, notes)
     if path.suffix == ".safetensors":
-        if target == "moco" and found.state.opt_state is not None:
+        if target == "moco" and _has_momentum(found):
             notes.append("safetensors holds tensors under a name each: the momentum buffers are not among them")
         _write(path, lambda file: _save_safetensors(tensors, found.config.model.arch, file))
         return dataclasses.replace(found, notes=tuple(notes))
@@ -800,7 +800,7 @@ def describe(found: Snapshot) -> dict[str, str]:
     parts += [] if memory.queue is None else ["queue"]
     if state.opt_state is not None and config.optim.name != "sgd":
         parts.append(f"state of {config.optim.name}")
-    elif state.opt_state is not None and any(leaf.any() for leaf in _leaves(_trace(state))):
+    elif _has_momentum(found):
         parts.append("momentum buffers")
     rows = {
         "kind": kind,
@@ -823,6 +823,13 @@ def describe(found: Snapshot) -> dict[str, str]:
 def _trace(state: TrainState) -> Tree:
     """Returns SGD's momentum buffers: zeros, where none have been set yet."""
     return flax.serialization.to_state_dict(state.opt_state)["1"]["trace"]
+
+
+def _has_momentum(found: Snapshot) -> bool:
+    """Whether SGD's momentum buffers are there, and not only the zeros that stand for none."""
+    state = found.state
+    sgd = found.config.optim.name == "sgd" and state.opt_state is not None
+    return sgd and any(leaf.any() for leaf in _leaves(_trace(state)))
 
 
 def _describe_architecture(config: Config) -> str:

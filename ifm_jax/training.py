@@ -18,7 +18,7 @@ from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.config import Config
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
 from ifm_jax.data.resident import Copies, copies_side, read_all, resident_batches
-from ifm_jax.errors import RunError, UsageError
+from ifm_jax.errors import RunError, UsageError, name_too_long
 from ifm_jax.pretrain import TrainState, placements
 from ifm_jax.workdir import CHECKPOINTS, CURVES, METRICS, TENSORBOARD, bad_images
 
@@ -247,6 +247,8 @@ def _failures_of_the_disk(workdir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if (mistake := name_too_long(error)) is not None:
+            raise mistake from None
         where = f" {error.filename}" if error.filename else ""
         raise RunError(
             f"the workdir {workdir} cannot be written to, or the images cannot be read ({error.strerror or error}"

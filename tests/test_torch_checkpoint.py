@@ -195,6 +195,8 @@ def test_momentum_that_is_not_there_is_not_listed(tmp_path):
         moco_file(tmp_path / "a.pth.tar", steps=steps)
         rows = torch_checkpoint.describe(torch_checkpoint.read(tmp_path / "a.pth.tar"))
         assert ("momentum buffers" in rows["parts"]) == listed
+        notes = torch_checkpoint.to_torch(tmp_path / "a.pth.tar", tmp_path / "b.safetensors", overwrite=True).notes
+        assert any("momentum buffers" in note for note in notes) == listed
 
 
 def test_counters_move_with_the_steps(tmp_path):
