@@ -166,6 +166,8 @@ class Checkpoints:
         finally:
             if self._failed:
                 self._settle()
+                del self._manager  # it holds the errors of its threads
+                _release(error)
             self._silence.__exit__(None, None, None)
 
 
@@ -362,6 +364,14 @@ def _set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
         number += 1
         target = target.with_name(f"{step}.{number}")
     return (directory / str(step)).rename(target)
+
+
+def _release(error: BaseException | None) -> None:
+    """Drops what the calls that have ended with an error still hold: Orbax's tasks, which could not be collected."""
+    chain = [error] if error is not None else []
+    for one in chain:
+        traceback.clear_frames(one.__traceback__)
+        chain += [other for other in (one.__cause__, one.__context__) if other is not None and other not in chain]
 
 
 _NEVER_AWAITED = "coroutine .* was never awaited"
