@@ -16,10 +16,11 @@ import json
 import logging
 import pathlib
 import sys
+import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.serialization
@@ -74,6 +75,7 @@ class Checkpoints:
             best_fn=value if best else None,  # without it Orbax writes no metrics
             cleanup_tmp_directories=True,
         )
+        self._failed = False
         with self._failures():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -121,6 +123,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # the file system's, TensorStore's, Orbax's own
+            self._failed = True
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}, or the one before it,"
             raise RunError(
                 f"{what} cannot be written to {self.directory} ({type(error).__name__}: {first_line(error)}); "
@@ -149,7 +152,7 @@ class Checkpoints:
 
     def __enter__(self):
         self._silence = _abandoned_work_is_silent()
-        self._silence.__enter__()
+        self._settle = self._silence.__enter__()
         return self
 
     def __exit__(self, kind, error, _):
@@ -161,6 +164,10 @@ class Checkpoints:
                 with contextlib.suppress(RunError):  # what ends the run is said already
                     self.close()
         finally:
+            if self._failed:
+                self._settle()
+                del self._manager  # it holds the errors of its threads
+                _release(error)
             self._silence.__exit__(None, None, None)
 
 
@@ -226,7 +233,7 @@ def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None
     """
     damaged: dict[int, str] = {}
     with _abandoned_work_is_silent(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
         for step in reversed(steps(directory)):
             try:
                 stored = read(directory / str(step))
@@ -359,19 +366,43 @@ def _set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
     return (directory / str(step)).rename(target)
 
 
+def _release(error: BaseException | None) -> None:
+    """Drops what the calls that have ended with an error still hold: Orbax's tasks, which could not be collected."""
+    chain = [error] if error is not None else []
+    for one in chain:
+        traceback.clear_frames(one.__traceback__)
+        chain += [other for other in (one.__cause__, one.__context__) if other is not None and other not in chain]
+
+
+_NEVER_AWAITED = "coroutine .* was never awaited"
+
+
 @contextlib.contextmanager
-def _abandoned_work_is_silent() -> Iterator[None]:
+def _abandoned_work_is_silent() -> Iterator[Callable[[], None]]:
     """Keeps what the reads and writes begun beside a failed one would have to say off the terminal, in its block.
 
     Orbax gives up at the first that fails. The others end with coroutines that nobody waited for and tasks whose
     errors nobody asked for, which asyncio reports once they are collected; TensorStore's threads find the event loop
     closed, which Python reports through its hook.
+
+    Yields:
+      What waits, after a failure, until they are done: a second in which none has said anything, five at most.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    heard = time.monotonic()
 
     def of_others(unraisable) -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)):
+        nonlocal heard
+        if isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value):
+            heard = time.monotonic()
+        else:
             hook(unraisable)
+
+    def settle() -> None:
+        nonlocal heard
+        heard = begun = time.monotonic()
+        while time.monotonic() < min(heard + 1.0, begun + 5.0):
+            time.sleep(0.05)
 
     def is_of_others(record: logging.LogRecord) -> bool:
         frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
@@ -380,8 +411,10 @@ def _abandoned_work_is_silent() -> Iterator[None]:
     logger.addFilter(is_of_others)
     sys.unraisablehook = of_others
     try:
-        yield
-        gc.collect()  # what is left of it has its say now
+        yield settle
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
+            gc.collect()  # what is left of it has its say now
     finally:
         logger.removeFilter(is_of_others)
         sys.unraisablehook = hook
