@@ -79,7 +79,7 @@ class Folder(EncodedImages):
                     raise UnreadableImageError(self.name(index), "not a regular file")
                 if status.st_size > _MOST_BYTES:
                     raise UnreadableImageError(self.name(index), f"{status.st_size} bytes, more than {_MOST_BYTES}")
-                return np.frombuffer(file.read(_MOST_BYTES), np.uint8)
+                return np.frombuffer(file.read(status.st_size), np.uint8)  # as many as asked for are allocated
         except OSError as error:
             raise UnreadableImageError(self.name(index), error.strerror or str(error)) from None
 
