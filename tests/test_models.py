@@ -290,7 +290,7 @@ def test_a_head_with_statistics_is_left_behind_whole(monkeypatch, tmp_path):
     embedded = FrozenEncoder(HCL, of_run.params, of_run.batch_stats, layer="projection")(images)
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, rtol=1e-5)
 
-    monkeypatch.setattr(torch_checkpoint, "read", lambda path: found)
+    monkeypatch.setattr(torch_checkpoint, "read", lambda path, prefix="": found)
     model = loading.load("anywhere")
     assert model.fc is None
     np.testing.assert_array_equal(model.conv1.kernel[...], of_run.params["conv1"]["kernel"])
