@@ -19,6 +19,15 @@ from ifm_jax.errors import RunError, UsageError
 from tests import small
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collected_quickly():
+    """A garbage collection follows a damaged checkpoint; here it would go through the modules of the whole suite."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def state():
     """A state of step 0 on the host."""
