@@ -437,7 +437,9 @@ def device_share(network: Network, repeats: int = 5) -> dict:
     rng = np.random.default_rng(0)
     batch = {name: rng.integers(0, 256, shape, np.uint8) for name in ("query", "key")}
     batch = sharding.put_batch(mesh, batch)
-    step = assembly.make_step(config, mesh, 1000).jit().lower(state, batch).compile()
+    step = assembly.make_step(config, mesh).jit()
+    arguments = assembly.step_arguments(config, 1000, mesh)
+    step = step.lower(state, batch, *arguments).compile()
     augmentation = assembly.make_augmentation(config)
 
     @jax.jit

@@ -56,16 +56,17 @@ class _Program:
         mesh = sharding.make_mesh(jax.devices()[:1])
         source = open_source(config.data, "train")
         size = _size(config, source)
-        step = assembly.make_step(config, mesh, steps_per_epoch(size, config.batch_size))
-        self._state = jax.jit(assembly.state_creator(config))()
+        step = assembly.make_step(config, mesh)
+        self._state = jax.jit(assembly.state_creator(config, mesh))()
         self._steps = config.steps_per_call
         if config.data.cache:
             pixels, copies = read_all(source, size, copies_side(source, config.data.image_size, config.data.cache_size))
             (call, _), *_ = resident_batches(copies, config.batch_size, [self._steps], self._steps, seed=0)
             step = resident.ResidentStep(step, config.data.image_size, self._steps)
-            self._arguments = sharding.place_everywhere(mesh, (pixels, call))
+            self._arguments = tuple(sharding.place_everywhere(mesh, (pixels, call)))
         else:
             self._arguments = (sharding.put_batch(mesh, next(training_batches(source, config.batch_size, seed=0))),)
+        self._arguments += assembly.step_arguments(config, steps_per_epoch(size, config.batch_size), mesh)
         self._program = step.jit().lower(self._state, *self._arguments).compile()
 
     def __call__(self, steps: int) -> float:

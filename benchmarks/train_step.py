@@ -28,16 +28,17 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import command, optim, sharding, state
+from ifm_jax import command, optim, pretrain, sharding
 from ifm_jax.augment import MoCoV2Augmentation, example_rngs
 from ifm_jax.errors import UsageError
-from ifm_jax.methods import losses, queue
+from ifm_jax.methods import MoCo, Objective, losses, queue
 from ifm_jax.models import Encoder
 from ifm_jax.models.resnet import ARCHITECTURES
-from ifm_jax.pretrain import PretrainStep
+from ifm_jax.pretrain import PretrainStep, TrainState
 
 DIM = 128
 _SLOW, _ROUNDS_OF_SLOW = 5, 3  # a peer so many times slower than the fastest variant is timed so often
@@ -53,7 +54,7 @@ PEAKS = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
 }
-OPTIMIZER = optim.sgd(0.9, 1e-4)
+OPTIMIZER = optim.make("sgd", 0.9, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,35 +101,34 @@ def make_step(case: Case, method: str, mesh: jax.sharding.Mesh | None = None) ->
     """Returns the training step, without augmentation."""
     compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     encoder = Encoder(arch=case.arch, stem=case.stem, dim=DIM, bn_groups=case.bn_groups, compute_dtype=compute_dtype)
-    return PretrainStep(
-        encoder=encoder,
-        optimizer=OPTIMIZER,
-        learning_rates=np.full(1_000_000, 0.03),
-        augment=lambda rngs, images: images.astype(jnp.float32),
-        rng=jax.random.key(0),
-        method=method,
-        shuffle=case.bn_groups > 1,
-        mesh=mesh,
-    )
+    objective = Objective("infonce" if method == "moco" else method)
+    moco = MoCo(encoder, objective, case.queue_size, shuffle=case.bn_groups > 1, mesh=mesh)
+    return PretrainStep(moco, OPTIMIZER, lambda rngs, images: images.astype(jnp.float32))
 
 
-def make_state(case: Case, step: PretrainStep, placement: jax.sharding.Sharding | None = None) -> state.TrainState:
+def make_state(case: Case, step: PretrainStep, placement: jax.sharding.Sharding | None = None) -> TrainState:
     """Returns the state that a step starts from, placed so; None: on the first device."""
-    return _creator(step.encoder, case.queue_size, placement)()
+    return _creator(step.method.encoder, case.queue_size, placement)()
 
 
 @functools.cache
 def _creator(encoder: Encoder, queue_size: int, placement: jax.sharding.Sharding | None) -> Callable:
     """Returns the compiled start, which is the same for every batch and size of a view."""
+    moco = MoCo(encoder, Objective(), queue_size)
     # The key is drawn inside: this is called while another function is traced, too.
-    return jax.jit(lambda: state.create(jax.random.key(0), encoder, OPTIMIZER, queue_size), out_shardings=placement)
+    return jax.jit(lambda: pretrain.create(jax.random.key(0), moco, OPTIMIZER), out_shardings=placement)
+
+
+def arguments() -> tuple[jax.Array, jax.Array]:
+    """Returns the random key and the learning rates of a step."""
+    return jax.random.key(0), jnp.full(1_000_000, 0.03)
 
 
 def lower(case: Case, step: PretrainStep, dtype: str = "float32") -> jax.stages.Lowered:
     """Returns the step for a state and a batch of `views`, not yet compiled; nothing is computed."""
     image = jax.ShapeDtypeStruct((case.batch, case.pixels, case.pixels, 3), jnp.dtype(dtype))
     begin = jax.eval_shape(lambda: make_state(case, step))
-    return step.jit().lower(begin, {"query": image, "key": image})
+    return step.jit().lower(begin, {"query": image, "key": image}, *jax.eval_shape(arguments))
 
 
 def known(program: jax.stages.Compiled) -> dict:
@@ -172,9 +172,10 @@ def ours(
     replicated, split = (None, None) if mesh is None else (sharding.replicated(mesh), sharding.split(mesh))
     held = [make_state(case, step, replicated)]
     batch = jax.device_put(views(case, dtype), split)
+    rng_and_rates = jax.device_put(arguments(), replicated)
 
     def run() -> None:
-        held[0], metrics = program(held[0], batch)
+        held[0], metrics = program(held[0], batch, *rng_and_rates)
         jax.block_until_ready(metrics)
 
     of_model = (lowered.cost_analysis() or {}).get("flops")
@@ -251,24 +252,24 @@ def measure(case: Case, rounds: int) -> list[dict]:
 def parts(case: Case, rounds: int) -> dict:
     """Returns what each part of a step takes, in milliseconds, compiled by itself."""
     step = make_step(case, "ifm")
-    begin = make_state(case, step)
+    begin, objective = make_state(case, step), step.method.objective
     batch = jax.device_put(views(case))
     pixels = jnp.clip(128 + 64 * batch["query"], 0, 255).astype(jnp.uint8)
     embeddings = jax.nn.standardize(jax.random.normal(jax.random.key(1), (2, case.batch, DIM)))
     embeddings = embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
     def forward(params, images):
-        return step.encoder(params, begin.batch_stats, images, train=True)[0]
+        return step.method.encoder(params, begin.batch_stats, images, train=True)[0]
 
     def backward(params, images):
         return jax.grad(lambda params: jnp.sum(forward(params, images) * embeddings[0]))(params)
 
     def loss(query, key, negatives):
-        return jnp.mean(losses.ifm_info_nce(query, key, negatives, step.temperature, step.epsilon))
+        return jnp.mean(losses.ifm_info_nce(query, key, negatives, objective.temperature, objective.epsilon))
 
     def update(params, gradient, opt_state):
-        direction, opt_state = step.optimizer.update(gradient, opt_state, params)
-        return optim.descend(params, direction, jnp.asarray(0.03)), opt_state
+        updates, opt_state = step.optimizer.update(gradient, opt_state, params, learning_rate=jnp.asarray(0.03))
+        return optax.apply_updates(params, updates), opt_state
 
     def shuffled(images, keys, rng):
         order = jax.random.permutation(rng, len(images))
@@ -283,10 +284,10 @@ def parts(case: Case, rounds: int) -> dict:
     programs = {
         "forward": (forward, (begin.params, batch["query"])),
         "forward and backward": (backward, (begin.params, batch["query"])),
-        "loss": (jax.value_and_grad(loss), (embeddings[0], embeddings[1], begin.queue)),
+        "loss": (jax.value_and_grad(loss), (embeddings[0], embeddings[1], begin.memory.queue)),
         "optimiser": (update, (begin.params, begin.params, begin.opt_state)),
-        "momentum update": (momentum, (begin.key_params, begin.params)),
-        "enqueue": (queue.enqueue, (begin.queue, begin.queue_ptr, embeddings[1])),
+        "momentum update": (momentum, (begin.memory.key_params, begin.params)),
+        "enqueue": (queue.enqueue, (begin.memory.queue, begin.memory.queue_ptr, embeddings[1])),
         "shuffle": (shuffled, (pixels, embeddings[1], jax.random.key(2))),
         "augmentation of a view": (augmented, (jax.random.key(3), pixels)),
     }

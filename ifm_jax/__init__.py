@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from ifm_jax.loading import load
     from ifm_jax.methods import losses, queue
     from ifm_jax.models import Encoder
-    from ifm_jax.pretrain import PretrainStep
-    from ifm_jax.state import TrainState
+    from ifm_jax.pretrain import PretrainStep, TrainState
     from ifm_jax.training import train
 
 __version__ = "0.1.0"
@@ -49,7 +48,7 @@ _HOMES = {
     "Encoder": "models",
     "PretrainStep": "pretrain",
     "RunError": "errors",
-    "TrainState": "state",
+    "TrainState": "pretrain",
     "UsageError": "errors",
     "load": "loading",
     "train": "training",

@@ -1,17 +1,17 @@
-"""From a config to the parts of a run: encoder, augmentation, optimiser, step, the state it starts with."""
+"""From a config to the parts of a run: encoder, method, augmentation, optimizer, step, the state it starts with."""
 
 import os
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ifm_jax import cache, optim, snapshot, state
+from ifm_jax import cache, optim, pretrain, sharding, snapshot
 from ifm_jax import config as configs
 from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.methods import Method, MoCo, Objective, SimCLR
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
 from ifm_jax.workdir import CONFIG
@@ -45,19 +45,20 @@ def resolve(config: Config, stored: Config | None = None) -> Config:
         here = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         settled = stored.model.compute_dtype if stored else "auto"
         config.model.compute_dtype = here if settled == "auto" else settled  # "auto": converted, not trained yet
+    config.model.bn_groups = configs.bn_groups(config)
     return config
 
 
 def make_encoder(config: Config) -> Encoder:
     """Returns the encoder of a resolved config."""
-    model, moco = config.model, config.moco
+    model, (dim, head) = config.model, configs.head(config)
     return Encoder(
         arch=model.arch,
-        dim=moco.dim,
-        head="mlp" if moco.mlp else "linear",
+        dim=dim,
+        head=head,
         stem=model.stem,
         width=model.width,
-        bn_groups=model.bn_groups,
+        bn_groups=configs.bn_groups(config),
         running_stats=model.running_stats,
         compute_dtype=model.compute_dtype,
         param_dtype="float64" if model.compute_dtype == "float64" else "float32",
@@ -94,7 +95,7 @@ def make_augmentation(config: Config):
 
 
 def make_optimizer(config: Config):
-    """Returns the optimiser of a config."""
+    """Returns the optimizer of a config; its `update` takes the `learning_rate`."""
     return optim.make(config.optim.name, config.optim.momentum, config.optim.weight_decay)
 
 
@@ -104,50 +105,72 @@ def initial_rngs(config: Config) -> tuple[jax.Array, jax.Array]:
     return start, steps
 
 
-def method_fields(config: Config) -> dict[str, Any]:
-    """Returns the fields of `PretrainStep` that say what is computed, whatever images and schedule it is fed with."""
-    return {
-        "rng": initial_rngs(config)[1],
-        "key_momentum": config.moco.momentum,
-        "temperature": config.moco.temperature,
-        "method": config.ifm.method,
-        "epsilon": configs.epsilons(config.ifm),
-        "alpha": config.ifm.alpha,
-        "shuffle": config.moco.shuffle_bn,
-    }
+def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method:
+    """Returns the method of a resolved config.
+
+    Args:
+      config: resolved.
+      mesh: the devices; None: wherever the arrays are.
+    """
+    objective = Objective(
+        kind=config.ifm.objective,
+        temperature=configs.temperature(config),
+        epsilon=configs.epsilons(config.ifm),
+        alpha=config.ifm.alpha,
+        beta=config.hard.beta,
+        tau_plus=config.hard.tau_plus,
+    )
+    encoder = make_encoder(config)
+    if config.method == "simclr":
+        return SimCLR(encoder, objective, mesh)
+    moco = config.moco
+    return MoCo(encoder, objective, moco.queue_size, moco.momentum, moco.shuffle_bn, moco.queue_sharded, mesh)
 
 
-def make_step(config: Config, mesh: jax.sharding.Mesh, epoch_steps: int) -> PretrainStep:
-    """Returns the training step of a resolved config.
+def make_step(config: Config, mesh: jax.sharding.Mesh) -> PretrainStep:
+    """Returns the training step of a resolved config; neither its seed nor its learning rates are part of it.
 
     Args:
       config: resolved.
       mesh: the devices.
-      epoch_steps: updates in an epoch.
     """
-    return PretrainStep(
-        encoder=make_encoder(config),
-        optimizer=make_optimizer(config),
-        learning_rates=optim.learning_rates(
-            config.optim.lr,
-            schedule=config.optim.schedule,
-            epochs=config.epochs,
-            steps_per_epoch=epoch_steps,
-            milestones=tuple(config.optim.milestones),
-            warmup_epochs=config.optim.warmup_epochs,
-            per_step=config.optim.per_step,
-        ),
-        augment=make_augmentation(config),
-        **method_fields(config),
-        mesh=mesh,
-        queue_sharded=config.moco.queue_sharded,
+    return PretrainStep(make_method(config, mesh), make_optimizer(config), make_augmentation(config))
+
+
+def step_arguments(config: Config, epoch_steps: int, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
+    """Returns what a step takes beside state and batch: its random key and the run's learning rates, on every device.
+
+    Args:
+      config: resolved.
+      epoch_steps: updates in an epoch.
+      mesh: the devices.
+    """
+    rates = optim.learning_rates(
+        config.optim.lr,
+        schedule=config.optim.schedule,
+        epochs=config.epochs,
+        steps_per_epoch=epoch_steps,
+        milestones=tuple(config.optim.milestones),
+        warmup_epochs=config.optim.warmup_epochs,
+        per_step=config.optim.per_step,
     )
+    rng = sharding.place_key(mesh, initial_rngs(config)[1])
+    return rng, sharding.place_everywhere(mesh, rates.astype(jnp.dtype(make_encoder(config).param_dtype)))
 
 
-def state_creator(config: Config):
-    """Returns the function without arguments that makes the state a run starts with."""
-    start = initial_rngs(config)[0]
-    return lambda: state.create(start, make_encoder(config), make_optimizer(config), config.moco.queue_size)
+def state_creator(config: Config, mesh: jax.sharding.Mesh | None = None):
+    """Returns the function that makes the state a run starts with.
+
+    Args:
+      config: resolved.
+      mesh: the devices; None: wherever the arrays are.
+
+    Returns:
+      `(rng=...) -> TrainState`; `rng`, a JAX random key, is the config's own where it is not given.
+    """
+    own = initial_rngs(config)[0]
+    method, optimizer = make_method(config, mesh), make_optimizer(config)
+    return lambda rng=own: pretrain.create(rng, method, optimizer)
 
 
 def find_config(workdir: str | os.PathLike) -> Config | None:

@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.serialization
@@ -31,7 +31,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from ifm_jax import sharding
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.state import TrainState
 from ifm_jax.workdir import DAMAGED
 
 Tree = dict[str, Any]
@@ -83,11 +82,12 @@ class Checkpoints:
         """Returns the step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, config: dict[str, Any], found: Mapping[str, float] | None = None) -> None:
+    def save(self, state: Any, config: dict[str, Any], found: Mapping[str, float] | None = None) -> None:
         """Starts saving; returns once the state is copied, and writes it in the background.
 
         Args:
-          state: the whole of it; its `step` names the checkpoint. One that is there already is kept.
+          state: a NamedTuple with a `step`, which names the checkpoint. One that is there already is kept. The fields
+            of a `memory` are written beside the others, under the names that they had before methods had memories.
           config: the run's, as JSON.
           found: what an evaluation of this state has found, by name; None: there was none.
 
@@ -98,6 +98,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         tree = flax.serialization.to_state_dict(state)
+        tree |= tree.pop("memory", {})
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(tree),
             config=ocp.args.JsonSave(config),
@@ -272,6 +273,8 @@ def fitted(tree: Tree, like: Any) -> Any:
     Raises:
       ValueError: if it is another structure, or arrays have another shape or dtype.
     """
+    if hasattr(like, "memory"):
+        tree = nested(tree, list(flax.serialization.to_state_dict(like.memory)))
     state = flax.serialization.from_state_dict(like, tree)
     jax.tree.map(_check_array, like, state)
     return state
@@ -418,6 +421,12 @@ def _abandoned_work_is_silent() -> Iterator[Callable[[], None]]:
     finally:
         logger.removeFilter(is_of_others)
         sys.unraisablehook = hook
+
+
+def nested(tree: Tree, memory: Sequence[str]) -> Tree:
+    """Returns the arrays of a checkpoint with those of these names, where they are there, together as `memory`."""
+    rest = {name: value for name, value in tree.items() if name not in memory}
+    return rest | {"memory": {name: tree.get(name) for name in memory}}
 
 
 def _check_array(expected, found) -> None:

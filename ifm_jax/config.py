@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ifm_jax import models, optim, pretrain
+from ifm_jax import methods, models, optim
 from ifm_jax.errors import UsageError
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32", "float64")
@@ -125,7 +125,11 @@ class ModelConfig(Group):
         choices=models.STEMS,
     )
     width: int = field(0, "channels of the first stage; 0: the architecture's own (64)", least=0, limit=8192)
-    bn_groups: int = field(8, "BatchNorm groups a batch is split into; the original's 8 GPUs", least=1)
+    bn_groups: int = field(
+        0,
+        "BatchNorm groups a batch is split into; 0: the method's own, 8 for moco (the original's GPUs), 1 for simclr",
+        least=0,
+    )
     running_stats: str = field(
         "first_group",
         "which groups the running averages follow: first_group (the original) or mean",
@@ -159,13 +163,37 @@ class MoCoConfig(Group):
 
 
 @dataclasses.dataclass(slots=True)
+class SimCLRConfig(Group):
+    """SimCLR: negatives from the batch."""
+
+    dim: int = field(128, "length of an embedding", least=1, limit=65536)
+    temperature: float = field(0.5, "tau", above=0, hint="SimCLR: 0.1 to 0.5")
+    head: str = field(
+        "simclr",
+        "projection head: simclr (linear, ReLU, linear) or hcl (linear to 512 without bias, BatchNorm, ReLU, linear)",
+        choices=("simclr", "hcl"),
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class HardConfig(Group):
+    """Hard negatives (Robinson et al. 2021, HCL), for any method and objective."""
+
+    beta: float = field(0.0, "concentration on hard negatives; 0: all count alike", least=0, hint="HCL: 0.5 to 2")
+    tau_plus: float = field(
+        0.0, "debiasing: share of the negatives that are of the query's own class; 0: none", least=0, below=1
+    )
+
+
+@dataclasses.dataclass(slots=True)
 class IFMConfig(Group):
     """Implicit feature modification."""
 
-    method: str = field(
+    objective: str = field(
         "ifm",
-        "moco (InfoNCE), ifm (mean of InfoNCE and the shifted loss) or ifm_only (--method)",
-        choices=pretrain.METHODS,
+        "infonce, ifm (mean of InfoNCE and the shifted loss) or ifm_only (--method)",
+        choices=methods.OBJECTIVES,
+        formerly={"method": {"moco": "infonce"}},
     )
     epsilon: float = field(
         0.1,
@@ -186,7 +214,7 @@ class IFMConfig(Group):
 class OptimConfig(Group):
     """Optimiser and learning rate."""
 
-    name: str = field("sgd", "sgd (as PyTorch's), lars or adamw", choices=optim.OPTIMIZERS)
+    name: str = field("sgd", "sgd, adam (as PyTorch's), lars or adamw", choices=optim.OPTIMIZERS)
     lr: float = field(0.03, "base learning rate, for the global batch (--lr)", above=0)
     momentum: float = field(0.9, "of SGD and LARS (--momentum)", least=0, below=1)
     weight_decay: float = field(1e-4, "on all parameters with SGD and AdamW (--wd)", least=0)
@@ -357,7 +385,10 @@ class Config(Group):
     """A pre-training run, and its evaluation."""
 
     model: ModelConfig = field(ModelConfig, "encoders")
+    method: str = field("moco", "what is learned from: moco or simclr", choices=tuple(methods.METHODS))
     moco: MoCoConfig = field(MoCoConfig, "momentum contrast")
+    simclr: SimCLRConfig = field(SimCLRConfig, "SimCLR")
+    hard: HardConfig = field(HardConfig, "hard negatives")
     ifm: IFMConfig = field(IFMConfig, "implicit feature modification")
     optim: OptimConfig = field(OptimConfig, "optimiser and learning rate")
     data: DataConfig = field(DataConfig, "images and views")
@@ -687,7 +718,7 @@ def validate(config: Config, devices: int = 1) -> None:
       UsageError: for the first mistake found: the field, its value, what was expected.
     """
     check_fields(config)
-    model, moco, data, best = config.model, config.moco, config.data, config.checkpoint_best
+    moco, data, best = config.moco, config.data, config.checkpoint_best
 
     def check(good, name, value, expected):
         if not good:
@@ -712,18 +743,21 @@ def validate(config: Config, devices: int = 1) -> None:
         config.optim.warmup_epochs,
         f"a number from 0 to epochs={config.epochs}",
     )
-    if config.batch_size % model.bn_groups:
+    groups = bn_groups(config)
+    if config.batch_size % groups:
         raise UsageError(
-            f"batch_size={config.batch_size} is not a multiple of model.bn_groups={model.bn_groups}: "
+            f"batch_size={config.batch_size} is not a multiple of model.bn_groups={groups}: "
             "each BatchNorm group takes the same number of images"
         )
     check(
-        config.batch_size > model.bn_groups,
+        config.batch_size > groups,
         "model.bn_groups",
-        model.bn_groups,
+        groups,
         f"below batch_size={config.batch_size}: a group of one image has no statistics",
     )
-    if moco.queue_size % config.batch_size:
+    if config.method == "simclr":
+        check(config.batch_size > 1, "batch_size", config.batch_size, "at least 2 with method=simclr: its negatives")
+    elif moco.queue_size % config.batch_size:
         raise UsageError(
             f"moco.queue_size={moco.queue_size} is not a multiple of batch_size={config.batch_size}: "
             f"take {max(moco.queue_size // config.batch_size, 1) * config.batch_size}"
@@ -750,6 +784,23 @@ def _validate_data(data: DataConfig, check) -> None:
         check(not data.classes, "data.classes", data.classes, "none with trifeature")
         check(32 <= data.image_size <= 224, "data.image_size", data.image_size, "32 to 224 with trifeature")
         check(scales[0] <= scales[1], "data.trifeature.scale_min, scale_max", scales, "scale_min <= scale_max")
+
+
+def bn_groups(config: Config) -> int:
+    """Returns the number of BatchNorm groups: the config's, or the method's own."""
+    return config.model.bn_groups or {"moco": 8, "simclr": 1}[config.method]
+
+
+def head(config: Config) -> tuple[int, str]:
+    """Returns the length of an embedding, and which of `models.heads` makes it."""
+    if config.method == "simclr":
+        return config.simclr.dim, {"simclr": "mlp", "hcl": "hcl"}[config.simclr.head]
+    return config.moco.dim, "mlp" if config.moco.mlp else "linear"
+
+
+def temperature(config: Config) -> float:
+    """Returns tau of the config's method."""
+    return config.simclr.temperature if config.method == "simclr" else config.moco.temperature
 
 
 def epsilons(config: IFMConfig) -> tuple[float, float]:

@@ -196,7 +196,7 @@ class Recorder:
         log_every: int,
         curves: pathlib.Path,
         panels: metrics.Panels = metrics.PRETRAINING,
-        remedy: str = "A lower optim.lr, or a higher moco.temperature, may help",
+        remedy: str = "A lower optim.lr, or a higher temperature, may help",
     ):
         """Takes where the metrics go.
 

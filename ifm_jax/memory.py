@@ -18,6 +18,7 @@ recipe for 64 TPU chips, where the compiler plans 4.2 (docs/pods.md).
 """
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 
@@ -123,12 +124,21 @@ def estimate(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
     encoder = assembly.make_encoder(config)
     params, batch_stats = _variables(encoder)
     opt_state = jax.eval_shape(assembly.make_optimizer(config).init, params)
-    parts = mesh.size if config.moco.queue_sharded else 1
-    queue = config.moco.queue_size * config.moco.dim * jnp.dtype(encoder.param_dtype).itemsize // parts
-    # Query encoder, key encoder, gradient.
-    state = 3 * _bytes(params) + 2 * _bytes(batch_stats) + _bytes(opt_state) + queue
+    method = assembly.make_method(config, mesh)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    memory = jax.eval_shape(method.start, rng, params, batch_stats)
+    carried = jax.tree.map(
+        lambda placement, part: sum(
+            math.prod(placement.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)
+        ),
+        method.placements(mesh),
+        memory,
+    )
+    # The network, its gradient, and what the method carries beside it.
+    state = 2 * _bytes(params) + _bytes(batch_stats) + _bytes(opt_state) + sum(carried)
     held = _HELD.get(mesh.devices.flat[0].platform, _HELD_ELSEWHERE)
     images = held * _bytes_per_image(encoder, config.data.image_size) * (config.batch_size // mesh.size)
+    images *= method.trained_views
     return state, int(images)
 
 

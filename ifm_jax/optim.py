@@ -1,7 +1,9 @@
 """Optimisers and learning-rate schedules: SGD as PyTorch does it, LARS, AdamW.
 
-An optimiser here turns gradients into a *direction*; the training step then does `params -= lr * direction`. This is
-where PyTorch applies the learning rate too (after the momentum buffer), so that changing it acts at once.
+`make` gives an optax transformation whose `update` takes the `learning_rate` of the step as an argument: the schedule
+is computed before the run and is no constant of the compiled program. The functions above it turn gradients into a
+*direction*, to which the rate is applied last, where PyTorch applies it too (after the momentum buffer), so that
+changing it acts at once.
 """
 
 import math
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-OPTIMIZERS = ("sgd", "lars", "adamw")
+OPTIMIZERS = ("sgd", "lars", "adamw", "adam")
 SCHEDULES = ("cosine", "step")
 
 
@@ -47,24 +49,47 @@ def adamw(weight_decay: float = 1e-4) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(weight_decay))
 
 
-def make(name: Literal["sgd", "lars", "adamw"], momentum: float, weight_decay: float) -> optax.GradientTransformation:
-    """Returns the named optimiser.
+def adam(weight_decay: float = 0.0) -> optax.GradientTransformation:
+    """torch.optim.Adam: `weight_decay * p` is added to the gradient (L2), before the moments see it."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.scale_by_adam())
+
+
+def make(
+    name: Literal["sgd", "lars", "adamw", "adam"], momentum: float, weight_decay: float
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the named optimizer; its `update` takes `learning_rate`, a scalar.
 
     Args:
       name: one of `OPTIMIZERS`.
-      momentum: of SGD and LARS; AdamW keeps its own (0.9, 0.999).
-      weight_decay: as the named optimiser uses it.
+      momentum: of SGD and LARS; Adam and AdamW keep their own (0.9, 0.999).
+      weight_decay: as the named optimizer uses it.
 
     Raises:
       ValueError: for an unknown name.
     """
     if name == "sgd":
-        return sgd(momentum, weight_decay)
+        return descending(sgd(momentum, weight_decay))
     if name == "lars":
-        return lars(momentum, weight_decay)
+        return descending(lars(momentum, weight_decay))
     if name == "adamw":
-        return adamw(weight_decay)
-    raise ValueError(f"unknown optimiser {name!r}: expected one of {', '.join(OPTIMIZERS)}")
+        return descending(adamw(weight_decay))
+    if name == "adam":
+        return descending(adam(weight_decay))
+    raise ValueError(f"unknown optimizer {name!r}: expected one of {', '.join(OPTIMIZERS)}")
+
+
+def descending(direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer that moves by `-learning_rate * direction`, each parameter in its own dtype.
+
+    Not `optax.chain(direction, ...)`, whose state would have one more part than checkpoints hold.
+    """
+
+    def update(gradient, state, params=None, *, learning_rate, **extra_args):
+        del extra_args
+        steps, state = direction.update(gradient, state, params)
+        return jax.tree.map(lambda d, p: -learning_rate.astype(p.dtype) * d.astype(p.dtype), steps, params), state
+
+    return optax.GradientTransformationExtraArgs(direction.init, update)
 
 
 def learning_rates(

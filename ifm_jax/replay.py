@@ -44,9 +44,8 @@ from ifm_jax.config import Config
 from ifm_jax.config_flag import ConfigFlag
 from ifm_jax.errors import UsageError
 from ifm_jax.npz import Npz, NpzError
-from ifm_jax.pretrain import PretrainStep
+from ifm_jax.pretrain import PretrainStep, TrainState
 from ifm_jax.snapshot import Snapshot
-from ifm_jax.state import TrainState
 
 DTYPES = ("float64", "float32")
 SERIES = ("loss", "loss_clean", "loss_ifm", "acc1", "acc5", "grad_norm", "queue_ptr")
@@ -107,6 +106,10 @@ def replay(
     config = configs.from_dict(configs.to_dict(config))
     config.batch_size = views["query"].shape[1]
     config.model.compute_dtype = dtype
+    config.moco.queue_sharded = False
+    for of, method in (("the config", config.method), ("the start", start.config.method)):
+        if method != "moco":
+            raise UsageError(f"{of} has method={method}: replay follows the original, expected method=moco")
     configs.validate(config, devices=mesh.size)
     if start.missing:
         raise UsageError(f"the start holds no {', '.join(start.missing)}: expected a whole training state")
@@ -116,15 +119,11 @@ def replay(
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         encoder = assembly.make_encoder(config)
         optimizer = assembly.make_optimizer(config)
-        step_fn = PretrainStep(
-            encoder=encoder,
-            optimizer=optimizer,
-            # Read at the state's own step, so that what the step draws is what it would have drawn.
-            learning_rates=np.concatenate([np.zeros(first_step), rates]),
-            augment=lambda rngs, images: images,
-            **assembly.method_fields(config),
-            mesh=mesh,
-        ).jit()
+        method = assembly.make_method(config, mesh)
+        step_fn = PretrainStep(method, optimizer, augment=lambda rngs, images: images).jit()
+        # Read at the state's own step, so that what the step draws is what it would have drawn.
+        rates = sharding.place_everywhere(mesh, np.concatenate([np.zeros(first_step), rates]).astype(dtype))
+        rng = sharding.place_key(mesh, assembly.initial_rngs(config)[1])
         state = _place(start.state, optimizer, dtype, sharding.replicated(mesh))
         names = [name for name in ("query", "key", "permutation") if name in views]
         batches = ({name: _cast(views[name][step], dtype) for name in names} for step in range(steps))
@@ -139,12 +138,12 @@ def replay(
             batch = sharding.put_batch(mesh, batch)
             if queries is None:
                 queries = np.asarray(embed(state.params, state.batch_stats, batch["query"]))
-                pointer = int(state.queue_ptr)
-                step_fn = step_fn.lower(state, batch).compile(compiler_options)
-            state, metrics = step_fn(state, batch)
+                pointer = int(state.memory.queue_ptr)
+                step_fn = step_fn.lower(state, batch, rng, rates).compile(compiler_options)
+            state, metrics = step_fn(state, batch, rng, rates)
             if keys is None:  # the first step's keys are what it wrote into the queue
-                keys = np.asarray(state.queue)[pointer : pointer + config.batch_size]
-            for name, value in jax.device_get(metrics | {"queue_ptr": state.queue_ptr}).items():
+                keys = np.asarray(state.memory.queue)[pointer : pointer + config.batch_size]
+            for name, value in jax.device_get(metrics | {"queue_ptr": state.memory.queue_ptr}).items():
                 if name in series:
                     series[name].append(value)
         final = jax.device_get(state)
@@ -196,7 +195,7 @@ def _place(state: TrainState, optimizer, dtype: str, placement: jax.sharding.Sha
         opt_state = flax.serialization.from_state_dict(opt_state, state.opt_state)
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UsageError(
-            "the start's optimiser state is not that of the config's optim.name: expected the same"
+            "the start's optimizer state is not that of the config's optim.name: expected the same"
         ) from None
     state = state._replace(opt_state=opt_state)
     return jax.tree.map(lambda x: jax.device_put(_cast(np.asarray(x), dtype), placement), state)

@@ -4,6 +4,7 @@ Python then has nothing to do between two steps. The step itself is `PretrainSte
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,15 +13,14 @@ import jax.numpy as jnp
 from ifm_jax import memory, sharding
 from ifm_jax.augment import resized_crops
 from ifm_jax.errors import UsageError
-from ifm_jax.pretrain import PretrainStep
-from ifm_jax.state import TrainState, placements
+from ifm_jax.pretrain import PretrainStep, TrainState, placements
 
 _SHARE = 0.8  # of a device's memory that images may take
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ResidentStep:
-    """`(state, images, call) -> (state, metrics)`: several steps of pre-training.
+    """`(state, images, call, rng, learning_rates) -> (state, metrics)`: several steps of pre-training.
 
     Attributes:
       step: one of them.
@@ -32,13 +32,22 @@ class ResidentStep:
     image_size: int
     most: int = 1
 
-    def __call__(self, state: TrainState, images: jax.Array, call: dict[str, jax.Array]):
+    def __call__(
+        self,
+        state: TrainState,
+        images: jax.Array,
+        call: dict[str, jax.Array],
+        rng: jax.Array,
+        learning_rates: jax.Array | None = None,
+    ):
         """Trains on some batches.
 
         Args:
           state: before the first step.
           images: uint8 `(images, S, S, 3)`, all there are.
           call: as from `data.resident.resident_batches`.
+          rng: as for `PretrainStep`.
+          learning_rates: as for `PretrainStep`.
 
         Returns:
           The state after the last step; the metrics of all steps, each `(most,)`: of a call that has fewer steps, what
@@ -47,7 +56,8 @@ class ResidentStep:
         rows = {name: call[name] for name in ("index", "boxes") if name in call}
 
         def one(state, number):
-            return self.step(state, self.batch(images, {name: row[number] for name, row in rows.items()}))
+            batch = self.batch(images, {name: row[number] for name, row in rows.items()})
+            return self.step(state, batch, rng, learning_rates)
 
         if self.most == 1:
             state, metrics = one(state, 0)
@@ -70,11 +80,7 @@ class ResidentStep:
           images: uint8 `(images, S, S, 3)`, all there are.
           row: `index` int32 `(N,)`; where crops are cut `boxes`, float32 `(N, 2, 4)`.
         """
-
-        def split(x):
-            mesh = self.step.mesh
-            return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding.split(mesh))
-
+        split = functools.partial(sharding.split_rows, mesh=self.step.method.mesh)
         chosen = split(images.at[split(row["index"])].get(mode="promise_in_bounds"))
         if "boxes" not in row:
             return {"query": chosen}
@@ -84,12 +90,15 @@ class ResidentStep:
 
     def jit(self) -> Callable:
         """Returns the compiled form; the state's memory is reused for the new state."""
-        if self.step.mesh is None:
+        if self.step.method.mesh is None:
             return jax.jit(self.__call__, donate_argnums=0)
-        whole = sharding.replicated(self.step.mesh)
-        state = placements(self.step.mesh, self.step.queue_sharded)
+        method = self.step.method
+        whole, state = sharding.replicated(method.mesh), placements(method.mesh, method)
         return jax.jit(
-            self.__call__, donate_argnums=0, in_shardings=(state, whole, whole), out_shardings=(state, whole)
+            self.__call__,
+            donate_argnums=0,
+            in_shardings=(state, whole, whole, whole, whole),
+            out_shardings=(state, whole),
         )
 
 

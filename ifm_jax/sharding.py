@@ -205,6 +205,21 @@ def split(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
+def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Has the compiler split an array's leading axis over the devices; inside a compiled program.
+
+    Args:
+      x: of any rank above 0.
+      mesh: the devices; None: `x` stays as it is.
+    """
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, split(mesh))
+
+
+def on_every_device(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Has the compiler put a whole array on every device; arguments as for `split_rows`."""
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, replicated(mesh))
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Makes global arrays, split over the devices, of each process's own part of a batch.
 
@@ -269,6 +284,11 @@ def maximum_over_hosts(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
 def place(tree, placement: NamedSharding):
     """Returns host arrays, the same on every process, as global arrays of that placement; not a collective."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placement, lambda index, x=x: x[index]), tree)
+
+
+def place_key(mesh: Mesh, rng: jax.Array) -> jax.Array:
+    """Returns a random key, the same on every process, as one that is on every device."""
+    return jax.random.wrap_key_data(place_everywhere(mesh, np.asarray(jax.random.key_data(rng))))
 
 
 def place_everywhere(mesh: Mesh, tree):

@@ -20,7 +20,8 @@ from ifm_jax import config as configs
 from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-from ifm_jax.state import TrainState
+from ifm_jax.methods import METHODS
+from ifm_jax.pretrain import TrainState
 from ifm_jax.workdir import CHECKPOINTS, CONFIG, CONVERTED, METRICS
 
 
@@ -76,33 +77,47 @@ class Snapshot:
     @property
     def missing(self) -> list[str]:
         """The parts of a training state that are not there, in words."""
-        parts = {
-            "projection head": self.state.params.get("fc"),
-            "key encoder": self.state.key_params,
-            "queue": self.state.queue,
-            "optimiser state": self.state.opt_state,
-        }
-        return [name for name, part in parts.items() if part is None]
+        head = [] if "fc" in self.state.params else ["projection head"]
+        optimizer = ["optimizer state"] if self.state.opt_state is None else []
+        return head + METHODS[self.config.method].missing(self.state.memory) + optimizer
 
 
-def structure(config: Config) -> dict[str, Any]:
-    """Returns those fields of a config that the shapes of the tensors determine, by name."""
+_BACKBONE = ("model.arch", "model.stem", "model.width")
+_HEADS = {"moco": ("moco.dim", "moco.mlp"), "simclr": ("simclr.dim", "simclr.head")}
+
+
+def structure(config: Config, backbone: bool = False) -> dict[str, Any]:
+    """Returns those fields of a config that the shapes of the tensors determine, by name.
+
+    Args:
+      config: of a run.
+      backbone: only those of the backbone.
+    """
     flat = configs.flatten(configs.to_dict(config))
-    names = ("model.arch", "model.stem", "model.width", "moco.dim", "moco.mlp", "moco.queue_size")
+    names = _BACKBONE
+    if not backbone:
+        names += ("method", *_HEADS[config.method], *(["moco.queue_size"] if config.method == "moco" else []))
     return {name: flat[name] for name in names}
 
 
-def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike) -> None:
+def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike, backbone: bool = False) -> None:
     """Checks that a config describes the tensors of a snapshot.
+
+    Args:
+      config: to check.
+      snapshot: whose tensors it is to describe.
+      path: of the snapshot, for the error.
+      backbone: only the backbone counts.
 
     Raises:
       UsageError: naming every field that does not.
     """
-    given, found = structure(config), structure(snapshot.config)
-    unknown = {"moco.queue_size"} if snapshot.state.queue is None else set()
-    if snapshot.state.params.get("fc") is None:
-        unknown |= {"moco.dim", "moco.mlp"}
-    wrong = [f"{name}={given[name]!r}, there {found[name]!r}" for name in given if given[name] != found[name]]
+    given, found = structure(config, backbone), structure(snapshot.config, backbone)
+    unknown = {"moco.queue_size"} if "queue" in snapshot.missing else set()
+    if "projection head" in snapshot.missing:
+        # Nothing tells the method of a backbone alone.
+        unknown |= {"method", *(name for names in _HEADS.values() for name in names), "moco.queue_size"}
+    wrong = [f"{name}={given[name]!r}, there {found.get(name)!r}" for name in given if given[name] != found.get(name)]
     wrong = [text for text in wrong if text.split("=")[0] not in unknown]
     if wrong:
         raise UsageError(
@@ -144,14 +159,16 @@ def read(path: str | os.PathLike) -> Snapshot:
             f"the checkpoint of step {step} is damaged ({reason}): step {int(stored.state['step'])} is used instead"
             for step, reason in damaged.items()
         ]
+    config = configs.from_dict(stored.config)
+    memory = METHODS[config.method].memory
     try:
-        state = TrainState(**stored.state)
+        state = TrainState(**checkpoint.nested(stored.state, getattr(memory, "_fields", ())))
+        state = state._replace(memory=memory(**state.memory))
     except TypeError:
         raise UsageError(
             f"{path} holds {', '.join(list(stored.state)[:5])}: expected the state of a pre-training run"
         ) from None
     origin = _read_origin(workdir / CONVERTED)
-    config = configs.from_dict(stored.config)
     return Snapshot(config, state, origin, _steps_per_epoch(workdir, origin), tuple(notes))
 
 

@@ -28,9 +28,10 @@ from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.data import Source, open_source, steps_per_epoch
 from ifm_jax.errors import UsageError
+from ifm_jax.methods import METHODS
 from ifm_jax.models import only_head, without_head
+from ifm_jax.pretrain import TrainState
 from ifm_jax.snapshot import Snapshot
-from ifm_jax.state import TrainState
 from ifm_jax.workdir import CHECKPOINTS, CONFIG, CONVERTED, DATA, locked
 
 Answer = TypeVar("Answer")
@@ -223,11 +224,8 @@ def _find(
     from ifm_jax import torch_checkpoint
 
     given = torch_checkpoint.read(config.init_from)
-    # The head and the queue may be another's; they are made anew then.
-    fitted = configs.from_dict(configs.to_dict(config))
-    for name in ("dim", "mlp", "queue_size"):
-        setattr(fitted.moco, name, getattr(given.config.moco, name))
-    snapshot.check_config(fitted, given, config.init_from)
+    # Head and memory may be another's; they are made anew then.
+    snapshot.check_config(config, given, config.init_from, backbone=True)
     return (None, damaged), given
 
 
@@ -241,55 +239,35 @@ def _facts(stored: tuple[TrainState | None, dict[int, str]], given: Snapshot | N
     }
 
 
-def started_with(given: Snapshot, fresh: TrainState) -> tuple[TrainState, list[str]]:
-    """Returns the state that a new run starts with the weights of another in, and in words what of them it has taken.
+def started_with(given: Snapshot, fresh: TrainState, method: str) -> tuple[TrainState, list[str]]:
+    """Returns the state that a new run starts with the weights of another in, and in words what of them it uses.
 
     Args:
-      given: at least the backbone of a query encoder of the same architecture.
+      given: at least the backbone of a network of the same architecture.
       fresh: a new run's state, NumPy arrays; whatever `given` lacks, or has in other shapes, is from here.
+      method: the new run's, one of `methods.METHODS`.
     """
-
-    def cast(tree, like):
-        return jax.tree.map(lambda x, y: np.asarray(x, y.dtype), tree, like)
 
     def shapes(tree):
         return jax.tree.map(np.shape, tree)
 
-    state, taken = given.state, ["query encoder"]
+    state, notes = given.state, ["query encoder"]
     # A head with BatchNorm has statistics as well.
     heads = [tuple(shapes(only_head(tree)) for tree in (of.params, of.batch_stats)) for of in (state, fresh)]
     head = heads[0] == heads[1]
     if not head:
-        taken = ["query encoder without its head (a new one)"]
+        notes = ["query encoder without its head (a new one)"]
     with_head = state if head else fresh
     params, batch_stats = (
-        cast(without_head(getattr(state, part)) | only_head(getattr(with_head, part)), getattr(fresh, part))
+        jax.tree.map(
+            lambda x, y: np.asarray(x, y.dtype),
+            without_head(getattr(state, part)) | only_head(getattr(with_head, part)),
+            getattr(fresh, part),
+        )
         for part in ("params", "batch_stats")
     )
-    if head and state.key_params is not None:
-        key_params = cast(state.key_params, fresh.key_params)
-        key_batch_stats = cast(state.key_batch_stats, fresh.key_batch_stats)
-        taken.append("key encoder")
-    else:
-        key_params, key_batch_stats = params, batch_stats
-        taken.append("key encoder (a copy of the query encoder)")
-    queue, queue_ptr = fresh.queue, fresh.queue_ptr
-    if head and state.queue is not None and np.shape(state.queue) == np.shape(fresh.queue):
-        queue, queue_ptr = cast(state.queue, fresh.queue), cast(state.queue_ptr, fresh.queue_ptr)
-        taken.append("queue")
-    else:
-        taken.append("a new queue")
-    return (
-        fresh._replace(
-            params=params,
-            batch_stats=batch_stats,
-            key_params=key_params,
-            key_batch_stats=key_batch_stats,
-            queue=queue,
-            queue_ptr=queue_ptr,
-        ),
-        taken,
-    )
+    memory, of_memory = METHODS[method].inherit(state.memory, fresh.memory, params, batch_stats, head)
+    return fresh._replace(params=params, batch_stats=batch_stats, memory=memory), notes + of_memory
 
 
 def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None:
@@ -299,8 +277,8 @@ def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None
       UsageError: if they cannot be written, or belong to a run with another config or on other images.
     """
     known = assembly.find_config(workdir)
-    if known is not None and known.model.compute_dtype == "auto":  # converted, not trained yet
-        known.model.compute_dtype = config.model.compute_dtype
+    if known is not None:
+        known = assembly.resolve(known, config)  # one that was converted leaves open what this run has settled
     if known is not None and (differing := configs.differences(config, known)):
         raise UsageError(
             f"workdir {workdir} belongs to a run with another config ({'; '.join(differing)}): "

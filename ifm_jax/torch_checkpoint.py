@@ -21,13 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ifm_jax import config as configs
 from ifm_jax import snapshot, torch_file
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.methods import MoCoMemory
 from ifm_jax.models import ARCHITECTURES, HCLHead, without_head
 from ifm_jax.models.resnet import Architecture
+from ifm_jax.pretrain import TrainState
 from ifm_jax.snapshot import Origin, Snapshot
-from ifm_jax.state import TrainState
 from ifm_jax.torch_file import Unusable
 
 Tree = dict[str, Any]
@@ -137,7 +139,7 @@ def encoder_table(config: Config, head: bool = True) -> list[Entry]:
     """Returns the entries of the encoder that a config describes, in the order of PyTorch's `parameters()`."""
     table = backbone_table(_architecture(config), config.model.stem)
     if head:
-        table += head_table(_features(_architecture(config)), config.moco.dim, "mlp" if config.moco.mlp else "linear")
+        table += head_table(_features(_architecture(config)), *configs.head(config))
     return table
 
 
@@ -354,9 +356,8 @@ class _Reader:
         opt_state = trace and flax.serialization.to_state_dict((optax.EmptyState(), optax.TraceState(trace)))
         if params["conv1"]["kernel"].dtype == np.float64:
             config.model.compute_dtype = "float64"
-        state = TrainState(
-            np.int32(step), params, batch_stats, key_params, key_batch_stats, queue, queue_ptr, opt_state
-        )
+        memory = MoCoMemory(key_params, key_batch_stats, queue, queue_ptr)
+        state = TrainState(np.int32(step), params, batch_stats, opt_state, memory)
         origin = Origin(self.path.name, self.kind, epoch, step, _number(self._group().get("lr")), self._counters)
         steps_per_epoch = snapshot.steps_in_epoch(epoch, step)
         return Snapshot(config, state, origin, steps_per_epoch, tuple(self.notes))
@@ -585,13 +586,19 @@ def state_dict(found: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
     `queue` and `queue_ptr` first, then the encoders, as a module of the original orders them; batch counters included.
     """
     state = found.state
-    if state.queue is not None:
-        yield "queue", np.asarray(state.queue).T
-        yield "queue_ptr", np.asarray(state.queue_ptr, np.int64).reshape(1)
+    memory = _moco_memory(state)
+    if memory.queue is not None:
+        yield "queue", np.asarray(memory.queue).T
+        yield "queue_ptr", np.asarray(memory.queue_ptr, np.int64).reshape(1)
     prefix = "encoder_q." if found.origin is None or found.origin.kind == "moco" else ""
     yield from _encoder_tensors(found, state.params, state.batch_stats, prefix)
-    if state.key_params is not None:
-        yield from _encoder_tensors(found, state.key_params, state.key_batch_stats, "encoder_k.")
+    if memory.key_params is not None:
+        yield from _encoder_tensors(found, memory.key_params, memory.key_batch_stats, "encoder_k.")
+
+
+def _moco_memory(state: TrainState) -> MoCoMemory:
+    """Returns MoCo's part of a state; of another method's, one without any of its parts."""
+    return state.memory if isinstance(state.memory, MoCoMemory) else MoCoMemory(None, None, None, None)
 
 
 def _encoder_tensors(found: Snapshot, params: Tree, batch_stats: Tree, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -647,6 +654,11 @@ def to_torch(
         raise UsageError(f"{path} is there already: name another file, or pass --overwrite")
     found = read(source, prefix=prefix)
     notes = list(found.notes)
+    if target == "moco" and found.config.method != "moco":
+        raise UsageError(
+            f"--for=moco: {source} is a run with method={found.config.method}, whose state MoCo's format has no place "
+            "for; expected --for=torchvision, which holds the backbone"
+        )
     architecture = _architecture(found.config)
     if found.config.model.stem != "imagenet" or architecture.width != 64 or len(architecture.depths) != 4:
         notes.append(
@@ -676,7 +688,7 @@ def to_torch(
 
 
 def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, np.ndarray]:
-    if missing := [part for part in found.missing if part != "optimiser state"]:
+    if missing := [part for part in found.missing if part != "optimizer state"]:
         notes.append(
             f"no {', '.join(missing)} there: written is what there is; the original's training code does not load it, "
             "its linear evaluation does"
@@ -730,7 +742,7 @@ def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
         "foreach": None,
         "differentiable": False,
         "fused": None,
-        "params": list(range(len(parameters) * (1 if state.key_params is None else 2))),
+        "params": list(range(len(parameters) * (1 if _moco_memory(state).key_params is None else 2))),
     }
     return {"state": buffers, "param_groups": [group]}
 
@@ -771,19 +783,21 @@ def describe(found: Snapshot) -> dict[str, str]:
     """Returns what a snapshot holds, as rows of a table: name, and value in words."""
     config, state = found.config, found.state
     if found.origin is None:
-        kind = f"run of ifm_jax, method {config.ifm.method}"
+        kind = f"run of ifm_jax, {config.method}, objective {config.ifm.objective}"
     else:
         names = {"moco": "MoCo/IFM checkpoint", "torchvision": "ResNet state dict"}
         kind = f"PyTorch {names[found.origin.kind]}, {found.origin.file}"
     features = _features(_architecture(config))
     if "fc" not in state.params:
         head = "none"
-    elif config.moco.mlp:
-        head = f"MLP {features} -> {features} -> {config.moco.dim}"
     else:
-        head = f"linear {features} -> {config.moco.dim}"
-    parts = ["query encoder"] + ([] if state.key_params is None else ["key encoder"])
-    parts += [] if state.queue is None else ["queue"]
+        dim, head = configs.head(config)
+        head = {"mlp": f"MLP {features} -> {features} -> {dim}", "linear": f"linear {features} -> {dim}"}.get(
+            head, f"{head} {features} -> 512 -> {dim}"
+        )
+    memory = _moco_memory(state)
+    parts = ["query encoder"] + ([] if memory.key_params is None else ["key encoder"])
+    parts += [] if memory.queue is None else ["queue"]
     if state.opt_state is not None and config.optim.name != "sgd":
         parts.append(f"state of {config.optim.name}")
     elif _has_momentum(found):
@@ -800,9 +814,9 @@ def describe(found: Snapshot) -> dict[str, str]:
     }
     if found.origin and found.origin.kind == "torchvision":
         del rows["epoch"], rows["step"]
-    if state.queue is not None:
-        rows["dim"], rows["K"] = str(state.queue.shape[1]), str(state.queue.shape[0])
-        rows["queue_ptr"] = str(int(state.queue_ptr))
+    if memory.queue is not None:
+        rows["dim"], rows["K"] = str(memory.queue.shape[1]), str(memory.queue.shape[0])
+        rows["queue_ptr"] = str(int(memory.queue_ptr))
     return rows
 
 

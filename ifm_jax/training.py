@@ -19,7 +19,7 @@ from ifm_jax.config import Config
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
 from ifm_jax.data.resident import Copies, copies_side, read_all, resident_batches
 from ifm_jax.errors import RunError, UsageError, name_too_long
-from ifm_jax.state import TrainState, placements
+from ifm_jax.pretrain import TrainState, placements
 from ifm_jax.workdir import CHECKPOINTS, CURVES, METRICS, TENSORBOARD, bad_images
 
 if TYPE_CHECKING:
@@ -93,13 +93,15 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             Checkpoints(workdir / CHECKPOINTS, config.checkpoint_keep, config.checkpoint_best)
         )
         # Everything a step reads lies on the devices as the step wants it, from the start.
-        placement = placements(mesh, config.moco.queue_sharded)
-        create = assembly.state_creator(config)
+        step = assembly.make_step(config, mesh)
+        placement = placements(mesh, step.method)
+        create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placement)
+        start_rng = sharding.place_key(mesh, assembly.initial_rngs(config)[0])
         if begin.weights is not None:
-            begin.state, notes = start.started_with(begin.weights, jax.device_get(jax.jit(create)()))
+            begin.state, notes = start.started_with(begin.weights, jax.device_get(create(start_rng)), config.method)
             begin.said.append(f"Starting with {config.init_from}: {'; '.join([*notes, *begin.weights.notes])}.")
         if begin.state is None:
-            train_state = jax.jit(create, out_shardings=placement)()
+            train_state = create(start_rng)
         else:
             train_state = TrainState(*map(sharding.place, begin.state, placement))
         begin.state = begin.weights = None  # their memory
@@ -132,10 +134,10 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             f"Compiling the training step ({config.model.arch}, batch {config.batch_size}, {devices_text})"
         )
         begun = time.perf_counter()
-        step = assembly.make_step(config, mesh, epoch_steps)
+        rng_and_rates = assembly.step_arguments(config, epoch_steps, mesh)
         if config.data.cache:
             step = resident.ResidentStep(step, config.data.image_size, config.steps_per_call)
-        program = step.jit().lower(train_state, *images, call.batch).compile()
+        program = step.jit().lower(train_state, *images, call.batch, *rng_and_rates).compile()
         progress.message(f"Compiled in {time.perf_counter() - begun:.1f} s.")
         sharding.wait_for_all("compiled")
         if first:
@@ -146,7 +148,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             log, tensorboard, progress, config.batch_size, epoch_steps, config.log_every, workdir / CURVES
         )
         done, _ = loop.run(
-            lambda state, batch: program(state, *images, batch),
+            lambda state, batch: program(state, *images, batch, *rng_and_rates),
             train_state,
             itertools.chain([call], calls),
             first=first,

@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_the_config_is_noticed(state, tmp_path):
 def test_checksums_of_a_split_queue_are_of_its_parts(state, tmp_path, monkeypatch):
     """As on several hosts, none of which has all of the queue."""
     mesh = sharding.make_mesh(jax.devices()[:4])
-    queue = jax.device_put(state.queue, sharding.split(mesh))
+    queue = jax.device_put(state.memory.queue, sharding.split(mesh))
     monkeypatch.setattr(type(queue), "is_fully_addressable", False)
     known = checkpoint._checksums({"queue": queue}, {})
     monkeypatch.undo()

@@ -369,6 +369,6 @@ def test_a_train_step_needs_no_more_than_jax_flax_optax_numpy():
 import sys
 for name in ("grain", "orbax", "cv2", "tensorboardX", "matplotlib", "sklearn"):
     sys.modules[name] = None
-import ifm_jax, ifm_jax.pretrain, ifm_jax.state, ifm_jax.augment, ifm_jax.config
+import ifm_jax, ifm_jax.pretrain, ifm_jax.methods, ifm_jax.augment, ifm_jax.config
 """
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)

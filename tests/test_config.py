@@ -47,12 +47,15 @@ def test_the_defaults_are_the_original_s():
             "moco.momentum": 0.999,
             "moco.temperature": 0.2,
             "moco.mlp": True,
-            "ifm.method": "ifm",
+            "method": "moco",
+            "ifm.objective": "ifm",
             "ifm.epsilon": 0.1,
             "ifm.alpha": 1.0,
             "data.augmentation": "moco_v2",
             "data.source": "trifeature",
-            "model.bn_groups": 8,
+            "model.bn_groups": 0,
+            "simclr.temperature": 0.5,
+            "hard.beta": 0.0,
             "moco.shuffle_bn": True,
             "model.running_stats": "first_group",
             "seed": 0,
@@ -73,7 +76,11 @@ def test_the_defaults_are_the_original_s():
         ({"model__stem": "big"}, "model.stem='big'"),
         ({"model__compute_dtype": "float16"}, "model.compute_dtype='float16'"),
         ({"model__running_stats": "last"}, "model.running_stats='last'"),
-        ({"ifm__method": "simclr"}, "ifm.method='simclr'"),
+        ({"ifm__objective": "simclr"}, "ifm.objective='simclr'"),
+        ({"method": "byol"}, "method='byol' is unknown: expected one of moco, simclr"),
+        ({"hard__beta": -0.5}, r"hard.beta=-0.5: expected a number of at least 0"),
+        ({"hard__tau_plus": 1.0}, r"hard.tau_plus=1.0: expected a number of at least 0, below 1|hard.tau_plus=1.0"),
+        ({"method": "simclr", "batch_size": 1}, r"bn_groups=1: expected below batch_size=1|batch_size=1"),
         ({"optim__name": "rmsprop"}, "optim.name='rmsprop'"),
         ({"optim__schedule": "linear"}, "optim.schedule='linear'"),
         ({"data__augmentation": "moco_v3"}, "data.augmentation='moco_v3'"),
@@ -260,18 +267,16 @@ def test_a_former_name_is_read_and_set():
     assert known.free_on_resume
 
 
-def test_a_former_name_in_a_dict_and_on_the_command_line(monkeypatch):
-    """Through a field of the config that is given a former name for the test."""
-    known = configs.find("ifm.method")[0]
-    older = {"loss": {"infonce": "moco"}}
-    changed = dataclasses.replace(known, declared=dataclasses.replace(known.declared, formerly=older))
-    fields = {**configs.fields(), "ifm.method": changed}
-    monkeypatch.setattr(configs, "fields", lambda group=configs.Config: fields)
-    assert configs.from_dict({"ifm": {"loss": "infonce"}}).ifm.method == "moco"
-    assert configs.from_dict({"ifm.loss": "ifm_only"}).ifm.method == "ifm_only"
+def test_a_former_name_in_a_dict_and_on_the_command_line():
+    """`ifm.method` is `ifm.objective` now, and its "moco" is "infonce"."""
+    assert configs.from_dict({"ifm": {"method": "moco"}}).ifm.objective == "infonce"
+    assert configs.from_dict({"ifm.method": "ifm_only"}).ifm.objective == "ifm_only"
+    config = configs.Config()
+    config.ifm.method = "moco"
+    assert (config.ifm.objective, config.ifm.method) == ("infonce", "infonce")
     flag = config_flag.ConfigFlag()
-    flag.take(["--config.ifm.loss=infonce"])
-    assert flag.changes == {"ifm.method": "moco"}
+    flag.take(["--config.ifm.method=moco"])
+    assert flag.changes == {"ifm.objective": "infonce"}
 
 
 @pytest.mark.parametrize(

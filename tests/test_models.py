@@ -11,9 +11,10 @@ import pytest
 import torch
 from flax import nnx
 
-from ifm_jax import loading, models, optim, snapshot, start, state, torch_checkpoint
+from ifm_jax import loading, models, optim, pretrain, snapshot, start, torch_checkpoint
 from ifm_jax.config import Config
 from ifm_jax.evaluation.features import FrozenEncoder
+from ifm_jax.methods import MoCo, Objective
 from tests import torch_reference
 from tests.torchvision_peer import torchvision
 
@@ -264,7 +265,7 @@ def test_hcl_head_equals_torch_in_groups():
 
 def hcl_state(seed=0, dim=8):
     encoder = dataclasses.replace(HCL, dim=dim)
-    made = state.create(jax.random.key(seed), encoder, optim.sgd(0.9, 0.0), queue_size=16)
+    made = pretrain.create(jax.random.key(seed), MoCo(encoder, Objective(), 16), optim.sgd(0.9, 0.0))
     _, batch_stats = encoder(made.params, made.batch_stats, jnp.ones((4, 32, 32, 3)).at[:2].set(0.5), train=True)
     return jax.device_get(made._replace(batch_stats=batch_stats))
 
@@ -303,20 +304,21 @@ def test_a_head_with_statistics_is_left_behind_whole(monkeypatch, tmp_path):
 
 def test_a_run_starts_with_the_statistics_of_the_head_it_takes():
     given = hcl_snapshot()
-    fitting, taken = start.started_with(given, hcl_state(seed=1))
+    fitting, taken = start.started_with(given, hcl_state(seed=1), "moco")
     assert taken[0] == "query encoder"
     jax.tree.map(np.testing.assert_array_equal, fitting.batch_stats, given.state.batch_stats)
     jax.tree.map(np.testing.assert_array_equal, fitting.params, given.state.params)
     fresh = hcl_state(seed=1, dim=6)
-    other, taken = start.started_with(given, fresh)
+    other, taken = start.started_with(given, fresh, "moco")
     assert taken[0] == "query encoder without its head (a new one)"
     for part in ("params", "batch_stats"):
         ours, theirs, new = (getattr(of, part) for of in (other, given.state, fresh))
         jax.tree.map(np.testing.assert_array_equal, models.without_head(ours), models.without_head(theirs))
         jax.tree.map(np.testing.assert_array_equal, ours["fc"], new["fc"])
     # A head without statistics, from which the backbone is taken.
-    linear = state.create(jax.random.key(2), dataclasses.replace(HCL, head="linear"), optim.sgd(0.9, 0.0), 16)
-    other, _ = start.started_with(given, jax.device_get(linear))
+    method = MoCo(dataclasses.replace(HCL, head="linear"), Objective(), 16)
+    linear = pretrain.create(jax.random.key(2), method, optim.sgd(0.9, 0.0))
+    other, _ = start.started_with(given, jax.device_get(linear), "moco")
     assert "fc" not in other.batch_stats
 
 

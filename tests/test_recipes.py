@@ -50,6 +50,7 @@ def test_imagenet100_is_the_originals(load):
     config = load("ifm_imagenet100", data__source="folder:/imagenet")
     expected = Config()
     expected.optim.lr, expected.batch_size, expected.moco.momentum = 0.8, 512, 0.99
+    expected.model.bn_groups = 8
     assert differences(config, expected) == []
     assert (config.model.arch, config.model.bn_groups, config.epochs) == ("resnet50", 8, 200)
     assert (config.moco.queue_size, config.moco.temperature, config.moco.mlp) == (65536, 0.2, True)
@@ -72,8 +73,8 @@ def test_imagenet100s_classes_are_a_hundred_ids():
 @pytest.mark.parametrize(
     ("ours", "theirs", "fields"),
     [
-        ("ifm_imagenet100", "moco_v2_imagenet100", {"ifm.method"}),
-        ("ifm_imagenet", "moco_v2_imagenet", {"ifm.method"}),
+        ("ifm_imagenet100", "moco_v2_imagenet100", {"ifm.objective"}),
+        ("ifm_imagenet", "moco_v2_imagenet", {"ifm.objective"}),
         (
             "moco_v1_imagenet",
             "moco_v2_imagenet",

@@ -20,10 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ifm_jax import checkpoint, loading, models, optim, snapshot, state, torch_checkpoint, training
+from ifm_jax import checkpoint, loading, models, optim, pretrain, snapshot, torch_checkpoint, training
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import subject
+from ifm_jax.methods import MoCo, Objective
 from ifm_jax.models import Encoder
 from ifm_jax.snapshot import Snapshot
 from tests.torch_reference import Reference, ReferenceMoCo, resnet
@@ -149,10 +150,12 @@ def test_torch_to_jax_to_torch_is_bit_exact(mlp, dtype, legacy, tmp_path):
 
 def random_state(encoder, optimizer, queue_size):
     """A training state with nothing at its starting value."""
-    abstract = jax.eval_shape(lambda: state.create(jax.random.key(0), encoder, optimizer, queue_size))
+    abstract = jax.eval_shape(
+        lambda: pretrain.create(jax.random.key(0), MoCo(encoder, Objective(), queue_size), optimizer)
+    )
     rng = np.random.default_rng(0)
     values = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), abstract)
-    return values._replace(step=np.int32(12), queue_ptr=np.int32(8))
+    return values._replace(step=np.int32(12), memory=values.memory._replace(queue_ptr=np.int32(8)))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def test_jax_to_torch_to_jax_is_bit_exact(arch, options, tmp_path):
     assert (again.epoch, again.steps_per_epoch) == (3, 4)
 
     # As a run is resumed.
-    like = jax.eval_shape(lambda: state.create(jax.random.key(0), encoder, optimizer, 24))
+    like = jax.eval_shape(lambda: pretrain.create(jax.random.key(0), MoCo(encoder, Objective(), 24), optimizer))
     restored = checkpoint.newest_whole(tmp_path / "again" / "checkpoints", like)[0].state
     assert restored.step == 12
     assert_same_tree(restored, saved)
@@ -291,7 +294,7 @@ def test_torchvision_round_trip_keeps_the_classifier(tmp_path):
     network = with_statistics(torchvision.models.resnet18(num_classes=10))
     torch.save(network.state_dict(), tmp_path / "a.pth")
     found = torch_checkpoint.to_jax(tmp_path / "a.pth", tmp_path / "run")
-    assert found.missing == ["key encoder", "queue", "optimiser state"]
+    assert found.missing == ["key encoder", "queue", "optimizer state"]
     torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth", "torchvision")
     assert_same_tensors(torch.load(tmp_path / "b.pth", weights_only=True), network.state_dict())
 

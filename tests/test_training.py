@@ -16,6 +16,7 @@ from ifm_jax import assembly, checkpoint, metrics, snapshot, torch_checkpoint, t
 from ifm_jax import config as configs
 from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.errors import RunError, UsageError
+from ifm_jax.methods import MoCoMemory
 from tests import small
 
 
@@ -55,7 +56,7 @@ def test_what_a_run_leaves(finished):
     assert list((finished / "tensorboard").iterdir())
     state = final_state(finished)
     assert int(state.step) == 8
-    assert int(state.queue_ptr) == 8 * 16 % 64
+    assert int(state.memory.queue_ptr) == 8 * 16 % 64
 
 
 def test_training_learns(tmp_path):
@@ -135,7 +136,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert step >= 2
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == step - 1
     state = final_state(tmp_path)
-    assert np.isfinite(np.asarray(state.queue)).all()
+    assert np.isfinite(np.asarray(state.memory.queue)).all()
 
 
 def test_limit_shortens_the_epoch(tmp_path):
@@ -195,7 +196,7 @@ def test_init_from(finished, tmp_path, given, capsys):
         taken = "query encoder without its head (a new one); key encoder (a copy of the query encoder); a new queue"
     elif given == "torch":
         path = tmp_path / "only_query.pth.tar"
-        without = trained._replace(key_params=None, key_batch_stats=None, queue=None, queue_ptr=None, opt_state=None)
+        without = trained._replace(memory=MoCoMemory(None, None, None, None), opt_state=None)
         snapshot.write(snapshot.Snapshot(small.config(), jax.device_get(without)), tmp_path / "stripped")
         torch_checkpoint.to_torch(tmp_path / "stripped", path)
         taken = "query encoder; key encoder (a copy of the query encoder); a new queue"
@@ -215,10 +216,10 @@ def test_init_from(finished, tmp_path, given, capsys):
     assert int(state.step) == 1
     assert [r["step"] for r in metrics.read(tmp_path / "new" / "metrics.jsonl")] == [1]
     if given == "run":
-        small.assert_same(state.key_params, trained.key_params)
-        np.testing.assert_array_equal(state.queue[16:], trained.queue[16:])
+        small.assert_same(state.memory.key_params, trained.memory.key_params)
+        np.testing.assert_array_equal(state.memory.queue[16:], trained.memory.queue[16:])
     else:
-        small.assert_same(state.key_params["conv1"], trained.params["conv1"])
+        small.assert_same(state.memory.key_params["conv1"], trained.params["conv1"])
 
 
 def test_init_from_another_network_is_refused(finished, tmp_path):
@@ -229,10 +230,10 @@ def test_init_from_another_network_is_refused(finished, tmp_path):
 def test_an_incomplete_conversion_cannot_be_gone_on_from(tmp_path):
     config = small.config()
     full = jax.device_get(jax.jit(assembly.state_creator(config))())
-    stripped = full._replace(key_params=None, key_batch_stats=None, queue=None, queue_ptr=None, opt_state=None)
+    stripped = full._replace(memory=MoCoMemory(None, None, None, None), opt_state=None)
     origin = snapshot.Origin("released.pth.tar", "moco", 200, 0, None, {})
     snapshot.write(snapshot.Snapshot(config, stripped, origin, None, ()), tmp_path / "run", overwrite=False)
-    with pytest.raises(UsageError, match="converted checkpoint without key encoder, queue, optimiser state"):
+    with pytest.raises(UsageError, match="converted checkpoint without key encoder, queue, optimizer state"):
         train(config, tmp_path / "run")
 
 

@@ -26,7 +26,8 @@ from ifm_jax.evaluation import subject
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.readout import linear_readouts
 
-_METHODS = {"moco": "MoCo", "ifm": "IFM", "ifm_only": "IFM only"}
+_OBJECTIVES = {"ifm": "IFM", "ifm_only": "IFM only"}
+_METHODS = {"moco": "MoCo", "simclr": "SimCLR"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +106,18 @@ def _one_device() -> jax.sharding.Mesh:
 
 
 def method_name(config: Config) -> str:
-    """Returns a name for all runs with a config's method: `IFM (eps 0.1), T = 0.07`."""
-    ifm = config.ifm
-    budget = "" if ifm.method == "moco" else f" (eps {'/'.join(f'{e:g}' for e in sorted(set(configs.epsilons(ifm))))})"
-    return f"{_METHODS[ifm.method]}{budget}, T = {config.moco.temperature:g}"
+    """Returns a name for all runs with a config's method: `MoCo, T = 0.2`, `IFM (eps 0.1), T = 0.07`.
+
+    IFM alone is IFM on MoCo, as the original has it; `IFM (eps 0.1) on SimCLR, T = 0.5` on another method.
+    """
+    ifm, name = config.ifm, _METHODS[config.method]
+    if ifm.objective != "infonce":
+        budget = "/".join(f"{epsilon:g}" for epsilon in sorted(set(configs.epsilons(ifm))))
+        on = "" if config.method == "moco" else f" on {name}"
+        name = f"{_OBJECTIVES[ifm.objective]} (eps {budget}){on}"
+    hard = f", beta {config.hard.beta:g}" if config.hard.beta else ""
+    debiased = f", tau+ {config.hard.tau_plus:g}" if config.hard.tau_plus else ""
+    return f"{name}{hard}{debiased}, T = {configs.temperature(config):g}"
 
 
 def grouped(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[str | os.PathLike]]:

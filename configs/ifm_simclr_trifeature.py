@@ -1,0 +1,29 @@
+"""IFM on SimCLR, on the embedded Trifeature images: ten shapes, ten textures, ten colors, negatives from the batch.
+
+    python train.py --config=configs/ifm_simclr_trifeature.py --workdir=runs/ifm_simclr
+    python train.py --config=configs/ifm_simclr_trifeature.py --workdir=runs/simclr --config.ifm.objective=infonce
+
+With 1,000 kinds of image and 126 negatives few negatives are of the query's own kind, so that the positive becomes
+easy, which is where IFM acts.
+
+Hardware: two CPU cores, two minutes. No download.
+Expected: contrast accuracy of 80 to 90 % at the end (768 steps). IFM against InfoNCE over five seeds of this setting,
+in an exploratory trial: shape -1.9 +- 0.8 points, texture +3.7 +- 2.3; single runs differ by 3 to 10 points, so that
+one run says nothing about the method.
+"""
+
+from ifm_jax import recipes
+from ifm_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the recipe."""
+    config = recipes.load("trifeature")
+    config.method = "simclr"
+    config.simclr.temperature = 0.07
+    config.model.bn_groups = 1
+    config.ifm.epsilon = 0.1
+    config.data.trifeature.shapes = 10
+    config.data.trifeature.textures = 10
+    config.data.trifeature.colors = 10
+    return config

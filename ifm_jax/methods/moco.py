@@ -1,0 +1,133 @@
+"""MoCo: negatives from a queue of earlier batches' keys (He et al. 2020, algorithm 1), as IFM's original has it."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ifm_jax import sharding
+from ifm_jax.methods import losses, queue
+from ifm_jax.methods.method import Objective, Outcome, Tree, Views
+from ifm_jax.models import Encoder
+
+
+class MoCoMemory(NamedTuple):
+    """What MoCo carries from step to step.
+
+    Attributes:
+      key_params: of the key encoder, the momentum average of the query encoder's.
+      key_batch_stats: running averages of the key encoder; its own, not averaged by the momentum update.
+      queue: `(K, dim)` keys, L2-normalized; the oldest at row `queue_ptr`.
+      queue_ptr: int32 scalar.
+    """
+
+    key_params: Tree
+    key_batch_stats: Tree
+    queue: jax.Array
+    queue_ptr: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MoCo:
+    """Momentum contrast.
+
+    Attributes:
+      encoder: architecture of query and key encoder.
+      objective: what is made of the margins.
+      queue_size: K, a multiple of the batch.
+      momentum: m of the key encoder's moving average.
+      shuffle: keys are computed in a random order of the batch, so that the key's BatchNorm group is not the query's.
+      queue_sharded: each device holds its part of the queue and compares all queries with it.
+      mesh: the devices; None: wherever the arrays are.
+    """
+
+    encoder: Encoder
+    objective: Objective
+    queue_size: int = 65536
+    momentum: float = 0.999
+    shuffle: bool = True
+    queue_sharded: bool = False
+    mesh: jax.sharding.Mesh | None = None
+
+    memory = MoCoMemory
+    trained_views = 1
+
+    def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> MoCoMemory:
+        """Returns the memory a run starts with: a copy of the query encoder, a queue of random unit vectors."""
+        keys = queue.create(rng, self.queue_size, self.encoder.dim, jnp.dtype(self.encoder.param_dtype))
+        # Copies, not the same arrays: the step gives its state's memory away.
+        return MoCoMemory(*jax.tree.map(jnp.copy, (params, batch_stats)), keys, jnp.zeros((), jnp.int32))
+
+    def placements(self, mesh: jax.sharding.Mesh) -> MoCoMemory:
+        """Returns where the memory lies: everything on every device, but for a queue that is split."""
+        everywhere = MoCoMemory(*[sharding.replicated(mesh)] * 4)
+        return everywhere._replace(queue=sharding.split(mesh)) if self.queue_sharded else everywhere
+
+    def loss(
+        self, params: Tree, batch_stats: Tree, memory: MoCoMemory, views: Views, rng: jax.Array
+    ) -> tuple[jax.Array, Outcome[MoCoMemory]]:
+        """Returns the loss of a batch and what it leaves; see `Method`. The order is the original's."""
+        # 1. The key encoder follows the query encoder as it was before this step; parameters only, not statistics.
+        m, now = self.momentum, jax.lax.stop_gradient(params)
+        key_params = jax.tree.map(lambda k, q: m * k + (1 - m) * q, memory.key_params, now)
+
+        # 2. Keys of the shuffled views, back in sample order, no gradient.
+        order = None
+        if self.shuffle:
+            order = views.permutation
+            if order is None:
+                order = jax.random.permutation(rng, jnp.arange(views.count, dtype=jnp.int32))
+            order = order.astype(jnp.int32)
+        keys, key_batch_stats = self.encoder(key_params, memory.key_batch_stats, views(1, order), train=True)
+        if order is not None:
+            keys = sharding.split_rows(keys[jnp.argsort(order)], self.mesh)
+        keys = jax.lax.stop_gradient(keys)
+        all_keys = sharding.on_every_device(keys, self.mesh)  # every device writes its queue itself
+
+        # 3. Loss against the queue as it was before this step's keys.
+        queries, batch_stats = self.encoder(params, batch_stats, views(0), train=True)
+        positives = keys
+        if self.queue_sharded:
+            # All queries against each device's part of the queue; the compiler combines the parts' sums and ranks.
+            queries, positives = sharding.on_every_device(queries, self.mesh), all_keys
+        objective = self.objective
+        found = losses.contrast(queries, positives, memory.queue, objective.temperature, objective.beta)
+        loss, metrics = objective(found)
+
+        # 4. The newest keys replace the oldest.
+        ring = queue.enqueue(memory.queue, memory.queue_ptr, all_keys, by_row=self.queue_sharded)
+        return loss, Outcome(batch_stats, MoCoMemory(key_params, key_batch_stats, *ring), metrics)
+
+    @staticmethod
+    def missing(memory: Any) -> list[str]:
+        """Returns the parts of a memory that are not there, in words; see `Method`."""
+        if not isinstance(memory, MoCoMemory):
+            return ["key encoder", "queue"]
+        parts = {"key encoder": memory.key_params, "queue": memory.queue}
+        return [name for name, part in parts.items() if part is None]
+
+    @staticmethod
+    def inherit(
+        given: Any, fresh: MoCoMemory, params: Tree, batch_stats: Tree, same_head: bool
+    ) -> tuple[MoCoMemory, list[str]]:
+        """Returns the memory of a run that starts with the weights of another, and in words; see `Method`."""
+        lacks = MoCo.missing(given) if same_head else ["key encoder", "queue"]
+
+        def cast(tree, like):
+            return jax.tree.map(lambda x, y: np.asarray(x, y.dtype), tree, like)
+
+        if "key encoder" in lacks:
+            memory, notes = fresh._replace(key_params=params, key_batch_stats=batch_stats), []
+            notes.append("key encoder (a copy of the query encoder)")
+        else:
+            memory = fresh._replace(
+                key_params=cast(given.key_params, fresh.key_params),
+                key_batch_stats=cast(given.key_batch_stats, fresh.key_batch_stats),
+            )
+            notes = ["key encoder"]
+        if "queue" in lacks or np.shape(given.queue) != np.shape(fresh.queue):
+            return memory, [*notes, "a new queue"]
+        ring = {name: cast(getattr(given, name), getattr(fresh, name)) for name in ("queue", "queue_ptr")}
+        return memory._replace(**ring), [*notes, "queue"]

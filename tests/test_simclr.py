@@ -1,0 +1,108 @@
+"""SimCLR against PyTorch, step for step, and as a whole run."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ifm_jax import assembly, metrics, optim, pretrain, replay, sharding, snapshot, torch_checkpoint, training
+from ifm_jax.errors import UsageError
+from ifm_jax.methods import Objective, SimCLR
+from ifm_jax.models import Encoder
+from tests import small, torch_reference, torch_simclr_reference
+
+DIM, N, SIZE, STEPS = 16, 8, 64, 5
+HARD = {"objective": "ifm", "epsilon": 0.1, "alpha": 0.5, "beta": 1.0, "tau_plus": 0.1}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("head", "loss", "devices"),
+    [("simclr", {"objective": "infonce"}, 2), ("hcl", HARD, 1)],
+)
+def test_follows_torch(head, loss, devices):
+    """Five steps of two ranks with their own BatchNorm: losses, gradient norm, parameters, statistics."""
+    views = torch_reference.random_views(steps=STEPS, n=N, size=SIZE)
+    reference = torch_simclr_reference.SimCLRReference("resnet18", DIM, head, world=2, temperature=0.5, **loss)
+    start = {name: np.asarray(value) for name, value in reference.state().items()}
+    expected = reference.run(views, lr_per_step=0.03)
+
+    options = dict(loss)
+    objective = Objective(options.pop("objective"), temperature=0.5, **options)
+    named = {"simclr": "mlp", "hcl": "hcl"}[head]
+    wide = {"compute_dtype": "float64", "param_dtype": "float64"}
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    method = SimCLR(Encoder("resnet18", DIM, named, bn_groups=2, **wide), objective, mesh)
+    table = [
+        *torch_checkpoint.backbone_table(torch_checkpoint.ARCHITECTURES["resnet18"]),
+        *torch_checkpoint.head_table(512, DIM, named),
+    ]
+    trees = {"params": {}, "batch_stats": {}}
+    for entry in table:
+        value = torch_checkpoint._to_jax(start[entry.torch], entry.kind)
+        torch_checkpoint._set(trees[entry.collection], entry.path, jnp.array(value))
+    step = pretrain.PretrainStep(method, optim.make("sgd", 0.9, 1e-4), augment=lambda rngs, images: images)
+    state = pretrain.TrainState(
+        jnp.zeros((), jnp.int32), *trees.values(), step.optimizer.init(trees["params"]), memory=()
+    )
+    state = jax.device_put(state, pretrain.placements(mesh, method))
+    rest = sharding.place_key(mesh, jax.random.key(0)), jax.device_put(np.full(STEPS, 0.03), sharding.replicated(mesh))
+    program, series = step.jit(), []
+    for number in range(STEPS):
+        batch = sharding.put_batch(mesh, {name: views[name][number] for name in ("query", "key")})
+        state, found = program(state, batch, *rest)
+        series.append(jax.device_get(found))
+    for name in ("loss", "loss_clean", "loss_ifm", "grad_norm"):
+        ours = [found[name] for found in series]
+        np.testing.assert_allclose(ours, expected[name], rtol=1e-9, err_msg=name)
+    trees = {"params": state.params, "batch_stats": state.batch_stats}
+    for entry in table:
+        values = torch_checkpoint._to_torch(
+            np.asarray(torch_checkpoint._get(trees[entry.collection], entry.path)), entry.kind
+        )
+        theirs = expected[f"final/{entry.torch}"]
+        np.testing.assert_allclose(values, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max(), err_msg=entry.torch)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of eight steps with hard negatives."""
+    workdir = tmp_path_factory.mktemp("simclr")
+    training.train(config(), workdir, devices=jax.devices()[:1], quiet=True)
+    return workdir
+
+
+def config(**fields):
+    return small.config(method="simclr", simclr__dim=8, hard__beta=0.5, **fields)
+
+
+def test_a_run_goes_on_as_if_uninterrupted(run, tmp_path):
+    for steps in (3, 0):
+        training.train(config(steps=steps), tmp_path, devices=jax.devices()[:1], quiet=True)
+    ours, theirs = (small.without_speed(metrics.read(path / "metrics.jsonl")) for path in (tmp_path, run))
+    assert ours == theirs
+    small.assert_same(*(snapshot.read(path).state for path in (tmp_path, run)))
+
+
+def test_what_is_moco_s_alone_says_so(run, tmp_path):
+    with pytest.raises(UsageError, match=r"--for=moco: .* method=simclr, .* expected --for=torchvision"):
+        torch_checkpoint.to_torch(run, tmp_path / "a.pth.tar")
+    torch_checkpoint.to_torch(run, tmp_path / "a.pth", "torchvision")
+    assert torch_checkpoint.read(tmp_path / "a.pth").config.model.arch == "resnet8"
+    views = {name: np.zeros((1, 8, 32, 32, 3)) for name in ("query", "key")}
+    with pytest.raises(UsageError, match="has method=simclr: replay follows the original, expected method=moco"):
+        replay.replay(config(), snapshot.read(run), views)
+    assert torch_checkpoint.describe(snapshot.read(run))["parts"].startswith("query encoder")
+
+
+def test_moco_starts_with_its_weights_and_the_other_way_round(run, tmp_path, capsys):
+    """Across methods the network is used, and what is a method's own is new."""
+    training.train(small.config(steps=1, init_from=str(run)), tmp_path / "moco", devices=jax.devices()[:1])
+    said = capsys.readouterr().out
+    assert "query encoder; key encoder (a copy of the query encoder); a new queue" in said
+    training.train(config(steps=1, init_from=str(tmp_path / "moco")), tmp_path / "back", devices=jax.devices()[:1])
+    assert "Starting with" in capsys.readouterr().out
+    assert assembly.read_config(tmp_path / "back").method == "simclr"
+    assert pathlib.Path(tmp_path / "back" / "checkpoints" / "1").is_dir()
