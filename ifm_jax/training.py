@@ -103,7 +103,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         if begin.state is None:
             train_state = create(start_rng)
         else:
-            train_state = TrainState(*map(sharding.place, begin.state, placement))
+            train_state = jax.tree.map(lambda where, part: sharding.place(part, where), placement, begin.state)
         begin.state = begin.weights = None  # their memory
 
         log = tensorboard = None
