@@ -15,6 +15,7 @@ import numpy as np
 
 from ifm_jax import metrics
 from ifm_jax.errors import RunError
+from ifm_jax.health import Health
 
 # Calls the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
 _CALLS_AHEAD = 2
@@ -197,6 +198,7 @@ class Recorder:
         curves: pathlib.Path,
         panels: metrics.Panels = metrics.PRETRAINING,
         remedy: str = "A lower optim.lr, or a higher temperature, may help",
+        health: Health | None = None,
     ):
         """Takes where the metrics go.
 
@@ -210,7 +212,9 @@ class Recorder:
           curves: the picture to draw.
           panels: what it shows.
           remedy: what the user is told when a loss is not finite.
+          health: watches the metrics; None: nobody does.
         """
+        self._health = health
         self._log, self._tensorboard, self.progress = log, tensorboard, progress
         self._batch_size, self._epoch_steps, self._log_every = batch_size, epoch_steps, log_every
         self._curves, self._panels, self._remedy = curves, panels, remedy
@@ -311,12 +315,15 @@ class Recorder:
             self._log.write(record)
             self._tensorboard.write(step, record)
         self.progress.update(step, record)
+        for warning in self._health.watch(record) if self._health else ():
+            self.progress.message(warning)
 
     def draw(self) -> None:
         """Draws the curves of all that is logged so far."""
         self._drawn_at = time.perf_counter()
         if self._log is not None and (records := metrics.read(self._curves.with_name("metrics.jsonl"))):
-            metrics.draw_curves(records, self._curves, self._panels)
+            chance = self._health.chance if self._health else None
+            metrics.draw_curves(records, self._curves, self._panels, chance=chance)
 
 
 class StopSignals:

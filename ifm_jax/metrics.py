@@ -278,7 +278,13 @@ PROBE: Panels = (
 )
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike, panels: Panels = PRETRAINING) -> None:
+def draw_curves(
+    records: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    panels: Panels = PRETRAINING,
+    *,
+    chance: float | None = None,
+) -> None:
     """Draws `curves.png`: loss, accuracy and learning rate over the steps; the legends tell the latest values.
 
     A long run's noisy curves are drawn pale, their running mean (over a fiftieth of the run) on top. At most 2000
@@ -288,6 +294,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike, p
         records: as `read` returns them; fields that are missing are not drawn. Without records nothing is drawn.
         path: the PNG file, 1080 x 1080 px.
         panels: what it shows; a panel without any value is left out.
+        chance: the loss by chance, InfoNCE's, drawn as a dashed line among the losses; None: no line.
     """
     if not records:
         return
@@ -329,6 +336,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: str | os.PathLike, p
             else:
                 marker = {"marker": "o", "markersize": 4} if count <= 30 else {}
                 axis.plot(steps[drawn], values[drawn], linewidth=1.8, label=text, **style, **marker)
+        if chance is not None and label == "loss":
+            axis.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (6, 4)), label=f"chance  {chance:.2f}")
         axis.set_ylabel(label, color=INK, fontsize=11)
         axis.grid(color="#e6e6e6", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -404,6 +413,7 @@ class Progress:
         epochs: the epochs of the whole recipe.
         start_step: the step the run goes on from; 0 for a run from the start.
         steps_per_epoch: `total_steps / epochs` where not given; needed when the run ends before its recipe does.
+        full_step: the step at which MoCo's queue is full of real keys; how full it is is shown until then.
         file: where to write; standard output where not given. A bar is drawn if it is a terminal.
         console: a rich console to write to instead of `file`.
         clock: what time it is, in seconds.
@@ -416,11 +426,13 @@ class Progress:
         epochs: float,
         start_step: int = 0,
         steps_per_epoch: float | None = None,
+        full_step: int = 0,
         file: TextIO | None = None,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._step, self._epochs = total_steps, start_step, epochs
+        self._full_step = full_step
         self._steps_per_epoch = steps_per_epoch or max(total_steps, 1) / epochs
         self._clock = clock
         self._file = Output(console.file if console is not None else (file if file is not None else sys.stdout))
@@ -475,7 +487,7 @@ class Progress:
         self._record = dict(record)
         if self._live is None:
             fields = self._fields()
-            names = ("step", "epoch", "loss", "acc1", "lr", "rate", "left")
+            names = ("step", "epoch", "loss", "acc1", "queue", "lr", "rate", "left")
             line = "  ".join(_labelled(*fields[name]) for name in names if name in fields)
             print(line, file=self._file, flush=True)
 
@@ -500,6 +512,8 @@ class Progress:
         for name, as_text in formats.items():
             if record.get(name) is not None:
                 fields[name] = (name, as_text(record[name]))
+        if self._step < self._full_step:
+            fields["queue"] = ("queue", f"{100 * self._step // self._full_step} % real")
         rate = record.get("images_per_sec")
         if rate is not None:
             fields["rate"] = ("", f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2f} images/s")
@@ -529,14 +543,14 @@ class Progress:
         else:
             fields.setdefault("left", ("left", "-:--:--"))
 
-        order = [name for name in ("step", "loss", "acc1", "lr", "rate", "elapsed", "left") if name in fields]
+        order = [name for name in ("step", "loss", "acc1", "queue", "lr", "rate", "elapsed", "left") if name in fields]
         available = self._console.width
 
         def width() -> int:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
             return sum(len(_labelled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
-        for name in ("elapsed", "rate", "lr", "acc1", "loss", "left"):  # the last to go is the most telling
+        for name in ("elapsed", "rate", "lr", "queue", "acc1", "loss", "left"):  # the last to go is the most telling
             wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # rather no bar than no time
             if width() + wanted > available and name in order:
                 order.remove(name)

@@ -19,6 +19,7 @@ from ifm_jax.config import Config
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
 from ifm_jax.data.resident import Copies, copies_side, read_all, resident_batches
 from ifm_jax.errors import RunError, UsageError, name_too_long
+from ifm_jax.health import Health
 from ifm_jax.pretrain import TrainState, placements
 from ifm_jax.workdir import CHECKPOINTS, CURVES, METRICS, TENSORBOARD, bad_images
 
@@ -110,12 +111,21 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         if primary:
             log = stack.enter_context(metrics.MetricsLog(workdir / METRICS, first))
             tensorboard = stack.enter_context(metrics.TensorBoardLog(workdir / TENSORBOARD, first))
-        progress = stack.enter_context(
-            metrics.Progress(last_step, epochs=config.epochs, start_step=first, steps_per_epoch=epoch_steps)
-            if primary and not quiet
-            else metrics.Silence()
+        negatives, full_step = (of(config.batch_size) for of in (step.method.negatives, step.method.full_step))
+        health = Health(
+            negatives, size, queue=config.method == "moco", full_step=full_step, window=epoch_steps // config.log_every
         )
-        for line in begin.said:
+        progress = metrics.Silence()
+        if primary and not quiet:
+            progress = metrics.Progress(
+                last_step,
+                epochs=config.epochs,
+                start_step=first,
+                steps_per_epoch=epoch_steps,
+                full_step=full_step,
+            )
+        stack.enter_context(progress)
+        for line in begin.said + health.introduction():
             progress.message(line)
         unreadable = BadImages(size, config.data.max_bad, workdir / bad_images(jax.process_index()), progress.message)
         images = ()
@@ -145,7 +155,14 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
 
         stop = stack.enter_context(loop.StopSignals(progress))
         recorder = loop.Recorder(
-            log, tensorboard, progress, config.batch_size, epoch_steps, config.log_every, workdir / CURVES
+            log,
+            tensorboard,
+            progress,
+            config.batch_size,
+            epoch_steps,
+            config.log_every,
+            workdir / CURVES,
+            health=health,
         )
         done, _ = loop.run(
             lambda state, batch: program(state, *images, batch, *rng_and_rates),

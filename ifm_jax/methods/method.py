@@ -121,6 +121,12 @@ class Method(Protocol[Memory]):
           rng: a JAX random key of this step, for what the method draws.
         """
 
+    def negatives(self, batch_size: int) -> int:
+        """Returns how many negatives a query has, from a global batch of so many images."""
+
+    def full_step(self, batch_size: int) -> int:
+        """Returns the step after which all negatives are of real images; 0: from the start."""
+
     @staticmethod
     def missing(memory: Memory) -> list[str]:
         """Returns the parts of a memory that are not there (`None`, as from an incomplete checkpoint), in words."""

@@ -100,6 +100,14 @@ class MoCo:
         ring = queue.enqueue(memory.queue, memory.queue_ptr, all_keys, by_row=self.queue_sharded)
         return loss, Outcome(batch_stats, MoCoMemory(key_params, key_batch_stats, *ring), metrics)
 
+    def negatives(self, batch_size: int) -> int:
+        """Returns K."""
+        return self.queue_size
+
+    def full_step(self, batch_size: int) -> int:
+        """Returns the step after which no random vector is left in the queue."""
+        return -(-self.queue_size // batch_size)
+
     @staticmethod
     def missing(memory: Any) -> list[str]:
         """Returns the parts of a memory that are not there, in words; see `Method`."""

@@ -59,6 +59,14 @@ class SimCLR:
         loss, metrics = self.objective(found)
         return loss, Outcome(batch_stats, (), metrics)
 
+    def negatives(self, batch_size: int) -> int:
+        """Returns 2N - 2."""
+        return 2 * batch_size - 2
+
+    def full_step(self, batch_size: int) -> int:
+        """Returns 0: all negatives are views of this batch."""
+        return 0
+
     @staticmethod
     def missing(memory: Any) -> list[str]:
         """Returns the parts of a memory that are not there: there are none; see `Method`."""

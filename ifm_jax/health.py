@@ -1,0 +1,91 @@
+"""Whether a run is healthy: what its numbers would be by chance, and warnings when they do not leave it."""
+
+import collections
+import math
+from collections.abc import Mapping
+from typing import Any
+
+LEAST_WINDOW = 20  # logged steps: single ones are noisy
+_RISE = 0.05  # of the loss, relative, over the lowest mean since the queue was full
+_NEAR_CHANCE = 3.0  # times chance level
+_EPOCHS = 2  # before contrast accuracy at chance is worth a word
+
+
+class Health:
+    """Watches the logged metrics of one run.
+
+    Args:
+      negatives: K, of a query.
+      images: of the training set.
+      queue: whether the negatives are in a queue.
+      full_step: the step after which all of them are real keys; 0: from the start.
+      window: logged steps that a mean is taken over; those of an epoch, so that its order does not matter.
+    """
+
+    def __init__(self, negatives: int, images: int, *, queue: bool, full_step: int, window: int = LEAST_WINDOW):
+        self._negatives, self._images, self._queue, self.full_step = negatives, images, queue, full_step
+        self._window = max(window, LEAST_WINDOW)
+        self._losses: collections.deque[float] = collections.deque(maxlen=self._window)
+        self._accuracies: collections.deque[float] = collections.deque(maxlen=self._window)
+        self._lowest = math.inf
+        self._warned: set[str] = set()
+
+    @property
+    def chance(self) -> float:
+        """The loss (InfoNCE) of embeddings that tell nothing apart: log(1 + K)."""
+        return math.log1p(self._negatives)
+
+    def introduction(self) -> list[str]:
+        """Returns what the user is told at the start, a line each."""
+        lines = [
+            f"Chance level: InfoNCE {self.chance:.2f} (the logarithm of 1 + {self._negatives:,} negatives), contrast "
+            f"accuracy {100 / (1 + self._negatives):.2g} %."
+        ]
+        if self.full_step:
+            lines.append(
+                f"The queue starts with random vectors, which are easy negatives: the loss is low, and rises until "
+                f"step {self.full_step:,}, when the queue is full of real keys."
+            )
+        if self._queue and self._negatives > self._images:
+            lines.append(
+                f"Warning: the queue holds {self._negatives:,} keys, more than the {self._images:,} images: an image's "
+                "own earlier keys are among its negatives. A moco.queue_size below the number of images avoids it."
+            )
+        return lines
+
+    def watch(self, record: Mapping[str, Any]) -> list[str]:
+        """Takes in a logged record; returns warnings, each given once.
+
+        Args:
+          record: with `step`, `epoch`, `loss_clean` and `acc1`, as in metrics.jsonl.
+        """
+        if record["step"] <= self.full_step:
+            return []
+        self._losses.append(record["loss_clean"])
+        self._accuracies.append(record["acc1"])
+        if len(self._losses) < self._window:
+            return []
+        loss, accuracy = (sum(values) / self._window for values in (self._losses, self._accuracies))
+        self._lowest = min(self._lowest, loss)
+        said = []
+        if loss > (1 + _RISE) * self._lowest:
+            since = "since the queue is full" if self.full_step else "since the start"
+            said += self._once(
+                "rise",
+                f"Warning: the loss rises, from {self._lowest:.3f} to {loss:.3f} {since} (InfoNCE, means of {self._window} "
+                "logged steps). A lower optim.lr, or a moco.momentum nearer 1 with MoCo, may help.",
+            )
+        if record["epoch"] >= _EPOCHS and accuracy <= _NEAR_CHANCE * 100 / (1 + self._negatives):
+            said += self._once(
+                "chance",
+                f"Warning: contrast accuracy is {accuracy:.2g} % after {record['epoch']:.3g} epochs, about chance: the "
+                "views of an image are not told from those of others. Look at the images and their augmentation; a "
+                "higher optim.lr may help, or a lower one after a collapse.",
+            )
+        return said
+
+    def _once(self, name: str, text: str) -> list[str]:
+        if name in self._warned:
+            return []
+        self._warned.add(name)
+        return [text]
