@@ -72,8 +72,8 @@ class Health:
             since = "since the queue is full" if self.full_step else "since the start"
             said += self._once(
                 "rise",
-                f"Warning: the loss rises, from {self._lowest:.3f} to {loss:.3f} {since} (InfoNCE, means of {self._window} "
-                "logged steps). A lower optim.lr, or a moco.momentum nearer 1 with MoCo, may help.",
+                f"Warning: the loss rises, from {self._lowest:.3f} to {loss:.3f} {since} (InfoNCE, means of "
+                f"{self._window} logged steps). A lower optim.lr, or a moco.momentum nearer 1 with MoCo, may help.",
             )
         if record["epoch"] >= _EPOCHS and accuracy <= _NEAR_CHANCE * 100 / (1 + self._negatives):
             said += self._once(
