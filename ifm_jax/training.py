@@ -112,9 +112,8 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
             log = stack.enter_context(metrics.MetricsLog(workdir / METRICS, first))
             tensorboard = stack.enter_context(metrics.TensorBoardLog(workdir / TENSORBOARD, first))
         negatives, full_step = (of(config.batch_size) for of in (step.method.negatives, step.method.full_step))
-        health = Health(
-            negatives, size, queue=config.method == "moco", full_step=full_step, window=epoch_steps // config.log_every
-        )
+        window = epoch_steps // config.log_every
+        health = Health(negatives, size, queue=full_step > 0, full_step=full_step, window=window)
         progress = metrics.Silence()
         if primary and not quiet:
             progress = metrics.Progress(

@@ -57,9 +57,11 @@ def assert_the_same_as_on_one_device(two, one, steps):
 
 
 @pytest.mark.usefixtures("x64")
-def test_two_processes_of_two_devices_are_one_process(tmp_path):
+@pytest.mark.parametrize("method", ["moco", "simclr"])
+def test_two_processes_of_two_devices_are_one_process(tmp_path, method):
     """The short form of benchmarks/topologies.py."""
-    statuses, outputs, errors = finish(start(tmp_path / "two", *SMALL, DOUBLE, "--config.steps=3"))
+    flags = (f"--config.method={method}", "--config.simclr.dim=8", "--config.steps=3")
+    statuses, outputs, errors = finish(start(tmp_path / "two", *SMALL, DOUBLE, *flags))
     assert statuses == [0, 0], errors
     assert "4 cpu devices" in outputs[0]
     assert "step" not in outputs[1]  # only the first process speaks

@@ -1,5 +1,6 @@
 """The loop: what a run leaves, exact resume, and how it ends badly."""
 
+import itertools
 import json
 import math
 import os
@@ -173,6 +174,29 @@ def test_the_step_compiles_once(tmp_path):
     assert events  # the listener works
     assert 3 in events  # so does the count of lines: the first evaluation compiles what it needs
     assert not [count for count in events if count > 1 and count != 3]
+
+
+def test_runs_over_seeds_and_rates_compile_once(tmp_path):
+    """Five seeds and three learning rates of a recipe: whatever the first run has compiled serves the others."""
+    least, misses = jax.config.jax_persistent_cache_min_compile_time_secs, []
+
+    def note(event, **_):
+        if event == "/jax/compilation_cache/cache_misses":
+            misses.append(event)
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.monitoring.register_event_listener(note)
+    try:
+        for number, (seed, lr) in enumerate(zip(range(5), itertools.cycle((0.03, 0.1, 0.3)), strict=False)):
+            train(small.config(steps=1, seed=seed, optim__lr=lr), tmp_path / str(number))
+            if number == 0:
+                misses.clear()
+    finally:
+        jax.monitoring.unregister_event_listener(note)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+    assert misses == []
+    losses = {metrics.read(tmp_path / str(number) / "metrics.jsonl")[0]["loss"] for number in range(5)}
+    assert len(losses) == 5  # of the first step, before a rate has acted
 
 
 def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
