@@ -95,7 +95,7 @@ def test_batches_are_those_of_the_host():
     rows = [
         {name: call[name][row] for name in ("index", "boxes")} for call, count in calls for row in range(count)
     ]  # of each batch
-    cut = jax.jit(resident.ResidentStep(SimpleNamespace(mesh=None), 16).batch)
+    cut = jax.jit(resident.ResidentStep(SimpleNamespace(method=SimpleNamespace(mesh=None)), 16).batch)
     for row, theirs in zip(rows, training_batches(source, 8, seed=3, start=2, indices=True), strict=False):
         np.testing.assert_array_equal(row["index"], theirs["index"])
         ours = cut(copied, row)
