@@ -450,14 +450,14 @@ def device_share(network: Network, repeats: int = 5) -> dict:
 
     rng = jax.random.key(0)
     jax.block_until_ready(views(rng, batch))
-    state, _ = jax.block_until_ready(step(state, batch))
+    state, _ = jax.block_until_ready(step(state, batch, *arguments))
     seconds = {"augmentation": [], "step": []}
     for _ in range(repeats):
         begun = time.perf_counter()
         jax.block_until_ready(views(rng, batch))
         seconds["augmentation"].append(time.perf_counter() - begun)
         begun = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, batch))
+        state, _ = jax.block_until_ready(step(state, batch, *arguments))
         seconds["step"].append(time.perf_counter() - begun)
     augmenting, stepping = (statistics.median(seconds[name]) for name in ("augmentation", "step"))
     return {
