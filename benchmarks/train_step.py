@@ -253,6 +253,7 @@ def parts(case: Case, rounds: int) -> dict:
     """Returns what each part of a step takes, in milliseconds, compiled by itself."""
     step = make_step(case, "ifm")
     begin, objective = make_state(case, step), step.method.objective
+    momentum_params, _, negatives, pointer = begin.memory
     batch = jax.device_put(views(case))
     pixels = jnp.clip(128 + 64 * batch["query"], 0, 255).astype(jnp.uint8)
     embeddings = jax.nn.standardize(jax.random.normal(jax.random.key(1), (2, case.batch, DIM)))
@@ -278,16 +279,16 @@ def parts(case: Case, rounds: int) -> dict:
     def augmented(rng, images):
         return MoCoV2Augmentation()(example_rngs(rng, jnp.arange(len(images))), images)
 
-    def momentum(key_params, params):
-        return jax.tree.map(lambda k, q: 0.999 * k + 0.001 * q, key_params, params)
+    def momentum(averages, params):
+        return jax.tree.map(lambda k, q: 0.999 * k + 0.001 * q, averages, params)
 
     programs = {
         "forward": (forward, (begin.params, batch["query"])),
         "forward and backward": (backward, (begin.params, batch["query"])),
-        "loss": (jax.value_and_grad(loss), (embeddings[0], embeddings[1], begin.memory.queue)),
+        "loss": (jax.value_and_grad(loss), (embeddings[0], embeddings[1], negatives)),
         "optimiser": (update, (begin.params, begin.params, begin.opt_state)),
-        "momentum update": (momentum, (begin.memory.key_params, begin.params)),
-        "enqueue": (queue.enqueue, (begin.memory.queue, begin.memory.queue_ptr, embeddings[1])),
+        "momentum update": (momentum, (momentum_params, begin.params)),
+        "enqueue": (queue.enqueue, (negatives, pointer, embeddings[1])),
         "shuffle": (shuffled, (pixels, embeddings[1], jax.random.key(2))),
         "augmentation of a view": (augmented, (jax.random.key(3), pixels)),
     }
