@@ -53,7 +53,7 @@ _HOMES = {
     "load": "loading",
     "train": "training",
 }
-_MODULES = ("augment", "config", "errors", "losses", "models", "optim", "pretrain", "queue", "sharding", "state")
+_MODULES = ("augment", "config", "errors", "losses", "models", "optim", "pretrain", "queue", "sharding")
 
 
 def __getattr__(name: str):

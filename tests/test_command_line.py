@@ -354,7 +354,7 @@ def test_importing_the_package_is_light():
     code = """
 import sys, ifm_jax
 first = [m for m in ("jax", "numpy") if m in sys.modules]
-for name in ("augment", "losses", "models", "optim", "queue", "sharding", "pretrain", "state", "config", "errors"):
+for name in ("augment", "losses", "models", "optim", "queue", "sharding", "pretrain", "config", "errors"):
     getattr(ifm_jax, name)
 from ifm_jax import Config, Encoder, PretrainStep, RunError, TrainState, UsageError
 print(first + [m for m in ("torch", "tensorflow", "grain", "orbax") if m in sys.modules])
