@@ -23,11 +23,14 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from ifm_jax import command, torch_checkpoint
+from ifm_jax.cli import command
 from ifm_jax.errors import UsageError
+from ifm_jax.runs import snapshot
+from ifm_jax.torch_interop import reading, writing
+from ifm_jax.torch_interop.description import describe
 
 _CONFIG = command.define_config()  # to-jax: the recipe of the run, checked against the file
-_FOR = flags.DEFINE_enum("for", "moco", torch_checkpoint.TARGETS, "to-torch: who is to read the file.")
+_FOR = flags.DEFINE_enum("for", "moco", writing.TARGETS, "to-torch: who is to read the file.")
 _PREFIX = flags.DEFINE_string("prefix", "", "What the network's names in a PyTorch file begin with, as backbone.")
 _STEP = flags.DEFINE_integer("step", None, "to-jax: updates done, where the file does not say.", lower_bound=0)
 _EPOCH = flags.DEFINE_integer("epoch", None, "to-torch: epochs done, where the run does not say.", lower_bound=0)
@@ -49,13 +52,13 @@ def main(arguments: list[str]) -> int:
     if name == "to-jax":
         config = _CONFIG() if _CONFIG.recipe or _CONFIG.changes else None
         options = {"step": _STEP.value, "prefix": _PREFIX.value, "overwrite": _OVERWRITE.value}
-        found = torch_checkpoint.to_jax(*paths, config=config, **options)
+        found = reading.to_jax(*paths, config=config, **options)
     elif name == "to-torch":
         options = {"epoch": _EPOCH.value, "prefix": _PREFIX.value, "overwrite": _OVERWRITE.value}
-        found = torch_checkpoint.to_torch(*paths, _FOR.value, **options)
+        found = writing.to_torch(*paths, _FOR.value, **options)
     else:
-        found = torch_checkpoint.read(*paths, prefix=_PREFIX.value)
-    _print_table(" -> ".join(paths), torch_checkpoint.describe(found))
+        found = snapshot.read(*paths, prefix=_PREFIX.value)
+    _print_table(" -> ".join(paths), describe(found))
     for note in found.notes:
         print(f"{pathlib.Path(__file__).name}: warning: {note}", file=sys.stderr)
     return 0

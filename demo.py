@@ -19,9 +19,11 @@ import time
 import numpy as np
 from absl import flags
 
-from ifm_jax import assembly, command, training
+from ifm_jax import assembly
+from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.runs import training
 
 _SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds of each run.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything is written.")

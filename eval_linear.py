@@ -24,7 +24,8 @@ import pathlib
 
 from absl import flags
 
-from ifm_jax import assembly, command
+from ifm_jax import assembly
+from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 

@@ -16,7 +16,8 @@ import pathlib
 
 from absl import flags
 
-from ifm_jax import command, training
+from ifm_jax.cli import command
+from ifm_jax.runs import training
 
 _HERE = pathlib.Path(__file__).parent
 _CONFIG = command.define_config(default=str(_HERE / "configs" / "trifeature.py"))

@@ -18,10 +18,12 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import assembly, command, metrics, sharding, training
+from ifm_jax import assembly, sharding
+from ifm_jax.cli import command
 from ifm_jax.config import Config
-from ifm_jax.evaluation import heads, knn
+from ifm_jax.evaluation import classifiers, knn
 from ifm_jax.evaluation.features import FrozenEncoder
+from ifm_jax.runs import metrics_log, training
 
 _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often everything is timed.")
@@ -45,11 +47,11 @@ def sweep(rounds: int, arch: str, size: int, batch: int, classes: int) -> dict:
     def step(state, weights, views, labels):
         count = state.params["bias"].shape[0]
         lr = jnp.linspace(0.1, 10.0, count)
-        return heads.update(state, frozen.apply(weights, views), labels, lr, jnp.zeros((count,)))
+        return classifiers.update(state, frozen.apply(weights, views), labels, lr, jnp.zeros((count,)))
 
     programs = {}
     for count in (1, HEADS):
-        state = heads.create(jax.random.key(3), count, width, classes)
+        state = classifiers.create(jax.random.key(3), count, width, classes)
         programs[count] = jax.jit(step).lower(state, frozen.weights, views, labels).compile(), state
     times = {1: [], HEADS: []}
     for number in range(rounds + 1):
@@ -102,7 +104,7 @@ def now_and_then(rounds: int) -> dict:
             config.batch_size, config.epochs, config.log_every, config.eval.every = 64, 3, 8, every
             with tempfile.TemporaryDirectory() as workdir:
                 training.train(config, workdir, quiet=True)
-                records = metrics.read(f"{workdir}/metrics.jsonl")
+                records = metrics_log.read(f"{workdir}/metrics.jsonl")
             rates[every] += [record["images_per_sec"] for record in records[1:]]
     without, with_it = (statistics.median(rates[every]) for every in (0, 1))
     name = "pre-training of resnet8, evaluated every epoch"

@@ -38,11 +38,13 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import assembly, command, metrics, sharding, training
+from ifm_jax import assembly, sharding
 from ifm_jax.augment import IMAGENET_MEAN, IMAGENET_STD, example_rngs
+from ifm_jax.cli import command
 from ifm_jax.config import Config, DataConfig
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
 from ifm_jax.errors import UsageError
+from ifm_jax.runs import metrics_log, training
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 92
 CLASSES = 10
@@ -263,7 +265,7 @@ class TorchvisionViews:
         return self._views(index)
 
     def _open(self):
-        from tests.torchvision_peer import torchvision
+        from references.torchvision_peer import torchvision
 
         transforms = torchvision.transforms
         color = [
@@ -479,7 +481,7 @@ def training_run(folder: pathlib.Path, settings: Settings) -> dict:
     config.epochs = -(-settings.steps // steps_per_epoch(settings.images, config.batch_size))
     with tempfile.TemporaryDirectory() as workdir:
         training.train(config, workdir, devices=jax.devices()[:1], quiet=True)
-        records = metrics.read(pathlib.Path(workdir) / "metrics.jsonl")
+        records = metrics_log.read(pathlib.Path(workdir) / "metrics.jsonl")
     records = [record for record in records if record["step"] > FIRST_STEPS]
     # Weighted with their durations, the shares of the records add up to the whole's.
     seconds = [LOGGED * config.batch_size / record["images_per_sec"] for record in records]

@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import checkpoint, command, metrics
+from ifm_jax.cli import command
 from ifm_jax.errors import RunError
+from ifm_jax.runs import checkpoint, metrics_log
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLOCK = ("images_per_sec", "data_wait")
@@ -113,7 +114,7 @@ def kill(
 def compare(ours: pathlib.Path, theirs: pathlib.Path, steps: int) -> dict:
     """Returns how far two finished runs differ: lines of metrics, and arrays of the last checkpoint."""
     records = [
-        [{name: value for name, value in record.items() if name not in CLOCK} for record in metrics.read(path)]
+        [{name: value for name, value in record.items() if name not in CLOCK} for record in metrics_log.read(path)]
         for path in (ours / "metrics.jsonl", theirs / "metrics.jsonl")
     ]
     states = [jax.tree.leaves(checkpoint.read(path / "checkpoints" / str(steps)).state) for path in (ours, theirs)]

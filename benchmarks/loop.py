@@ -3,8 +3,8 @@
     python -m benchmarks.loop [--config=configs/x.py] [--config.field=value] [--steps=96] [--calls=8]
         [--rounds=3] [--json=FILE]
 
-`train.py`'s own loop (`ifm_jax.training.train`: images, metrics, checkpoints, signals) runs a recipe, the default one
-unless told otherwise, in three ways: with images from the host, with the data set on the device (`data.cache=device`),
+`train.py`'s own loop (`ifm_jax.train`: images, metrics, checkpoints, signals) runs a recipe, the default one unless
+told otherwise, in three ways: with images from the host, with the data set on the device (`data.cache=device`),
 and with several steps a call there (`steps_per_call`). Then the very program of each is called so often without
 anything around it. The overhead is what a step of the run takes more, in percent of it; medians of several runs, one
 way after the other in every round.
@@ -21,12 +21,14 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import assembly, command, metrics, resident, sharding, training
+from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
+from ifm_jax.cli import command
 from ifm_jax.config import Config
-from ifm_jax.data import Source, open_source, steps_per_epoch, training_batches
-from ifm_jax.data.resident import copies_side, read_all, resident_batches
+from ifm_jax.data import Source, on_device, open_source, steps_per_epoch, training_batches
+from ifm_jax.data.on_device import copies_side, on_device_batches, read_all
 from ifm_jax.errors import UsageError
+from ifm_jax.runs import metrics_log, training
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = flags.DEFINE_integer("steps", 96, "Steps of a run; the first third is not timed.")
@@ -44,7 +46,7 @@ def _of_run(config: Config) -> float:
     """Returns the milliseconds that a step of a whole run takes."""
     with tempfile.TemporaryDirectory() as folder:
         training.train(config, folder, devices=jax.devices()[:1], quiet=True)
-        lines = metrics.read(pathlib.Path(folder) / "metrics.jsonl")[1:]  # with the first come threads and caches
+        lines = metrics_log.read(pathlib.Path(folder) / "metrics.jsonl")[1:]  # with the first come threads and caches
     return statistics.median(1e3 * config.batch_size / line["images_per_sec"] for line in lines)
 
 
@@ -61,8 +63,8 @@ class _Program:
         self._steps = config.steps_per_call
         if config.data.cache:
             pixels, copies = read_all(source, size, copies_side(source, config.data.image_size, config.data.cache_size))
-            (call, _), *_ = resident_batches(copies, config.batch_size, [self._steps], self._steps, seed=0)
-            step = resident.ResidentStep(step, config.data.image_size, self._steps)
+            (call, _), *_ = on_device_batches(copies, config.batch_size, [self._steps], self._steps, seed=0)
+            step = on_device.OnDeviceStep(step, config.data.image_size, self._steps)
             self._arguments = tuple(sharding.place_everywhere(mesh, (pixels, call)))
         else:
             self._arguments = (sharding.put_batch(mesh, next(training_batches(source, config.batch_size, seed=0))),)

@@ -22,7 +22,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import assembly, command
+from ifm_jax import assembly
+from ifm_jax.cli import command
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import losses
 

@@ -44,7 +44,8 @@ from absl import flags
 
 from benchmarks import collectives, reporting, train_step
 from benchmarks.train_step import Case
-from ifm_jax import command, sharding
+from ifm_jax import sharding
+from ifm_jax.cli import command
 from ifm_jax.errors import RunError, UsageError
 
 AXES = ("batch", "pixels", "queue", "devices")

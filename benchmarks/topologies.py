@@ -24,9 +24,10 @@ import numpy as np
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import command, metrics, training
+from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import RunError, UsageError
+from ifm_jax.runs import metrics_log, training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOPOLOGIES = [(processes, devices) for processes in (1, 2, 4) for devices in (1, 2, 4)]
@@ -95,7 +96,7 @@ def difference(ours: pathlib.Path, theirs: pathlib.Path, steps: int | None = Non
     Raises:
       RunError: if they are not of the same steps.
     """
-    records = [metrics.read(workdir / "metrics.jsonl")[:steps] for workdir in (ours, theirs)]
+    records = [metrics_log.read(workdir / "metrics.jsonl")[:steps] for workdir in (ours, theirs)]
     numbers = [[record["step"] for record in lines] for lines in records]
     if numbers[0] != numbers[1] or not numbers[0]:
         raise RunError(f"{ours} and {theirs} do not hold the same steps: {numbers[0]} and {numbers[1]}")

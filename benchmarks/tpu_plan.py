@@ -45,8 +45,9 @@ from absl import flags
 
 from benchmarks import collectives, reporting
 from benchmarks.collectives import Collective
-from ifm_jax import assembly, cache, command, sharding
+from ifm_jax import assembly, files, sharding
 from ifm_jax import config as configs
+from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 
@@ -241,7 +242,7 @@ def compile_step(config: Config, topology: Topology, epoch_steps: int, say: Call
     say(f"Tracing the step of {config.model.arch}, batch {config.batch_size}, for {topology}.")
     lowered = lower(config, devices, epoch_steps)
     key = hashlib.sha256("\n".join((lowered.as_text(), str(topology), version)).encode()).hexdigest()[:24]
-    kept, program = (cache.directory("tpu_plan", key + end) for end in (".json", ".hlo.gz"))
+    kept, program = (files.cache_directory("tpu_plan", key + end) for end in (".json", ".hlo.gz"))
     if not kept.exists():
         # XLA's own count for the program as it is written, on one device: what the chips share if nothing is lost.
         ideal = lower(config, jax.devices("cpu")[:1], epoch_steps).cost_analysis()["flops"] / topology.chips

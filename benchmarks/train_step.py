@@ -32,8 +32,9 @@ import optax
 from absl import flags
 
 from benchmarks import reporting
-from ifm_jax import command, optim, pretrain, sharding
+from ifm_jax import optim, pretrain, sharding
 from ifm_jax.augment import MoCoV2Augmentation, example_rngs
+from ifm_jax.cli import command
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import MoCo, Objective, losses, queue
 from ifm_jax.models import Encoder
@@ -186,7 +187,7 @@ def _torchs(case: Case, best: bool, compiled: bool = False) -> tuple[Callable[[]
     """Returns the same of PyTorch's step, with IFM."""
     import torch
 
-    from benchmarks.torch_moco import Step
+    from references.moco_step import Step
 
     cuda = jax.default_backend() == "gpu" and torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from ifm_jax import augment, models, optim, sharding
     from ifm_jax.config import Config
     from ifm_jax.errors import RunError, UsageError
-    from ifm_jax.loading import load
     from ifm_jax.methods import losses, queue
     from ifm_jax.models import Encoder
     from ifm_jax.pretrain import PretrainStep, TrainState
-    from ifm_jax.training import train
+    from ifm_jax.runs.loading import load
+    from ifm_jax.runs.training import train
 
 __version__ = "0.1.0"
 
@@ -50,8 +50,8 @@ _HOMES = {
     "RunError": "errors",
     "TrainState": "pretrain",
     "UsageError": "errors",
-    "load": "loading",
-    "train": "training",
+    "load": "runs.loading",
+    "train": "runs.training",
 }
 _MODULES = ("augment", "config", "errors", "losses", "models", "optim", "pretrain", "queue", "sharding")
 

@@ -6,15 +6,16 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from ifm_jax import cache, optim, pretrain, sharding, snapshot
 from ifm_jax import config as configs
+from ifm_jax import files, optim, pretrain, sharding
 from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import Method, MoCo, Objective, SimCLR
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
-from ifm_jax.workdir import CONFIG
+from ifm_jax.runs import snapshot
+from ifm_jax.runs.workdir import CONFIG
 
 
 def configure_jax(compute_dtype: str = "float32") -> None:
@@ -29,7 +30,7 @@ def configure_jax(compute_dtype: str = "float32") -> None:
     if compute_dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache.directory("xla")))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_directory("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -57,3 +57,11 @@ def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds {json.dumps(values)[:40]}, expected a JSON object: {remedy}")
     return values
+
+
+def cache_directory(*parts: str) -> pathlib.Path:
+    """Returns a directory for what can be made again: drawn images, listed folders, compiled programs.
+
+    It is below `$IFM_JAX_CACHE` (`~/.cache/ifm_jax` if unset), and may not exist yet.
+    """
+    return pathlib.Path(os.environ.get("IFM_JAX_CACHE") or os.path.expanduser("~/.cache/ifm_jax"), *parts)

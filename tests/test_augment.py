@@ -21,7 +21,7 @@ from ifm_jax.augment import (
     TrifeatureAugmentation,
     example_rngs,
 )
-from tests.torchvision_peer import torchvision
+from references.torchvision_peer import torchvision
 
 # Compiled: one operation at a time takes longer, for every operation compiles by itself.
 crop_boxes = jax.jit(augment.random_resized_crop_boxes, static_argnums=(1, 2, 3))

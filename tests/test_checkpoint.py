@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, checkpoint, metrics, sharding, training
-from ifm_jax.checkpoint import Checkpoints
+from ifm_jax import assembly, sharding
 from ifm_jax.errors import RunError, UsageError
+from ifm_jax.runs import checkpoint, metrics_log, training
+from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.runs.metrics_log import MetricsLog
 from tests import small
 
 
@@ -213,7 +215,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(finished, copy, capsys)
     assert "The checkpoint of step 8 is damaged (" in said
     assert f"moved to {copy / 'damaged' / '6'}" in said
     assert "Going on after step 3 of 8" in said
-    ours, theirs = (small.without_speed(metrics.read(d / "metrics.jsonl")) for d in (copy, finished))
+    ours, theirs = (small.without_speed(metrics_log.read(d / "metrics.jsonl")) for d in (copy, finished))
     assert ours == theirs
     states = [checkpoint.read(d / "checkpoints" / "8").state for d in (copy, finished)]
     small.assert_same(*states)
@@ -293,7 +295,7 @@ def test_a_workdir_that_cannot_be_written_to_any_more(copy, monkeypatch):
     def read_only(*_):
         raise OSError(30, "Read-only file system", "metrics.jsonl")
 
-    monkeypatch.setattr(metrics.MetricsLog, "write", read_only)
+    monkeypatch.setattr(MetricsLog, "write", read_only)
     with pytest.raises(
         RunError, match=r"cannot be written to.*\(Read-only file system metrics.jsonl\); what was saved is"
     ):
@@ -317,7 +319,7 @@ def test_the_best_of_a_run_is_kept(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnlineEvaluation, "__call__", lambda self, state: evaluate(self, state) | {"knn": next(knn)})
         train(tmp_path, eval__every=1, eval__images=16, checkpoint_best="knn", checkpoint_keep=1, checkpoint_every=3)
-    assert [(r["step"], r["knn"]) for r in metrics.read(tmp_path / "metrics.jsonl") if "knn" in r] == [
+    assert [(r["step"], r["knn"]) for r in metrics_log.read(tmp_path / "metrics.jsonl") if "knn" in r] == [
         (4, 10.0),
         (8, 30.0),
         (12, 20.0),

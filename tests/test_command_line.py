@@ -14,9 +14,11 @@ import pytest
 from absl import flags
 
 from benchmarks import kill_resume
-from ifm_jax import checkpoint, command, metrics, process
 from ifm_jax import config as configs
-from ifm_jax.config_flag import ConfigFlag
+from ifm_jax import process
+from ifm_jax.cli import command
+from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.runs import checkpoint, metrics_log
 from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -57,7 +59,7 @@ def test_a_run_with_the_default_workdir(finished):
     assert "Compiling the training step (resnet8, batch 16, 1 cpu device)" in done.stdout
     assert "step 8/8" in done.stdout
     assert done.stderr == ""
-    assert [r["step"] for r in metrics.read(workdir / "metrics.jsonl")] == list(range(1, 9))
+    assert [r["step"] for r in metrics_log.read(workdir / "metrics.jsonl")] == list(range(1, 9))
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 4
 
 
@@ -173,7 +175,11 @@ MISTAKES = [
     ("train.py", ["--config="], "--config= is empty: an unset shell variable?"),
     ("train.py", ["--config"], "--config has no value: expected --config=VALUE, a recipe"),
     ("convert_checkpoints.py", ["to-jax", "x", "y", "--config=broken.py"], "--config=broken.py is not there"),
-    ("ifm_jax/replay.py", ["--config=broken.py", "--start=x", "--views=y"], "y is not there: expected recorded views"),
+    (
+        "ifm_jax/replay.py",
+        ["--config=broken.py", "--start=x", "--views=y"],
+        "y is not there: expected recorded views",
+    ),
     # The other flags.
     ("train.py", ["--workdir="], "--workdir= is empty: an unset shell variable?"),
     ("train.py", ["--workdir", ""], "--workdir= is empty: an unset shell variable?"),
@@ -311,7 +317,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
     assert silent == ""
     assert f"Stopped by {number.name} after step" in said
     assert r"l\xe4ufe. The same command goes on from there." in said
-    steps = [r["step"] for r in metrics.read(log)]
+    steps = [r["step"] for r in metrics_log.read(log)]
     assert steps == list(range(1, len(steps) + 1))
     assert checkpoint.steps(workdir / "checkpoints")[-1] == len(steps)
     if number != signal.SIGINT:
@@ -321,10 +327,10 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
     done = run("train.py", *SMALL, "--config.epochs=4000", f"--config.steps={len(steps) + 3}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert f"Going on after step {len(steps)}" in done.stdout
-    assert [r["step"] for r in metrics.read(log)] == list(range(1, len(steps) + 4))
+    assert [r["step"] for r in metrics_log.read(log)] == list(range(1, len(steps) + 4))
     # As if nothing had happened: the first steps are those of any run of this seed.
-    first = small.without_speed(metrics.read(finished[0] / "metrics.jsonl"))[0]
-    ours = small.without_speed(metrics.read(log))[0]
+    first = small.without_speed(metrics_log.read(finished[0] / "metrics.jsonl"))[0]
+    ours = small.without_speed(metrics_log.read(log))[0]
     assert ours["loss"] == first["loss"]
 
 

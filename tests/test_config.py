@@ -8,8 +8,9 @@ import pickle
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, config_flag
+from ifm_jax import assembly
 from ifm_jax import config as configs
+from ifm_jax.cli import config_flag
 from ifm_jax.errors import UsageError
 
 

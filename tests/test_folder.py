@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ifm_jax import assembly, augment, metrics, training
+from ifm_jax import assembly, augment
 from ifm_jax.config import DataConfig
 from ifm_jax.data import BadImages, ViewSource, crops, folder, images, open_source, scan, training_batches
 from ifm_jax.errors import RunError, UsageError
+from ifm_jax.runs import metrics_log, training
+from references.torchvision_peer import torchvision
 from tests import small
-from tests.torchvision_peer import torchvision
 
 
 @pytest.fixture(scope="module")
@@ -605,10 +606,12 @@ def test_a_run_on_a_folder(root, tmp_path):
     for name, steps in (("whole", [2]), ("parts", [1, 2])):
         for stop in steps:
             training.train(own_images(root, steps=stop), tmp_path / name, devices=jax.devices()[:1], quiet=True)
-    whole, parts = (small.without_speed(metrics.read(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts"))
+    whole, parts = (
+        small.without_speed(metrics_log.read(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts")
+    )
     assert [record["step"] for record in whole] == [1, 2]
     assert whole == parts
-    assert all(0 <= record["data_wait"] <= 1 for record in metrics.read(tmp_path / "whole" / "metrics.jsonl"))
+    assert all(0 <= record["data_wait"] <= 1 for record in metrics_log.read(tmp_path / "whole" / "metrics.jsonl"))
     readouts = suppression.read_out_workdir(tmp_path / "whole")
     assert set(readouts.accuracy) == {"class"}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ifm_jax import sharding
-from ifm_jax.evaluation import heads
+from ifm_jax.evaluation import classifiers
 
 N, D, C, STEPS = 16, 512, 7, 20
 RATES, DECAYS = (0.1, 10.0, 30.0), (0.0, 0.0, 1e-3)
@@ -27,14 +27,14 @@ def batches(dtype=np.float64):
 
 def sweep(rates, decays, dtype=np.float64, mesh=None):
     """Returns the params after 20 steps and the losses `(20, H)`."""
-    state = heads.create(jax.random.key(0), len(rates), D, C, dtype)
-    update = jax.jit(heads.update)
+    state = classifiers.create(jax.random.key(0), len(rates), D, C, dtype)
+    update = jax.jit(classifiers.update)
     if mesh is not None:
         one, split = sharding.replicated(mesh), sharding.split(mesh)
-        update = jax.jit(heads.update, in_shardings=(one, split, split, one, one), out_shardings=one)
+        update = jax.jit(classifiers.update, in_shardings=(one, split, split, one, one), out_shardings=one)
     losses = []
     decays = jnp.asarray(decays, dtype)
-    for features, labels, lr in zip(*batches(dtype), heads.learning_rates(rates, **SCHEDULE), strict=True):
+    for features, labels, lr in zip(*batches(dtype), classifiers.learning_rates(rates, **SCHEDULE), strict=True):
         state, metrics = update(state, features, labels, jnp.asarray(lr, dtype), decays)
         losses.append(metrics["loss"])
     assert int(state.step) == STEPS
@@ -63,7 +63,7 @@ def torch_run(params, lr, decay, momentum=0.9):
 @pytest.mark.usefixtures("x64")
 def test_twenty_steps_are_torch_s():
     params, losses = sweep(RATES, DECAYS)
-    start = heads.create(jax.random.key(0), 1, D, C, np.float64).params
+    start = classifiers.create(jax.random.key(0), 1, D, C, np.float64).params
     assert np.ptp(losses[:, 2]) > 10  # the large rate does overshoot
     for h, (lr, decay) in enumerate(zip(RATES, DECAYS, strict=True)):
         weight, bias, expected = torch_run(start, lr, decay)
@@ -100,10 +100,10 @@ def test_devices_do_not_matter(devices):
 @pytest.mark.usefixtures("x64")
 def test_a_mask_is_the_subset():
     features, labels = (x[0] for x in batches())
-    state = heads.create(jax.random.key(0), 2, D, C, np.float64)
+    state = classifiers.create(jax.random.key(0), 2, D, C, np.float64)
     rates, decays = jnp.asarray([0.1, 10.0]), jnp.zeros(2)
     keep = np.arange(N) < 11
-    update = jax.jit(heads.update)
+    update = jax.jit(classifiers.update)
     masked, metrics = update(state, features, labels, rates, decays, mask=keep)
     subset, expected = update(state, features[keep], labels[keep], rates, decays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), masked, subset)
@@ -111,18 +111,18 @@ def test_a_mask_is_the_subset():
 
 
 def test_fresh_heads_are_alike_and_as_the_original_s():
-    state = heads.create(jax.random.key(0), 3, 200, 50)
+    state = classifiers.create(jax.random.key(0), 3, 200, 50)
     weight = np.asarray(state.params["weight"])
     assert weight.shape == (3, 50, 200)
     np.testing.assert_array_equal(weight[1:], weight[[0, 0]])
-    np.testing.assert_array_equal(weight[0], heads.create(jax.random.key(0), 1, 200, 50).params["weight"][0])
+    np.testing.assert_array_equal(weight[0], classifiers.create(jax.random.key(0), 1, 200, 50).params["weight"][0])
     assert weight[0].std() == pytest.approx(0.01, rel=0.05)
     assert abs(weight[0].mean()) < 5e-4
     assert not np.any(state.params["bias"])
 
 
 def test_schedule_of_the_linear_probe():
-    rates = heads.learning_rates([10.0, 30.0], epochs=60, steps_per_epoch=2)
+    rates = classifiers.learning_rates([10.0, 30.0], epochs=60, steps_per_epoch=2)
     assert rates.shape == (120, 2)
     np.testing.assert_allclose(rates[[0, 59, 60, 79, 80, 99, 100, 119], 1], [30, 30, 3, 3, 0.3, 0.3, 0.03, 0.03])
     np.testing.assert_allclose(rates[:, 0], rates[:, 1] / 3)
@@ -139,7 +139,7 @@ def test_counts_are_torch_s_and_add_up(classes, devices):
     }
     mesh = sharding.make_mesh(jax.devices()[:devices])
     one, split = sharding.replicated(mesh), sharding.split(mesh)
-    evaluate = jax.jit(heads.evaluate, in_shardings=(one, split, split, split), out_shardings=one)
+    evaluate = jax.jit(classifiers.evaluate, in_shardings=(one, split, split, split), out_shardings=one)
     total = None
     for begin in (0, 16, 32):  # the last batch is half full
         index = np.arange(begin, begin + 16)
@@ -159,7 +159,7 @@ def test_counts_are_torch_s_and_add_up(classes, devices):
 def test_ties_go_to_the_lower_class_and_what_is_no_number_is_wrong():
     params = {"weight": jnp.zeros((2, 7, D)), "bias": jnp.stack([jnp.zeros(7), jnp.full(7, jnp.nan)])}
     labels = jnp.arange(7)
-    evaluate = jax.jit(heads.evaluate)
+    evaluate = jax.jit(classifiers.evaluate)
     counts = evaluate(params, jnp.ones((7, D)), labels)
     np.testing.assert_array_equal(counts["top1"], [1, 0])  # class 0 alone
     np.testing.assert_array_equal(counts["top5"], [5, 0])

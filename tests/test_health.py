@@ -5,8 +5,8 @@ import math
 import jax
 import pytest
 
-from ifm_jax import metrics, training
-from ifm_jax.health import Health
+from ifm_jax.runs import loop, training
+from ifm_jax.runs.health import Health
 from tests import small
 
 
@@ -54,7 +54,7 @@ def test_more_keys_than_images():
 @pytest.mark.parametrize(("method", "negatives"), [("moco", 64), ("simclr", 30)])
 def test_a_run_begins_with_its_chance_level(tmp_path, capsys, monkeypatch, method, negatives):
     seen = {}
-    monkeypatch.setattr(metrics, "draw_curves", lambda *_, chance=None: seen.update(chance=chance))
+    monkeypatch.setattr(loop, "draw_curves", lambda *_, chance=None: seen.update(chance=chance))
     config = small.config(method=method, simclr__dim=8, steps=2)
     training.train(config, tmp_path, devices=jax.devices()[:1])
     out = capsys.readouterr().out

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ifm_jax.start
+import ifm_jax.runs.start
 from benchmarks import topologies
 from benchmarks.topologies import finish
-from ifm_jax import assembly, checkpoint, loop, metrics, sharding, snapshot, training
+from ifm_jax import assembly, sharding
 from ifm_jax.errors import UsageError
+from ifm_jax.runs import checkpoint, loop, metrics_log, snapshot, training
+from ifm_jax.runs.progress import Silence
 from tests.test_command_line import ROOT, SMALL, environment
 
 DOUBLE = "--config.model.compute_dtype=float64"
@@ -51,7 +53,7 @@ def assert_the_same_as_on_one_device(two, one, steps):
     config.steps = steps
     with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction is decay ** count
         training.train(config, one, devices=jax.devices()[:1], quiet=True)
-    assert [record["step"] for record in metrics.read(two / "metrics.jsonl")] == list(range(1, steps + 1))
+    assert [record["step"] for record in metrics_log.read(two / "metrics.jsonl")] == list(range(1, steps + 1))
     found = topologies.difference(two, one)
     assert max(found.values()) <= 1e-10, found
 
@@ -88,7 +90,7 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     processes[1].send_signal(signal.SIGTERM)
     statuses, outputs, errors = finish(processes)
     assert statuses == [128 + signal.SIGTERM] * 2, errors
-    stopped = len(metrics.read(log))
+    stopped = len(metrics_log.read(log))
     assert all(f"Stopped by SIGTERM after step {stopped} of 4000" in output for output in outputs)
     assert checkpoint.steps(two / "checkpoints")[-1] == stopped
 
@@ -125,7 +127,7 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     for error in errors:
         assert error.startswith("train.py: the processes differ in ifm.epsilon: 0.1 on process 0, 0.3 on process 1: st")
 
-    steps = len(metrics.read(log)) + 2
+    steps = len(metrics_log.read(log)) + 2
     statuses, outputs, errors = finish(start(two, *flags, f"--config.steps={steps}"))
     assert statuses == [0, 0], errors
     assert f"Going on after step {last}" in outputs[0]
@@ -182,8 +184,8 @@ def test_hosts_whose_clocks_differ_save_the_same_steps(monkeypatch):
             itertools.repeat(loop.Call(None)),
             first=0,
             last_step=30,
-            recorder=loop.Recorder(None, None, metrics.Silence(), 1, 1, 100, pathlib.Path("curves.png")),
-            stop=loop.StopSignals(metrics.Silence()),
+            recorder=loop.Recorder(None, None, Silence(), 1, 1, 100, pathlib.Path("curves.png")),
+            stop=loop.StopSignals(Silence()),
             save=saved[number].append,
             checkpoint_every=1000,
             checkpoint_seconds=7.0,
@@ -210,14 +212,14 @@ def test_hosts_that_disagree_do_not_start(monkeypatch, answers, message):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(sharding, "gather_text", lambda text: said.append(text) or list(map(json.dumps, answers)))
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=message):
-        assert ifm_jax.start.together(lambda: "opened", lambda _: {"seed": 0}) == "opened"
+        assert ifm_jax.runs.start.together(lambda: "opened", lambda _: {"seed": 0}) == "opened"
     assert said == [json.dumps(answers[0])]
 
     def fails():
         raise UsageError("a folder is missing")
 
     with pytest.raises(UsageError, match="a folder is missing"):  # and the others are told
-        ifm_jax.start.together(fails)
+        ifm_jax.runs.start.together(fails)
     assert json.loads(said[1]) == {"error": "a folder is missing"}
 
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ifm_jax import assembly, loop, metrics, training, workdir
+from ifm_jax import assembly
 from ifm_jax.augment import normalize
 from ifm_jax.data import ViewSource, open_source, pipeline
 from ifm_jax.data.array import open_array
 from ifm_jax.data.sources import drawn
 from ifm_jax.errors import UsageError
-from ifm_jax.evaluation import evaluate, features, heads, linear, subject
+from ifm_jax.evaluation import classifiers, evaluate, features, linear, pretrained
+from ifm_jax.runs import loop, metrics_log, training, workdir
 from tests import small
 
 LABELS = ("shape", "texture", "color")
@@ -37,7 +38,7 @@ def of(run, **fields):
     for name, value in changes.items():
         holder, _, field = name.rpartition("__")
         setattr(getattr(config, holder) if holder else config.linear, field or name, value)
-    return subject.load(run, config)
+    return pretrained.load(run, config)
 
 
 def results(run, directory, *, devices=1, fast=False, **fields):
@@ -62,7 +63,7 @@ def test_every_label_is_evaluated_on_every_image(full):
         assert head.top1 <= head.top5
         assert head.best_top1 >= head.top1
         assert head.holdout_top1 is None
-    records = metrics.read(directory / "metrics.jsonl")
+    records = metrics_log.read(directory / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 13))
     assert [record["lr"] for record in records] == pytest.approx([1.0] * 8 + [0.1] * 4)
     evaluated = [record for record in records if "heads" in record]
@@ -75,9 +76,9 @@ def test_the_training_is_pytorchs(run, full):
     """The same crops through the same backbone into torch's own linear layer: losses and accuracy agree."""
     of_run = of(run)
     frozen = of_run.frozen(jax.devices()[:1])
-    source, test = (subject.labelled(of_run.config, split) for split in ("train", "test"))
+    source, test = (pretrained.labelled(of_run.config, split) for split in ("train", "test"))
     views = linear._Views(frozen, of_run.config, source, ["shape"], None)
-    start = heads.create(jax.random.fold_in(jax.random.key(0), 0), 1, frozen_features(frozen, test).shape[1], 10)
+    start = classifiers.create(jax.random.fold_in(jax.random.key(0), 0), 1, frozen_features(frozen, test).shape[1], 10)
     fc = torch.nn.Linear(*reversed(start.params["weight"][0].shape))
     fc.weight.data = torch.tensor(np.asarray(start.params["weight"][0]))
     fc.bias.data.zero_()
@@ -104,7 +105,7 @@ def test_the_training_is_pytorchs(run, full):
     only = results(run, directory.parent / "only", data__label="shape")
     assert tuple(only) == ("shape",)
     assert only["shape"].best == found["shape"].best
-    ours = [record["loss"] for record in metrics.read(directory.parent / "only" / "metrics.jsonl")]
+    ours = [record["loss"] for record in metrics_log.read(directory.parent / "only" / "metrics.jsonl")]
     np.testing.assert_allclose(ours, losses, rtol=1e-4)
 
 
@@ -115,7 +116,7 @@ def frozen_features(frozen, source):
 @pytest.mark.parametrize("devices", [2, 8])
 def test_features_do_not_depend_on_devices_or_batch(run, devices):
     of_run = of(run)
-    test = subject.labelled(of_run.config, "test")
+    test = pretrained.labelled(of_run.config, "test")
     one = of_run.frozen(jax.devices()[:1])
     plain = frozen_features(one, test)
     images = normalize(test.batch(np.arange(37))["image"] / np.float32(255))
@@ -139,7 +140,7 @@ def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatc
     monkeypatch.undo()
     found = results(run, tmp_path / "probe")
     assert found == full[0]
-    lines = [small.without_speed(metrics.read(path / "metrics.jsonl")) for path in (tmp_path / "probe", full[1])]
+    lines = [small.without_speed(metrics_log.read(path / "metrics.jsonl")) for path in (tmp_path / "probe", full[1])]
     assert lines[0] == lines[1]
 
 
@@ -189,16 +190,16 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     config = assembly.read_config(run)
     config.data.label = "size"
     with pytest.raises(UsageError, match=r"data.label='size' is no label of .*: expected one of shape, texture, color"):
-        subject.labelled(subject.load(run, config).config, "train")
+        pretrained.labelled(pretrained.load(run, config).config, "train")
     config = assembly.read_config(run)
     config.model.arch = "resnet18"
     with pytest.raises(UsageError, match=r"the config does not fit .*model.arch='resnet18', there 'resnet8'"):
-        subject.load(run, config)
+        pretrained.load(run, config)
     np.savez(tmp_path / "bare.npz", images=np.zeros((20, 32, 32, 3), np.uint8))
     config = assembly.read_config(run)
     config.data.source, config.data.augmentation = f"array:{tmp_path}/bare.npz", "moco_v2"
     with pytest.raises(UsageError, match="has no labels: expected a source with labels"):
-        subject.labelled(subject.load(run, config).config, "train")
+        pretrained.labelled(pretrained.load(run, config).config, "train")
     with pytest.raises(UsageError, match=r"linear.batch_size=16 is not a multiple of the 3 devices"):
         results(run, tmp_path / "three", devices=3)
 
@@ -222,7 +223,7 @@ def test_all_at_once(run, tmp_path, capsys):
     assert "60 nearest neighbours of 'shape': top-1" in said
     with np.load(tmp_path / "f.npz") as file:
         frozen = of(run).frozen(jax.devices()[:1])
-        source = subject.labelled(of(run).config, "test")
+        source = pretrained.labelled(of(run).config, "test")
         np.testing.assert_allclose(file["features"], frozen_features(frozen, source), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(file["label_color"], source.labels()["color"])
         assert list(file["classes_color"])[:2] == ["red", "green"]
@@ -279,7 +280,7 @@ def test_records_and_projections(run, tmp_path):
     record = serialization.msgpack_restore(records[5])
     assert record["features"].shape == (8,)
     assert np.linalg.norm(record["features"]) == pytest.approx(1, rel=1e-5)
-    assert record["label_shape"] == subject.labelled(config, "test").labels()["shape"][5]
+    assert record["label_shape"] == pretrained.labelled(config, "test").labels()["shape"][5]
     for flag, suffixes in {"features": ".npz or .array_record", "map": ".png"}.items():
         wanted = evaluate.Wanted(**{flag: str(tmp_path / "f.txt")})
         with pytest.raises(UsageError, match=f"--{flag}=.*f.txt: expected a name that ends in {suffixes}"):

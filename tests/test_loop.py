@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifm_jax import loop, metrics
 from ifm_jax.errors import RunError
+from ifm_jax.runs import loop
+from ifm_jax.runs.metrics_log import MetricsLog
+from ifm_jax.runs.progress import Silence
+from ifm_jax.runs.tensorboard import TensorBoardLog
 
 
 @jax.jit
@@ -25,10 +28,10 @@ def run(tmp_path, most, last_step, log_every, step_fn=advance, **options):
     counts = loop.counts(0, last_step, most, options.get("checkpoint_every", 1000), options.get("evaluate_every", 0))
     calls = (loop.Call(jax.device_put({"steps": np.int32(count)}), count) for count in counts)
     path = tmp_path / "metrics.jsonl"
-    with metrics.MetricsLog(path, 0) as log, metrics.TensorBoardLog(tmp_path / "tensorboard", 0) as tensorboard:
-        recorder = loop.Recorder(log, tensorboard, metrics.Silence(), 8, 10, log_every, tmp_path / "curves.png")
+    with MetricsLog(path, 0) as log, TensorBoardLog(tmp_path / "tensorboard", 0) as tensorboard:
+        recorder = loop.Recorder(log, tensorboard, Silence(), 8, 10, log_every, tmp_path / "curves.png")
         options = {"checkpoint_every": 1000} | options
-        stop = loop.StopSignals(metrics.Silence())
+        stop = loop.StopSignals(Silence())
         fixed = {"first": 0, "last_step": last_step, "recorder": recorder, "stop": stop}
         state = jax.device_put(np.int32(0))
         loop.run(step_fn, state, calls, save=lambda state: saved.append(int(state)), **fixed, **options)

@@ -16,7 +16,7 @@ import torch
 
 from ifm_jax import sharding
 from ifm_jax.methods import losses, method
-from tests.torchvision_peer import torchvision
+from references.torchvision_peer import torchvision
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what is deprecated inside them is not ours to mend

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import ifm_jax
-from ifm_jax import assembly, memory, recipes, resident, sharding
+from ifm_jax import assembly, recipes, sharding
+from ifm_jax.data import on_device
 from ifm_jax.errors import UsageError
+from ifm_jax.runs import memory
 from tests import small
 
 
@@ -77,7 +79,7 @@ def test_nothing_is_refused_where_the_memory_is_not_known(mesh, monkeypatch):
     assert memory.of_device(mesh) is None
     memory.check(small.config(batch_size=2**19, moco__queue_size=2**19, data__trifeature__train_size=10**9), mesh)
     memory.check_steps(small.config(), 2**20)
-    resident.check_memory(10**9, 256, mesh)
+    on_device.check_memory(10**9, 256, mesh)
     with pytest.raises(UsageError, match="are 4294967296 updates: expected at most 2147483647"):
         memory.check_steps(small.config(), 2**31)
 

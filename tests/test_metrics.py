@@ -15,7 +15,11 @@ import numpy as np
 import pytest
 import rich.console
 
-from ifm_jax import metrics
+from ifm_jax.runs import metrics_log
+from ifm_jax.runs.curves import _running_mean, draw_curves
+from ifm_jax.runs.metrics_log import FIELDS, MetricsLog
+from ifm_jax.runs.progress import Progress, Silence
+from ifm_jax.runs.tensorboard import TensorBoardLog
 
 
 def make_record(step, **extras):
@@ -47,19 +51,19 @@ def write_lines(path, steps):
 
 def test_log_starts_a_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with metrics.MetricsLog(path, last_step=0) as log:
-        assert metrics.read(path) == []
+    with MetricsLog(path, last_step=0) as log:
+        assert metrics_log.read(path) == []
         log.write(make_record(1))
-        assert metrics.read(path) == [make_record(1)]  # there at once, not when the file is closed
+        assert metrics_log.read(path) == [make_record(1)]  # there at once, not when the file is closed
         log.write(make_record(2))
-    assert metrics.read(path) == [make_record(1), make_record(2)]
+    assert metrics_log.read(path) == [make_record(1), make_record(2)]
 
 
 @pytest.mark.parametrize("last_step", [0, 10, 25, 50, 99])
 def test_resume_drops_later_steps_and_keeps_lines_byte_for_byte(tmp_path, last_step):
     path = tmp_path / "metrics.jsonl"
     lines = write_lines(path, [10, 20, 30, 40, 50])
-    with metrics.MetricsLog(path, last_step):
+    with MetricsLog(path, last_step):
         kept = b"".join(lines[: last_step // 10])
         assert path.read_bytes() == kept
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -67,13 +71,13 @@ def test_resume_drops_later_steps_and_keeps_lines_byte_for_byte(tmp_path, last_s
 
 def test_resumed_log_equals_uninterrupted_one(tmp_path):
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
-    with metrics.MetricsLog(whole, 0) as log:
+    with MetricsLog(whole, 0) as log:
         for step in range(1, 11):
             log.write(make_record(step))
-    with metrics.MetricsLog(resumed, 0) as log:
+    with MetricsLog(resumed, 0) as log:
         for step in range(1, 8):
             log.write(make_record(step))
-    with metrics.MetricsLog(resumed, 4) as log:
+    with MetricsLog(resumed, 4) as log:
         for step in range(5, 11):
             log.write(make_record(step))
     assert resumed.read_bytes() == whole.read_bytes()
@@ -84,18 +88,18 @@ def test_half_written_last_line_is_dropped(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     lines = write_lines(path, [10, 20])
     path.write_bytes(b"".join(lines) + tail)
-    assert [record["step"] for record in metrics.read(path)] == [10, 20]
-    with metrics.MetricsLog(path, last_step=99) as log:
+    assert [record["step"] for record in metrics_log.read(path)] == [10, 20]
+    with MetricsLog(path, last_step=99) as log:
         assert path.read_bytes() == b"".join(lines)
         log.write(make_record(30))
-    assert [record["step"] for record in metrics.read(path)] == [10, 20, 30]
+    assert [record["step"] for record in metrics_log.read(path)] == [10, 20, 30]
 
 
 def test_last_record_that_lacks_only_its_newline_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = write_lines(path, [10, 20])
     path.write_bytes(b"".join(lines)[:-1])
-    with metrics.MetricsLog(path, last_step=20):
+    with MetricsLog(path, last_step=20):
         assert path.read_bytes() == b"".join(lines)
 
 
@@ -103,7 +107,7 @@ def test_file_is_not_rewritten_without_need(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_lines(path, [10, 20])
     before = path.stat()
-    with metrics.MetricsLog(path, last_step=20):
+    with MetricsLog(path, last_step=20):
         pass
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -115,9 +119,9 @@ def test_cut_is_atomic(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("killed here")
 
-    monkeypatch.setattr(metrics.os, "replace", fail)
+    monkeypatch.setattr(metrics_log.os, "replace", fail)
     with pytest.raises(OSError, match="killed here"):
-        metrics.MetricsLog(path, last_step=10)
+        MetricsLog(path, last_step=10)
     assert path.read_bytes() == b"".join(lines)
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -125,17 +129,17 @@ def test_cut_is_atomic(tmp_path, monkeypatch):
 def test_empty_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.touch()
-    with metrics.MetricsLog(path, last_step=5) as log:
+    with MetricsLog(path, last_step=5) as log:
         log.write(make_record(6))
-    assert metrics.read(path) == [make_record(6)]
+    assert metrics_log.read(path) == [make_record(6)]
 
 
 def test_missing_file(tmp_path):
-    with metrics.MetricsLog(tmp_path / "metrics.jsonl", last_step=5) as log:
+    with MetricsLog(tmp_path / "metrics.jsonl", last_step=5) as log:
         log.write(make_record(6))
-    assert metrics.read(tmp_path / "metrics.jsonl") == [make_record(6)]
+    assert metrics_log.read(tmp_path / "metrics.jsonl") == [make_record(6)]
     with pytest.raises(FileNotFoundError, match=r"other\.jsonl"):
-        metrics.read(tmp_path / "other.jsonl")
+        metrics_log.read(tmp_path / "other.jsonl")
 
 
 @pytest.mark.parametrize("line", [b"{broken", b"[1, 2]", b'{"loss": 1.0}', b'{"step": 15, "loss": NaN}', b""])
@@ -145,9 +149,9 @@ def test_broken_line_in_the_middle_is_named(tmp_path, line):
     content = lines[0] + line + b"\n" + lines[1]
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object .* remove that line"):
-        metrics.read(path)
+        metrics_log.read(path)
     with pytest.raises(ValueError, match="line 2"):
-        metrics.MetricsLog(path, last_step=20)
+        MetricsLog(path, last_step=20)
     assert path.read_bytes() == content
 
 
@@ -155,12 +159,12 @@ def test_field_order(tmp_path):
     path = tmp_path / "metrics.jsonl"
     record = make_record(1, zebra=1.0, apple=2)
     shuffled = dict(reversed(record.items()))
-    with metrics.MetricsLog(path) as log:
+    with MetricsLog(path) as log:
         log.write(shuffled)
         log.write({"lr": 0.1, "step": 2})
-    first, second = metrics.read(path)
-    assert tuple(first)[: len(metrics.FIELDS)] == metrics.FIELDS
-    assert list(first)[len(metrics.FIELDS) :] == ["apple", "zebra"]  # as they came
+    first, second = metrics_log.read(path)
+    assert tuple(first)[: len(FIELDS)] == FIELDS
+    assert list(first)[len(FIELDS) :] == ["apple", "zebra"]  # as they came
     assert list(second) == ["step", "lr"]
 
 
@@ -168,20 +172,20 @@ def test_field_order(tmp_path):
 @pytest.mark.parametrize("name", ["loss", "extra"])
 def test_non_finite_number_is_refused(tmp_path, name, value):
     path = tmp_path / "metrics.jsonl"
-    with metrics.MetricsLog(path) as log:
+    with MetricsLog(path) as log:
         log.write(make_record(1))
         with pytest.raises(ValueError, match=f"{name} is (nan|-?inf) at step 2"):
             log.write(make_record(2) | {name: value})
         with pytest.raises(ValueError, match="not JSON compliant"):
             log.write(make_record(2, nested=[math.nan]))
         log.write(make_record(3))
-    assert [record["step"] for record in metrics.read(path)] == [1, 3]
+    assert [record["step"] for record in metrics_log.read(path)] == [1, 3]
 
 
 def test_no_step_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_lines(path, [10, 20])
-    with metrics.MetricsLog(path, last_step=20) as log:
+    with MetricsLog(path, last_step=20) as log:
         for step in (20, 5, None, 21.0):
             with pytest.raises(ValueError, match=f"step {step} cannot follow step 20"):
                 log.write(make_record(1) | {"step": step})
@@ -193,10 +197,10 @@ def test_no_step_twice(tmp_path):
 def test_floats_keep_full_precision(tmp_path):
     path = tmp_path / "metrics.jsonl"
     numbers = np.random.default_rng(0).standard_normal(200) * 10.0 ** np.arange(-100, 100)
-    with metrics.MetricsLog(path) as log:
+    with MetricsLog(path) as log:
         log.write({"step": 1} | {f"x{i}": float(x) for i, x in enumerate(numbers)})
         log.write({"step": np.int32(2), "loss": np.float32(0.1), "lr": np.float64(0.1), "acc1": np.array(1 / 3)})
-    first, second = metrics.read(path)
+    first, second = metrics_log.read(path)
     assert [first[f"x{i}"] for i in range(200)] == numbers.tolist()
     assert second == {"step": 2, "loss": float(np.float32(0.1)), "acc1": 1 / 3, "lr": 0.1}
     assert f'"acc1": {1 / 3!r}' in path.read_text()
@@ -223,7 +227,7 @@ def read_events(path):
 
 def test_tensorboard_scalars_read_back(tmp_path):
     directory = tmp_path / "run" / "tensorboard"
-    with metrics.TensorBoardLog(directory) as log:
+    with TensorBoardLog(directory) as log:
         for step in (10, 20):
             log.write(step, make_record(step, **{"probe/shape": np.float32(71.5), "note": "text"}))
     log.close()
@@ -235,14 +239,14 @@ def test_tensorboard_scalars_read_back(tmp_path):
     for event in events:
         values = {value.tag: value.simple_value for value in event.summary.value}
         record = make_record(event.step)
-        expected = {f"train/{name}": record[name] for name in metrics.FIELDS if name not in ("step", "epoch")}
+        expected = {f"train/{name}": record[name] for name in FIELDS if name not in ("step", "epoch")}
         assert values == pytest.approx(expected | {"probe/shape": 71.5}, rel=1e-6)
         assert abs(event.wall_time - time.time()) < 60
 
 
 def test_tensorboard_resume_purges_and_keeps_the_earlier_file(tmp_path):
     for last_step, steps in ((0, (10, 20, 30)), (20, (30, 40)), (20, (30,))):  # restarts within one second
-        with metrics.TensorBoardLog(tmp_path, last_step) as log:
+        with TensorBoardLog(tmp_path, last_step) as log:
             for step in steps:
                 log.write(step, make_record(step))
     paths = sorted(tmp_path.iterdir(), key=lambda path: int(path.suffix[1:]))
@@ -258,7 +262,7 @@ def test_tensorboard_resume_purges_and_keeps_the_earlier_file(tmp_path):
 
 
 def test_tensorboard_flushes_as_it_goes(tmp_path):
-    with metrics.TensorBoardLog(tmp_path, flush_every=0.0) as log:
+    with TensorBoardLog(tmp_path, flush_every=0.0) as log:
         log.write(10, make_record(10))
         (path,) = tmp_path.iterdir()
         assert read_events(path)[-1].step == 10
@@ -284,9 +288,9 @@ def test_curves(tmp_path, count):
     path = tmp_path / "curves.png"
     path.write_bytes(b"an older picture")
     records = [make_record(10 * (i + 1)) for i in range(count)]
-    metrics.draw_curves(records, path)
+    draw_curves(records, path)
     began = time.process_time()
-    metrics.draw_curves(records, path)
+    draw_curves(records, path)
     assert time.process_time() - began < 1.0
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
     image = matplotlib.image.imread(path)[..., :3]
@@ -298,22 +302,22 @@ def test_curves(tmp_path, count):
 
 def test_curves_without_some_fields(tmp_path):
     path = tmp_path / "curves.png"
-    metrics.draw_curves([{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5, "lr": 0.0, "acc1": None}], path)
+    draw_curves([{"step": 10, "loss": 1.0}, {"step": 20, "loss": 0.5, "lr": 0.0, "acc1": None}], path)
     assert matplotlib.image.imread(path).shape[:2] == (1080, 1080)
 
 
 def test_no_records_no_picture(tmp_path):
-    metrics.draw_curves([], tmp_path / "curves.png")
+    draw_curves([], tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
 
 
 def test_running_mean():
     noise = np.random.default_rng(0).standard_normal(1000)
     line = np.arange(1000.0)
-    np.testing.assert_allclose(metrics._running_mean(line, 20)[5:-5], line[5:-5])  # a slope stays what it is
-    assert metrics._running_mean(noise, 20).std() < 0.3
+    np.testing.assert_allclose(_running_mean(line, 20)[5:-5], line[5:-5])  # a slope stays what it is
+    assert _running_mean(noise, 20).std() < 0.3
     gaps = np.where(line % 2 == 0, 3.0, math.nan)
-    np.testing.assert_allclose(metrics._running_mean(gaps, 20), 3.0)
+    np.testing.assert_allclose(_running_mean(gaps, 20), 3.0)
 
 
 # --- progress --------------------------------------------------------------------------------------------------------
@@ -331,7 +335,7 @@ class Clock:
 
 def test_plain_lines():
     output, clock = io.StringIO(), Clock()
-    with metrics.Progress(256, epochs=8, file=output, clock=clock) as progress:
+    with Progress(256, epochs=8, file=output, clock=clock) as progress:
         progress.message("compiling the training step")
         clock.now = 100.0  # what compilation takes
         for step in range(1, 257):
@@ -347,14 +351,14 @@ def test_plain_lines():
 
 def test_plain_line_before_the_speed_is_known():
     output = io.StringIO()
-    with metrics.Progress(1000, epochs=8, steps_per_epoch=400, file=output, clock=Clock()) as progress:
+    with Progress(1000, epochs=8, steps_per_epoch=400, file=output, clock=Clock()) as progress:
         progress.update(1, {"step": 1, "lr": 3e-5, "images_per_sec": 1.234})
     assert output.getvalue() == "step 1/1000  epoch 0.00/8  lr 3.0e-05  1.23 images/s\n"
 
 
 def test_time_left_follows_recent_speed():
     output, clock = io.StringIO(), Clock()
-    with metrics.Progress(10_000, epochs=1, start_step=1000, file=output, clock=clock) as progress:
+    with Progress(10_000, epochs=1, start_step=1000, file=output, clock=clock) as progress:
         for step in range(1001, 2001):  # 1 s a step
             clock.now += 1.0
             progress.update(step)
@@ -365,7 +369,7 @@ def test_time_left_follows_recent_speed():
 
 
 def test_update_is_cheap():
-    with metrics.Progress(10**6, epochs=8, file=io.StringIO()) as progress:
+    with Progress(10**6, epochs=8, file=io.StringIO()) as progress:
         began = time.process_time()
         for step in range(1, 10_001):
             progress.update(step)
@@ -373,7 +377,7 @@ def test_update_is_cheap():
 
 
 def test_silence(capsys):
-    with metrics.Silence() as progress:
+    with Silence() as progress:
         progress.message("hello")
         progress.update(1)
         progress.update(2, make_record(2))
@@ -402,7 +406,7 @@ def shown_lines(console):
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 160])
 def test_bar_fits_the_terminal(terminal, width, total, epochs):
     console, clock = terminal(width), Clock()
-    with metrics.Progress(total, epochs=epochs, console=console, clock=clock) as progress:
+    with Progress(total, epochs=epochs, console=console, clock=clock) as progress:
         progress.message("compiling")
         for step in (1, total // 2, total):
             clock.now += 30.0
@@ -426,7 +430,7 @@ def test_bar_fits_the_terminal(terminal, width, total, epochs):
 
 def test_what_is_printed_under_the_bar_stays(terminal):
     console = terminal(80)
-    with contextlib.redirect_stdout(console.file), metrics.Progress(10, epochs=1, console=console) as progress:
+    with contextlib.redirect_stdout(console.file), Progress(10, epochs=1, console=console) as progress:
         print("from elsewhere")
         progress.message("[bold]brackets are text[/bold]")
     lines = shown_lines(console)
@@ -437,7 +441,7 @@ def test_what_is_printed_under_the_bar_stays(terminal):
 
 def test_bar_leaves_cleanly_on_an_error(terminal):
     console, stdout = terminal(80), sys.stdout
-    with pytest.raises(KeyboardInterrupt), metrics.Progress(10, epochs=1, console=console):
+    with pytest.raises(KeyboardInterrupt), Progress(10, epochs=1, console=console):
         raise KeyboardInterrupt
     assert sys.stdout is stdout
     assert console.file.getvalue().endswith("\x1b[?25h")
@@ -450,6 +454,6 @@ def test_dumb_terminal_gets_plain_lines(monkeypatch):
 
     monkeypatch.setenv("TERM", "dumb")
     output = Tty()
-    with metrics.Progress(10, epochs=1, file=output) as progress:
+    with Progress(10, epochs=1, file=output) as progress:
         progress.update(5, {"step": 5, "loss": 1.0})
     assert output.getvalue() == "step 5/10  epoch 0.50/1  loss 1.0000\n"

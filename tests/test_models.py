@@ -11,12 +11,14 @@ import pytest
 import torch
 from flax import nnx
 
-from ifm_jax import loading, models, optim, pretrain, snapshot, start, torch_checkpoint
+from ifm_jax import models, optim, pretrain
 from ifm_jax.config import Config
 from ifm_jax.evaluation.features import FrozenEncoder
 from ifm_jax.methods import MoCo, Objective
-from tests import torch_reference
-from tests.torchvision_peer import torchvision
+from ifm_jax.runs import loading, snapshot, start
+from ifm_jax.torch_interop import names, writing
+from references import moco
+from references.torchvision_peer import torchvision
 
 ALL = tuple(name for name in models.ARCHITECTURES if name != "resnet8")
 
@@ -93,7 +95,7 @@ def _split(block, train):
 
 def compute(path, arch, images, weights):
     """Runs what `ifm_jax.load` gives, and a training step's forward and backward pass of the same file's encoder."""
-    found = torch_checkpoint.read(path)
+    found = snapshot.read(path)
     model = found.config.model
     assert (model.arch, model.width) == (arch, WIDTH)
     encoder = models.Encoder(arch, dim=DIM, mlp=False, width=WIDTH, compute_dtype="float64", param_dtype="float64")
@@ -109,9 +111,9 @@ def compute(path, arch, images, weights):
     gradients, (outputs, statistics) = jax.grad(objective, has_aux=True)(params)
     trees = {"params": gradients, "batch_stats": statistics}
     named = {"params": {}, "batch_stats": {}}
-    for entry in torch_checkpoint.encoder_table(found.config):
-        values = torch_checkpoint._get(trees[entry.collection], entry.path)
-        named[entry.collection][entry.torch] = torch_checkpoint._to_torch(np.asarray(values), entry.kind)
+    for entry in names.encoder_table(found.config):
+        values = names.get(trees[entry.collection], entry.path)
+        named[entry.collection][entry.torch] = names.to_torch_layout(np.asarray(values), entry.kind)
     features = loading.load(path, dtype="float64")(images)
     return Computed(np.asarray(features), np.asarray(outputs), named["batch_stats"], named["params"])
 
@@ -139,7 +141,7 @@ def test_same_as_torchvision(arch, compiled_by_block, one_thread, x64, tmp_path)
     """Features of the loaded file, then outputs, statistics and gradients in training, all in float64."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        peer = torch_reference.resnet(arch, DIM, WIDTH).double()
+        peer = moco.resnet(arch, DIM, WIDTH).double()
         random_statistics(peer)
     torch.save(peer.state_dict(), tmp_path / "network.pth")
     rng = np.random.default_rng(0)
@@ -213,7 +215,7 @@ def test_hcl_head_equals_torch_in_groups():
     assert module.num_features == features
     graph, params, stats = nnx.split(module.fc, nnx.Param, nnx.BatchStat)
     trees = {"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(stats)}
-    for entry in torch_checkpoint.head_table(features, dim, "hcl"):
+    for entry in names.head_table(features, dim, "hcl"):
         *holders, leaf = entry.path[1:]  # without "fc"
         tree = trees[entry.collection]
         for name in holders:
@@ -255,8 +257,8 @@ def test_hcl_head_equals_torch_in_groups():
     assert ours["hidden"].keys() == {"kernel"}  # no bias
     layers = {"hidden": {"kernel": "0.weight"}, "norm": {"scale": "1.weight", "bias": "1.bias"}}
     layers["output"] = {"kernel": "3.weight", "bias": "3.bias"}
-    for layer, names in layers.items():
-        for leaf, theirs in names.items():
+    for layer, leaves in layers.items():
+        for leaf, theirs in leaves.items():
             gradient = peer.get_parameter(theirs).grad.numpy().T
             np.testing.assert_allclose(ours[layer][leaf], gradient, rtol=1e-10, atol=1e-12, err_msg=theirs)
     for leaf, theirs in (("mean", "1.running_mean"), ("var", "1.running_var")):
@@ -291,12 +293,12 @@ def test_a_head_with_statistics_is_left_behind_whole(monkeypatch, tmp_path):
     embedded = FrozenEncoder(HCL, of_run.params, of_run.batch_stats, layer="projection")(images)
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, rtol=1e-5)
 
-    monkeypatch.setattr(torch_checkpoint, "read", lambda path, prefix="": found)
+    monkeypatch.setattr(loading.snapshot, "read", lambda path, prefix="": found)
     model = loading.load("anywhere")
     assert model.fc is None
     np.testing.assert_array_equal(model.conv1.kernel[...], of_run.params["conv1"]["kernel"])
 
-    torch_checkpoint.to_torch(found, tmp_path / "resnet.pth", target="torchvision")
+    writing.to_torch(found, tmp_path / "resnet.pth", target="torchvision")
     tensors = torch.load(tmp_path / "resnet.pth", weights_only=True)
     assert "bn1.running_var" in tensors
     assert not [name for name in tensors if name.startswith("fc.")]

@@ -8,9 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from ifm_jax import npz, replay
+from ifm_jax.data import npz
 from ifm_jax.data.array import open_array
 from ifm_jax.errors import UsageError
+from ifm_jax.torch_interop import replay
 
 
 def saved(**arrays):

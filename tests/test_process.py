@@ -10,7 +10,10 @@ import time
 
 import pytest
 
-from ifm_jax import command, loop, metrics, process
+from ifm_jax import process
+from ifm_jax.cli import command
+from ifm_jax.runs import loop
+from ifm_jax.runs.progress import Progress, Silence
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -114,7 +117,7 @@ def test_a_full_disk_under_stdout_ends_nothing_and_fails_only_what_has_no_workdi
 
 
 def test_a_loop_whose_output_is_closed_stops_as_for_a_signal(closed_pipe):
-    with metrics.Progress(10, epochs=1, file=closed_pipe) as progress, loop.StopSignals(progress) as stop:
+    with Progress(10, epochs=1, file=closed_pipe) as progress, loop.StopSignals(progress) as stop:
         stop.check()
         assert stop.signal is None
         progress.update(1, {"loss": 1.0})
@@ -173,7 +176,7 @@ def handlers():
         signal.signal(number, handler)
 
 
-class Lines(metrics.Silence):
+class Lines(Silence):
     """Takes down what is said."""
 
     def __init__(self):

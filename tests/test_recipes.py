@@ -5,8 +5,8 @@ import pathlib
 import pytest
 
 from ifm_jax import recipes
+from ifm_jax.cli.config_flag import ConfigFlag
 from ifm_jax.config import Config, differences, validate
-from ifm_jax.config_flag import ConfigFlag
 from ifm_jax.errors import UsageError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"

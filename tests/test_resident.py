@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ifm_jax import augment, metrics, resident, sharding, training
+from ifm_jax import augment
 from ifm_jax.config import DataConfig
-from ifm_jax.data import BadImages, array, crops, folder, open_source, training_batches
-from ifm_jax.data import resident as resident_data
+from ifm_jax.data import BadImages, array, crops, folder, on_device, open_source, training_batches
 from ifm_jax.errors import RunError, UsageError
+from ifm_jax.runs import metrics_log, training
 from tests import small
 
 resized_crops = jax.jit(augment.resized_crops, static_argnums=2)
@@ -36,7 +36,7 @@ def smooth(count, side):
 
 def train(config, workdir, devices=1):
     training.train(config, workdir, devices=jax.devices()[:devices], quiet=True)
-    return small.without_speed(metrics.read(workdir / "metrics.jsonl"))
+    return small.without_speed(metrics_log.read(workdir / "metrics.jsonl"))
 
 
 # Which crops.
@@ -87,15 +87,15 @@ def test_crops_of_a_stretched_copy(pictures):
 def test_batches_are_those_of_the_host():
     """The same images and, up to their filters, crops, wherever the run starts and however calls are made."""
     source = array.ArrayFile(smooth(37, 24), 16)
-    assert resident_data.copies_side(source, 16) == 18  # 256/224 of a view
-    copied, copies = resident_data.read_all(source, 37, resident_data.copies_side(source, 16, 24))
-    calls = list(resident_data.resident_batches(copies, 8, [3, 1, 2, 3], 3, seed=3, start=2))
+    assert on_device.copies_side(source, 16) == 18  # 256/224 of a view
+    copied, copies = on_device.read_all(source, 37, on_device.copies_side(source, 16, 24))
+    calls = list(on_device.on_device_batches(copies, 8, [3, 1, 2, 3], 3, seed=3, start=2))
     assert [count for _, count in calls] == [int(call["steps"]) for call, _ in calls] == [3, 1, 2, 3]
     assert {call["boxes"].shape for call, _ in calls} == {(3, 8, 2, 4)}
     rows = [
         {name: call[name][row] for name in ("index", "boxes")} for call, count in calls for row in range(count)
     ]  # of each batch
-    cut = jax.jit(resident.ResidentStep(SimpleNamespace(method=SimpleNamespace(mesh=None)), 16).batch)
+    cut = jax.jit(on_device.OnDeviceStep(SimpleNamespace(method=SimpleNamespace(mesh=None)), 16).batch)
     for row, theirs in zip(rows, training_batches(source, 8, seed=3, start=2, indices=True), strict=False):
         np.testing.assert_array_equal(row["index"], theirs["index"])
         ours = cut(copied, row)
@@ -107,10 +107,10 @@ def test_batches_are_those_of_the_host():
 def test_images_of_their_own_size_are_kept_as_they_are():
     pixels = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
     source = array.ArrayFile(pixels, 32)
-    assert resident_data.copies_side(source, 32) == 32
-    copied, _ = resident_data.read_all(source, 8, 32)
+    assert on_device.copies_side(source, 32) == 32
+    copied, _ = on_device.read_all(source, 8, 32)
     np.testing.assert_array_equal(copied, pixels[:8])
-    assert resident_data.copies_side(source, 32, 48) == 48
+    assert on_device.copies_side(source, 32, 48) == 48
 
 
 def test_unreadable_images(tmp_path, pictures):
@@ -122,14 +122,14 @@ def test_unreadable_images(tmp_path, pictures):
     (tmp_path / "train" / "a" / "05.png").write_bytes(b"none")
     source = folder.open_folder(str(tmp_path), "train", image_size=32)
     said = []
-    copied, _ = resident_data.read_all(source, 12, 32, bad_images=BadImages(12, 0.5, tmp_path / "bad", said.append))
+    copied, _ = on_device.read_all(source, 12, 32, bad_images=BadImages(12, 0.5, tmp_path / "bad", said.append))
     np.testing.assert_array_equal(copied[5], copied[4])
     np.testing.assert_array_equal(copied[0], copied[1])
     assert len(said) == 2
     with pytest.raises(RunError, match=r"more than data\.max_bad"):
-        resident_data.read_all(source, 12, 32, bad_images=BadImages(12, 0.1, tmp_path / "bad2", said.append))
+        on_device.read_all(source, 12, 32, bad_images=BadImages(12, 0.1, tmp_path / "bad2", said.append))
     with pytest.raises(RunError, match="cannot be read"):
-        resident_data.read_all(source, 12, 32)
+        on_device.read_all(source, 12, 32)
 
 
 # A run.
@@ -175,14 +175,14 @@ def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"data.cache='disk': expected device"):
         train(small.config(data__cache="disk"), tmp_path)
     with pytest.raises(UsageError, match=r"takes 196608.0 GB on each device, 1,000,000,000 images of 256 px"):
-        resident.check_memory(10**9, 256, sharding.make_mesh(jax.devices()[:1]))
+        on_device.check_memory(10**9, 256, 80 * 10**9)
     data = DataConfig(augmentation="trifeature", image_size=32)
     data.trifeature.train_size = 8
-    assert resident_data.copies_side(open_source(data, "train"), 32, 64) == 32  # views of these are made of the whole
+    assert on_device.copies_side(open_source(data, "train"), 32, 64) == 32  # views of these are made of the whole
 
 
 def test_memory_is_checked_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(resident, "_SHARE", 1e-9)
+    monkeypatch.setattr(on_device, "_SHARE", 1e-9)
     with pytest.raises(UsageError, match=r"a smaller data.cache_size, or data.cache=''"):
         train(small.config(data__cache="device"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

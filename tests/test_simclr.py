@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, metrics, optim, pretrain, replay, sharding, snapshot, torch_checkpoint, training
+from ifm_jax import assembly, optim, pretrain, sharding
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import Objective, SimCLR
 from ifm_jax.models import Encoder
-from tests import small, torch_reference, torch_simclr_reference
+from ifm_jax.models.resnet import ARCHITECTURES
+from ifm_jax.runs import metrics_log, snapshot, training
+from ifm_jax.torch_interop import names, replay, writing
+from ifm_jax.torch_interop.description import describe
+from references import moco, simclr
+from tests import small
 
 DIM, N, SIZE, STEPS = 16, 8, 64, 5
 HARD = {"objective": "ifm", "epsilon": 0.1, "alpha": 0.5, "beta": 1.0, "tau_plus": 0.1}
@@ -24,8 +29,8 @@ HARD = {"objective": "ifm", "epsilon": 0.1, "alpha": 0.5, "beta": 1.0, "tau_plus
 )
 def test_follows_torch(head, loss, devices):
     """Five steps of two ranks with their own BatchNorm: losses, gradient norm, parameters, statistics."""
-    views = torch_reference.random_views(steps=STEPS, n=N, size=SIZE)
-    reference = torch_simclr_reference.SimCLRReference("resnet18", DIM, head, world=2, temperature=0.5, **loss)
+    views = moco.random_views(steps=STEPS, n=N, size=SIZE)
+    reference = simclr.SimCLRReference("resnet18", DIM, head, world=2, temperature=0.5, **loss)
     start = {name: np.asarray(value) for name, value in reference.state().items()}
     expected = reference.run(views, lr_per_step=0.03)
 
@@ -36,13 +41,13 @@ def test_follows_torch(head, loss, devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     method = SimCLR(Encoder("resnet18", DIM, named, bn_groups=2, **wide), objective, mesh)
     table = [
-        *torch_checkpoint.backbone_table(torch_checkpoint.ARCHITECTURES["resnet18"]),
-        *torch_checkpoint.head_table(512, DIM, named),
+        *names.backbone_table(ARCHITECTURES["resnet18"]),
+        *names.head_table(512, DIM, named),
     ]
     trees = {"params": {}, "batch_stats": {}}
     for entry in table:
-        value = torch_checkpoint._to_jax(start[entry.torch], entry.kind)
-        torch_checkpoint._set(trees[entry.collection], entry.path, jnp.array(value))
+        value = names.to_jax_layout(start[entry.torch], entry.kind)
+        names.set_(trees[entry.collection], entry.path, jnp.array(value))
     step = pretrain.PretrainStep(method, optim.make("sgd", 0.9, 1e-4), augment=lambda rngs, images: images)
     state = pretrain.TrainState(
         jnp.zeros((), jnp.int32), *trees.values(), step.optimizer.init(trees["params"]), memory=()
@@ -59,9 +64,7 @@ def test_follows_torch(head, loss, devices):
         np.testing.assert_allclose(ours, expected[name], rtol=1e-9, err_msg=name)
     trees = {"params": state.params, "batch_stats": state.batch_stats}
     for entry in table:
-        values = torch_checkpoint._to_torch(
-            np.asarray(torch_checkpoint._get(trees[entry.collection], entry.path)), entry.kind
-        )
+        values = names.to_torch_layout(np.asarray(names.get(trees[entry.collection], entry.path)), entry.kind)
         theirs = expected[f"final/{entry.torch}"]
         np.testing.assert_allclose(values, theirs, rtol=0, atol=1e-9 * np.abs(theirs).max(), err_msg=entry.torch)
 
@@ -81,20 +84,20 @@ def config(**fields):
 def test_a_run_goes_on_as_if_uninterrupted(run, tmp_path):
     for steps in (3, 0):
         training.train(config(steps=steps), tmp_path, devices=jax.devices()[:1], quiet=True)
-    ours, theirs = (small.without_speed(metrics.read(path / "metrics.jsonl")) for path in (tmp_path, run))
+    ours, theirs = (small.without_speed(metrics_log.read(path / "metrics.jsonl")) for path in (tmp_path, run))
     assert ours == theirs
     small.assert_same(*(snapshot.read(path).state for path in (tmp_path, run)))
 
 
 def test_what_is_moco_s_alone_says_so(run, tmp_path):
     with pytest.raises(UsageError, match=r"--for=moco: .* method=simclr, .* expected --for=torchvision"):
-        torch_checkpoint.to_torch(run, tmp_path / "a.pth.tar")
-    torch_checkpoint.to_torch(run, tmp_path / "a.pth", "torchvision")
-    assert torch_checkpoint.read(tmp_path / "a.pth").config.model.arch == "resnet8"
+        writing.to_torch(run, tmp_path / "a.pth.tar")
+    writing.to_torch(run, tmp_path / "a.pth", "torchvision")
+    assert snapshot.read(tmp_path / "a.pth").config.model.arch == "resnet8"
     views = {name: np.zeros((1, 8, 32, 32, 3)) for name in ("query", "key")}
     with pytest.raises(UsageError, match="has method=simclr: replay follows the original, expected method=moco"):
         replay.replay(config(), snapshot.read(run), views)
-    assert torch_checkpoint.describe(snapshot.read(run))["parts"].startswith("query encoder")
+    assert describe(snapshot.read(run))["parts"].startswith("query encoder")
 
 
 def test_moco_starts_with_its_weights_and_the_other_way_round(run, tmp_path, capsys):

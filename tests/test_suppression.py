@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, metrics, torch_checkpoint, training
+from ifm_jax import assembly
 from ifm_jax import config as configs
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import evaluate, suppression
 from ifm_jax.evaluation.online import OnlineEvaluation
 from ifm_jax.evaluation.suppression import Readouts
+from ifm_jax.runs import metrics_log, training
+from ifm_jax.torch_interop import writing
 from tests import small
 
 
@@ -35,7 +37,7 @@ def runs(tmp_path_factory):
 
 def test_an_evaluation_now_and_then(runs):
     """At the end of each of two epochs, with no trace in anything else."""
-    records = metrics.read(runs / "ifm0" / "metrics.jsonl")
+    records = metrics_log.read(runs / "ifm0" / "metrics.jsonl")
     evaluated = [record for record in records if "knn" in record]
     assert [record["step"] for record in evaluated] == [4, 8]
     for record in evaluated:
@@ -47,7 +49,7 @@ def test_an_evaluation_now_and_then(runs):
     training.train(small.config(), runs.parent / "plain", devices=jax.devices()[:1], quiet=True)
     extra = set(evaluated[0]) - set(records[0])
     with_it = [{name: value for name, value in record.items() if name not in extra} for record in records]
-    without = metrics.read(runs.parent / "plain" / "metrics.jsonl")
+    without = metrics_log.read(runs.parent / "plain" / "metrics.jsonl")
     assert small.without_speed(with_it) == small.without_speed(without)
 
 
@@ -97,7 +99,7 @@ def test_the_same_run_twice_is_a_mistake(runs):
 
 def test_a_pytorch_checkpoint_is_evaluated_directly(runs, tmp_path):
     """The same features from the run and from its conversion; the images are named by the config."""
-    torch_checkpoint.to_torch(runs / "ifm0", tmp_path / "run.pth.tar")
+    writing.to_torch(runs / "ifm0", tmp_path / "run.pth.tar")
     config = assembly.read_config(runs / "ifm0")
     found = []
     for path in (runs / "ifm0", tmp_path / "run.pth.tar"):

@@ -20,15 +20,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ifm_jax import checkpoint, loading, models, optim, pretrain, snapshot, torch_checkpoint, training
+from ifm_jax import models, optim, pretrain
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-from ifm_jax.evaluation import subject
+from ifm_jax.evaluation import pretrained
 from ifm_jax.methods import MoCo, Objective
 from ifm_jax.models import Encoder
-from ifm_jax.snapshot import Snapshot
-from tests.torch_reference import Reference, ReferenceMoCo, resnet
-from tests.torchvision_peer import torchvision
+from ifm_jax.runs import checkpoint, loading, snapshot, training
+from ifm_jax.runs.snapshot import Snapshot
+from ifm_jax.torch_interop import names, reading, writing
+from ifm_jax.torch_interop.description import describe
+from references.moco import Reference, ReferenceMoCo, resnet
+from references.torchvision_peer import torchvision
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = next(iter(models.ARCHITECTURES))  # the one that torchvision does not have
@@ -90,7 +93,7 @@ def test_table_has_torchvisions_names_shapes_and_order(arch):
         network = torchvision.models.get_model(arch, num_classes=7)
     config = Config()
     config.model.arch, config.moco.dim, config.moco.mlp = arch, 7, False
-    table = torch_checkpoint.encoder_table(config)
+    table = names.encoder_table(config)
     found = {entry.torch: entry.shape for entry in table}
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     assert found == {name: shape for name, shape in expected.items() if "num_batches" not in name}
@@ -113,9 +116,9 @@ def test_table_has_our_names_and_shapes(arch, options):
     config.model.arch, config.model.stem = arch, encoder.stem
     config.model.width, config.moco.dim, config.moco.mlp = encoder.width, 7, encoder.head == "mlp"
     found = {"params": {}, "batch_stats": {}}
-    for entry in torch_checkpoint.encoder_table(config):
-        shape = torch_checkpoint._to_jax(np.empty(entry.shape), entry.kind).shape
-        torch_checkpoint._set(found[entry.collection], entry.path, shape)
+    for entry in names.encoder_table(config):
+        shape = names.to_jax_layout(np.empty(entry.shape), entry.kind).shape
+        names.set_(found[entry.collection], entry.path, shape)
     assert found == {name: jax.tree.map(lambda x: x.shape, tree) for name, tree in zip(found, expected, strict=True)}
 
 
@@ -129,9 +132,9 @@ def test_table_has_our_names_and_shapes(arch, options):
 def test_torch_to_jax_to_torch_is_bit_exact(mlp, dtype, legacy, tmp_path):
     options = {"_use_new_zipfile_serialization": False} if legacy else {}
     content = moco_file(tmp_path / "a.pth.tar", mlp=mlp, dtype=dtype, **options)
-    found = torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    found = reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
     assert (int(found.state.step), found.epoch, found.missing, found.notes) == (3, 1, [], ())
-    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth.tar")
+    writing.to_torch(tmp_path / "run", tmp_path / "b.pth.tar")
     back = torch.load(tmp_path / "b.pth.tar", weights_only=True)
 
     assert_same_tensors(back, content)
@@ -170,9 +173,9 @@ def test_jax_to_torch_to_jax_is_bit_exact(arch, options, tmp_path):
     config.model.arch, config.model.stem = arch, encoder.stem
     config.moco.dim, config.moco.queue_size, config.moco.mlp = 16, 24, encoder.head == "mlp"
     snapshot.write(Snapshot(config, saved), tmp_path / "run")
-    notes = torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "a.pth.tar", epoch=3).notes
+    notes = writing.to_torch(tmp_path / "run", tmp_path / "a.pth.tar", epoch=3).notes
     assert bool(notes) == (arch == SMALL)  # which torchvision does not have
-    again = torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "again", config=config)
+    again = reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "again", config=config)
     assert (again.epoch, again.steps_per_epoch) == (3, 4)
 
     # As a run is resumed.
@@ -184,26 +187,26 @@ def test_jax_to_torch_to_jax_is_bit_exact(arch, options, tmp_path):
 
 def test_no_momentum_yet_stays_so(tmp_path):
     moco_file(tmp_path / "a.pth.tar", steps=0)
-    found = torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    found = reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
     assert not any(leaf.any() for leaf in jax.tree.leaves(found.state.opt_state))
-    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth.tar")
+    writing.to_torch(tmp_path / "run", tmp_path / "b.pth.tar")
     assert torch.load(tmp_path / "b.pth.tar", weights_only=True)["optimizer"]["state"] == {}
 
 
 def test_momentum_that_is_not_there_is_not_listed(tmp_path):
     for steps, listed in ((0, False), (3, True)):
         moco_file(tmp_path / "a.pth.tar", steps=steps)
-        rows = torch_checkpoint.describe(torch_checkpoint.read(tmp_path / "a.pth.tar"))
+        rows = describe(snapshot.read(tmp_path / "a.pth.tar"))
         assert ("momentum buffers" in rows["parts"]) == listed
-        notes = torch_checkpoint.to_torch(tmp_path / "a.pth.tar", tmp_path / "b.safetensors", overwrite=True).notes
+        notes = writing.to_torch(tmp_path / "a.pth.tar", tmp_path / "b.safetensors", overwrite=True).notes
         assert any("momentum buffers" in note for note in notes) == listed
 
 
 def test_counters_move_with_the_steps(tmp_path):
     moco_file(tmp_path / "a.pth.tar", steps=3)
-    found = torch_checkpoint.read(tmp_path / "a.pth.tar")
+    found = snapshot.read(tmp_path / "a.pth.tar")
     later = dataclasses.replace(found, state=found.state._replace(step=np.int32(10)))
-    counters = {name: value for name, value in torch_checkpoint.state_dict(later) if name.endswith("tracked")}
+    counters = {name: value for name, value in writing.state_dict(later) if name.endswith("tracked")}
     assert len(counters) == 40
     assert set(map(int, counters.values())) == {10}
     assert later.epoch == 3  # three steps were an epoch
@@ -214,7 +217,7 @@ def test_state_of_another_optimiser_is_left_out(tmp_path):
     config.model.arch, config.optim.name, config.moco.dim, config.moco.queue_size = "resnet18", "adamw", 16, 24
     saved = random_state(Encoder("resnet18", dim=16), optim.adamw(), 24)
     snapshot.write(Snapshot(config, saved), tmp_path / "run")
-    notes = torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "a.pth.tar").notes
+    notes = writing.to_torch(tmp_path / "run", tmp_path / "a.pth.tar").notes
     assert any("adamw" in note for note in notes)
     assert any("epoch" in note for note in notes)
     assert torch.load(tmp_path / "a.pth.tar", weights_only=True)["optimizer"]["state"] == {}
@@ -263,10 +266,10 @@ def test_features_equal_torchvisions(arch, one_thread, tmp_path):
 
 def test_load_reads_every_kind_alike(tmp_path):
     content = moco_file(tmp_path / "a.pth.tar")
-    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
     stripped = {name: value for name, value in content["state_dict"].items() if "encoder_q" in name}
     torch.save({"state_dict": stripped}, tmp_path / "stripped.pth.tar")
-    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "backbone.pth", "torchvision")
+    writing.to_torch(tmp_path / "run", tmp_path / "backbone.pth", "torchvision")
     images = jnp.asarray(np.random.default_rng(0).standard_normal((1, 32, 32, 3)), jnp.float32)
     first, *others = (
         np.asarray(loading.load(tmp_path / name)(images))
@@ -280,7 +283,7 @@ def test_load_reads_every_kind_alike(tmp_path):
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_backbone_loads_strictly_into_torchvisions_network(suffix, tmp_path):
     content = moco_file(tmp_path / "a.pth.tar")
-    torch_checkpoint.to_torch(tmp_path / "a.pth.tar", tmp_path / f"backbone{suffix}", "torchvision")
+    writing.to_torch(tmp_path / "a.pth.tar", tmp_path / f"backbone{suffix}", "torchvision")
     path = tmp_path / f"backbone{suffix}"
     tensors = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
     network = torchvision.models.resnet18()
@@ -293,9 +296,9 @@ def test_backbone_loads_strictly_into_torchvisions_network(suffix, tmp_path):
 def test_torchvision_round_trip_keeps_the_classifier(tmp_path):
     network = with_statistics(torchvision.models.resnet18(num_classes=10))
     torch.save(network.state_dict(), tmp_path / "a.pth")
-    found = torch_checkpoint.to_jax(tmp_path / "a.pth", tmp_path / "run")
+    found = reading.to_jax(tmp_path / "a.pth", tmp_path / "run")
     assert found.missing == ["key encoder", "queue", "optimizer state"]
-    torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth", "torchvision")
+    writing.to_torch(tmp_path / "run", tmp_path / "b.pth", "torchvision")
     assert_same_tensors(torch.load(tmp_path / "b.pth", weights_only=True), network.state_dict())
 
 
@@ -304,9 +307,9 @@ def test_stripped_checkpoint_round_trip(head, tmp_path):
     content = moco_file(tmp_path / "a.pth.tar")
     kept = {n: v for n, v in content["state_dict"].items() if "encoder_q" in n and (head or ".fc." not in n)}
     torch.save({"epoch": 200, "arch": "resnet18", "state_dict": kept}, tmp_path / "stripped.pth.tar")
-    found = torch_checkpoint.to_jax(tmp_path / "stripped.pth.tar", tmp_path / "run")
+    found = reading.to_jax(tmp_path / "stripped.pth.tar", tmp_path / "run")
     assert ("projection head" in found.missing) == (not head)
-    notes = torch_checkpoint.to_torch(tmp_path / "run", tmp_path / "b.pth.tar").notes
+    notes = writing.to_torch(tmp_path / "run", tmp_path / "b.pth.tar").notes
     assert any("linear evaluation" in note for note in notes)
     back = torch.load(tmp_path / "b.pth.tar", weights_only=True)
     assert_same_tensors(back["state_dict"], kept)
@@ -393,8 +396,8 @@ def test_a_whole_moco_under_a_prefix(tmp_path):
     inner = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
     torch.save(content | {"state_dict": under("model.", inner) | HEAD}, tmp_path / "b.pth.tar")
     expected, found = (
-        torch_checkpoint.read(tmp_path / "a.pth.tar"),
-        torch_checkpoint.read(tmp_path / "b.pth.tar", prefix="model."),
+        snapshot.read(tmp_path / "a.pth.tar"),
+        snapshot.read(tmp_path / "b.pth.tar", prefix="model."),
     )
     assert found.missing == []
     assert_same_tree(found.state, expected.state)
@@ -404,12 +407,12 @@ def test_networks_of_which_one_is_to_be_named(backbone, tmp_path):
     tensors = backbone[1]
     torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"2 networks.*begin with 'student\.', 'teacher\.': name one, with --prefix="):
-        torch_checkpoint.read(tmp_path / "a.pth")
+        snapshot.read(tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"--prefix=net: none.*: expected one of 'student\.', 'teacher\.'"):
-        torch_checkpoint.to_jax(tmp_path / "a.pth", tmp_path / "run", prefix="net")
+        reading.to_jax(tmp_path / "a.pth", tmp_path / "run", prefix="net")
     with pytest.raises(UsageError, match=r"is a directory; a prefix is for files"):
-        torch_checkpoint.read(tmp_path, prefix="student.")
-    assert subject.load(tmp_path / "a.pth", None, "student.").config.model.arch == "resnet18"
+        snapshot.read(tmp_path, prefix="student.")
+    assert pretrained.load(tmp_path / "a.pth", None, "student.").config.model.arch == "resnet18"
     with pytest.warns(UserWarning, match="left aside: teacher"):
         loading.load(tmp_path / "a.pth", prefix="student.")
 
@@ -442,7 +445,7 @@ def test_types_of_tensors(dtype, suffix, backbone, tmp_path, monkeypatch):
     else:
         save_file(tensors, tmp_path / "a.safetensors", metadata={"arch": "resnet34"})
         monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
-    found = torch_checkpoint.read(tmp_path / f"a{suffix}")
+    found = snapshot.read(tmp_path / f"a{suffix}")
     assert "calls itself resnet34" in found.notes[0]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kernel = found.state.params["layer4"]["1"]["conv2"]["kernel"]
@@ -457,7 +460,7 @@ def test_a_written_file_is_anyones_to_read(suffix, backbone, tmp_path):
     torch.save(backbone[1], tmp_path / "a.pth")
     before = os.umask(0o027)
     try:
-        torch_checkpoint.to_torch(tmp_path / "a.pth", tmp_path / f"b{suffix}", "torchvision")
+        writing.to_torch(tmp_path / "a.pth", tmp_path / f"b{suffix}", "torchvision")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / f"b{suffix}").stat().st_mode) == 0o640
@@ -481,9 +484,9 @@ def test_contradiction_with_the_config(tmp_path):
     config = Config()
     config.moco.dim, config.moco.queue_size = 16, 32
     with pytest.raises(UsageError, match=r"model.arch='resnet50', there 'resnet18'"):
-        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
+        reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
     config.model.arch = "resnet18"
-    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
+    reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
 
 
 def test_all_problems_in_one_message(tmp_path):
@@ -498,7 +501,7 @@ def test_all_problems_in_one_message(tmp_path):
     del momentum[1]
     torch.save(content, tmp_path / "a.pth.tar")
     with pytest.raises(UsageError) as caught:
-        torch_checkpoint.read(tmp_path / "a.pth.tar")
+        snapshot.read(tmp_path / "a.pth.tar")
     message = str(caught.value)
     for part in (
         "2 missing: encoder_q.bn1.running_mean, momentum_buffer of encoder_q.bn1.weight",
@@ -515,7 +518,7 @@ def test_all_problems_in_one_message(tmp_path):
 def test_arch_that_the_tensors_belie_is_noted(tmp_path):
     content = moco_file(tmp_path / "a.pth.tar")
     torch.save(content | {"arch": "resnet50"}, tmp_path / "a.pth.tar")
-    found = torch_checkpoint.read(tmp_path / "a.pth.tar")
+    found = snapshot.read(tmp_path / "a.pth.tar")
     assert found.config.model.arch == "resnet18"
     assert "resnet50" in found.notes[0]
 
@@ -529,10 +532,10 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(UsageError, match="No space left"):
-        torch_checkpoint.to_torch(tmp_path / "a.pth.tar", tmp_path / "b.pth.tar")
+        writing.to_torch(tmp_path / "a.pth.tar", tmp_path / "b.pth.tar")
     monkeypatch.setattr(checkpoint.Checkpoints, "save", fail_after_mkdir)
     with pytest.raises(UsageError, match="No space left"):
-        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+        reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth.tar"]
 
 
@@ -546,13 +549,13 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     with pytest.raises(UsageError, match="no run's workdir"):
-        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "photos", overwrite=True)
+        reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "photos", overwrite=True)
     (tmp_path / "run").mkdir()  # an empty directory is no obstacle
-    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
     with pytest.raises(UsageError, match="--overwrite"):
-        torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
-    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", step=5, overwrite=True)
-    assert int(torch_checkpoint.read(tmp_path / "run").state.step) == 5
+        reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
+    reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", step=5, overwrite=True)
+    assert int(snapshot.read(tmp_path / "run").state.step) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"a.pth.tar", "photos", "run"}
 
 
@@ -692,9 +695,9 @@ def run(folder, *arguments):
 def test_files_that_are_refused(files, name, message):
     before = {path.name for path in files.iterdir()}
     with pytest.raises(UsageError, match=message) as caught:
-        torch_checkpoint.read(files / name)
+        snapshot.read(files / name)
     with pytest.raises(UsageError):
-        torch_checkpoint.to_jax(files / name, files / "out")
+        reading.to_jax(files / name, files / "out")
     assert "\n" not in str(caught.value)
     assert {path.name for path in files.iterdir()} == before  # nothing executed, nothing half-written
 
@@ -741,7 +744,7 @@ def test_the_three_commands(tmp_path):
 
 def test_momentum_is_sgds_trace(tmp_path):
     content = moco_file(tmp_path / "a.pth.tar")
-    found = torch_checkpoint.read(tmp_path / "a.pth.tar").state
+    found = snapshot.read(tmp_path / "a.pth.tar").state
     buffer = content["optimizer"]["state"][0]["momentum_buffer"].numpy()
     np.testing.assert_array_equal(found.opt_state["1"]["trace"]["conv1"]["kernel"], buffer.transpose(2, 3, 1, 0))
     empty, trace = optim.sgd().init(found.params)
@@ -764,9 +767,9 @@ def test_training_goes_on_from_a_converted_checkpoint(tmp_path):
     devices = jax.devices()[:1]
     training.train(small_config(6), tmp_path / "whole", devices=devices, quiet=True)
     training.train(small_config(4), tmp_path / "begun", devices=devices, quiet=True)
-    torch_checkpoint.to_torch(tmp_path / "begun", tmp_path / "a.pth.tar")
+    writing.to_torch(tmp_path / "begun", tmp_path / "a.pth.tar")
     assert torch.load(tmp_path / "a.pth.tar", weights_only=True)["epoch"] == 1  # of 4 steps, as the metrics tell
     config = snapshot.read(tmp_path / "begun").config
-    torch_checkpoint.to_jax(tmp_path / "a.pth.tar", tmp_path / "again", config=config)
+    reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "again", config=config)
     training.train(small_config(6), tmp_path / "again", devices=devices, quiet=True)
     assert_same_tree(snapshot.read(tmp_path / "again").state, snapshot.read(tmp_path / "whole").state)

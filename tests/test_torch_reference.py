@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.torch_reference import MUTATIONS, Reference, ReferenceMoCo, learning_rate, random_views
+from references.moco import MUTATIONS, Reference, ReferenceMoCo, learning_rate, random_views
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = {"arch": "resnet18", "dim": 16, "queue_size": 16, "mlp": True}
@@ -65,7 +65,7 @@ def test_emulated_ranks_equal_two_processes(tmp_path):
     for name, value in {**MODEL, **TRAINING}.items():
         flags.append(f"--{name.replace('_', '-')}={value}" if name != "mlp" else "--mlp")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.torch_ddp_reference", *flags],
+        [sys.executable, "-m", "references.moco_ddp", *flags],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

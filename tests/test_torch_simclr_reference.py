@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from references.moco import random_views
+from references.simclr import MUTATIONS, SimCLRReference
 from tests.test_torch_reference import errors, one_thread, relative_error  # noqa: F401  (a fixture, for this module too)
-from tests.torch_reference import random_views
-from tests.torch_simclr_reference import MUTATIONS, SimCLRReference
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = {"arch": "resnet18", "dim": 16, "head": "hcl"}
@@ -44,7 +44,7 @@ def test_emulated_ranks_equal_two_processes(start, tmp_path):
     np.savez(paths["views"], **views, lr=np.asarray(LR))
     flags = [f"--{name}={value}" for name, value in {**paths, **MODEL, "weight-decay": 1e-2, "world": 2}.items()]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.torch_simclr_reference", *flags, f"--loss={json.dumps(LOSS)}"],
+        [sys.executable, "-m", "references.simclr", *flags, f"--loss={json.dumps(LOSS)}"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from ifm_jax import assembly, checkpoint, metrics, snapshot, torch_checkpoint, training, workdir
+from ifm_jax import assembly
 from ifm_jax import config as configs
-from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.methods import MoCoMemory
+from ifm_jax.runs import checkpoint, metrics_log, snapshot, training, workdir
+from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.torch_interop import writing
 from tests import small
 
 
@@ -40,7 +42,7 @@ def finished(tmp_path_factory):
 
 
 def test_what_a_run_leaves(finished):
-    records = metrics.read(finished / "metrics.jsonl")
+    records = metrics_log.read(finished / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 9))
     assert list(records[0]) == [
         "step", "epoch", "loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm", "images_per_sec",
@@ -66,7 +68,7 @@ def test_training_learns(tmp_path):
     config.checkpoint_every = config.log_every = 10
     with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction is decay ** count
         train(config, tmp_path)
-    losses = [r["loss_clean"] for r in metrics.read(tmp_path / "metrics.jsonl")]
+    losses = [r["loss_clean"] for r in metrics_log.read(tmp_path / "metrics.jsonl")]
     assert np.mean(losses[-3:]) < 0.9 * math.log(33)
 
 
@@ -80,7 +82,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, stop):
         file.write('{"step": 7, "loss": 0.0}\n{"step": 8, "lo')
     second = train(small.config(), tmp_path)
     assert second.step == 8
-    ours, theirs = (small.without_speed(metrics.read(d / "metrics.jsonl")) for d in (tmp_path, finished))
+    ours, theirs = (small.without_speed(metrics_log.read(d / "metrics.jsonl")) for d in (tmp_path, finished))
     assert ours == theirs
     small.assert_same(final_state(tmp_path), final_state(finished))
 
@@ -92,7 +94,7 @@ def test_resumed_on_another_number_of_devices(tmp_path):
     train(small.config(**double | {"steps": 2}), tmp_path / "parts", devices=8)
     train(small.config(**double | {"steps": 4}), tmp_path / "parts", devices=2)
     train(small.config(**double), tmp_path / "parts", devices=1)
-    whole, parts = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    whole, parts = (metrics_log.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(whole, parts, strict=True):
         for name in ("loss", "loss_clean", "loss_ifm", "grad_norm", "acc1"):
@@ -143,7 +145,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_limit_shortens_the_epoch(tmp_path):
     result = train(small.config(data__limit=33, steps=1), tmp_path)
     assert result.total_steps == 1
-    assert metrics.read(tmp_path / "metrics.jsonl")[0]["epoch"] == 0.5
+    assert metrics_log.read(tmp_path / "metrics.jsonl")[0]["epoch"] == 0.5
 
 
 def test_auto_dtype_is_settled_by_the_machine_then_by_the_run():
@@ -164,7 +166,9 @@ def test_the_step_compiles_once(tmp_path):
 
     def note(name, *_, **__):
         if "backend_compile" in name:
-            events.append(len(metrics.read(tmp_path / "metrics.jsonl")) if (tmp_path / "metrics.jsonl").exists() else 0)
+            events.append(
+                len(metrics_log.read(tmp_path / "metrics.jsonl")) if (tmp_path / "metrics.jsonl").exists() else 0
+            )
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
@@ -195,7 +199,7 @@ def test_runs_over_seeds_and_rates_compile_once(tmp_path):
         jax.monitoring.unregister_event_listener(note)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     assert misses == []
-    losses = {metrics.read(tmp_path / str(number) / "metrics.jsonl")[0]["loss"] for number in range(5)}
+    losses = {metrics_log.read(tmp_path / str(number) / "metrics.jsonl")[0]["loss"] for number in range(5)}
     assert len(losses) == 5  # of the first step, before a rate has acted
 
 
@@ -206,7 +210,7 @@ def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
         checkpoints.save(other, configs.to_dict(small.config()))
         checkpoints.wait()
     train(small.config(steps=1), tmp_path)
-    ours, theirs = (metrics.read(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path, finished))
+    ours, theirs = (metrics_log.read(d / "metrics.jsonl")[0]["loss"] for d in (tmp_path, finished))
     assert ours != theirs
 
 
@@ -222,11 +226,11 @@ def test_init_from(finished, tmp_path, given, capsys):
         path = tmp_path / "only_query.pth.tar"
         without = trained._replace(memory=MoCoMemory(None, None, None, None), opt_state=None)
         snapshot.write(snapshot.Snapshot(small.config(), jax.device_get(without)), tmp_path / "stripped")
-        torch_checkpoint.to_torch(tmp_path / "stripped", path)
+        writing.to_torch(tmp_path / "stripped", path)
         taken = "query encoder; key encoder (a copy of the query encoder); a new queue"
     elif given == "backbone":  # another library's
         path = tmp_path / "backbone.ckpt"
-        torch_checkpoint.to_torch(finished, tmp_path / "plain.pth", "torchvision")
+        writing.to_torch(finished, tmp_path / "plain.pth", "torchvision")
         tensors = torch.load(tmp_path / "plain.pth", weights_only=True)
         torch.save({"state_dict": {f"backbone.{name}": value for name, value in tensors.items()}}, path)
         taken = (
@@ -238,7 +242,7 @@ def test_init_from(finished, tmp_path, given, capsys):
     assert f"Starting with {path}: {taken}." in capsys.readouterr().out
     state = final_state(tmp_path / "new")  # after one step: with momentum 1 the key encoder is the one it began with
     assert int(state.step) == 1
-    assert [r["step"] for r in metrics.read(tmp_path / "new" / "metrics.jsonl")] == [1]
+    assert [r["step"] for r in metrics_log.read(tmp_path / "new" / "metrics.jsonl")] == [1]
     if given == "run":
         small.assert_same(state.memory.key_params, trained.memory.key_params)
         np.testing.assert_array_equal(state.memory.queue[16:], trained.memory.queue[16:])
@@ -313,10 +317,10 @@ def test_workdirs_of_version_0_1_go_on(tmp_path):
     """A run that version 0.1 stopped after step 4 ends as that version's own; so does a checkpoint it converted."""
     with tarfile.open(pathlib.Path(__file__).parent / "data" / "workdirs_0_1.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
-    expected = metrics.read(tmp_path / "whole" / "metrics.jsonl")
+    expected = metrics_log.read(tmp_path / "whole" / "metrics.jsonl")
     for name, first in (("run", 0), ("converted", 4)):
         train(small.config(checkpoint_keep=1), tmp_path / name)
-        ours = metrics.read(tmp_path / name / "metrics.jsonl")
+        ours = metrics_log.read(tmp_path / name / "metrics.jsonl")
         assert [record["step"] for record in ours] == list(range(first + 1, 9))
         # The fixture was made with XLA's optimizer on, and perhaps on another processor.
         for record, theirs in zip(ours[4 - first :], expected[4:], strict=True):

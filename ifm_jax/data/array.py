@@ -14,8 +14,8 @@ import numpy as np
 from ifm_jax.data import crops
 from ifm_jax.data.classes import chosen
 from ifm_jax.data.images import PixelImages
+from ifm_jax.data.npz import Npz, NpzError
 from ifm_jax.errors import UsageError
-from ifm_jax.npz import Npz, NpzError
 
 _NAMES = {
     "train": {"images": ("train_images", "x_train", "images"), "labels": ("train_labels", "y_train", "labels")},

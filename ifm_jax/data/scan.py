@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from ifm_jax import cache
+from ifm_jax import files
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -77,7 +77,9 @@ def tree(root: pathlib.Path) -> Tree:
       OSError: if a folder cannot be read.
     """
     root = root.absolute()
-    memory = cache.directory("folders") / f"{hashlib.sha256(_FORMAT + os.fsencode(root)).hexdigest()[:24]}.json.gz"
+    memory = (
+        files.cache_directory("folders") / f"{hashlib.sha256(_FORMAT + os.fsencode(root)).hexdigest()[:24]}.json.gz"
+    )
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         known = _recall(memory)
         if known and all(pool.map(_unchanged, [root / path for path in known], known.values(), chunksize=64)):

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from ifm_jax import cache
+from ifm_jax import files
 from ifm_jax.data import crops
 from ifm_jax.data.classes import chosen, some
 from ifm_jax.data.images import EncodedImages, UnreadableImageError
+from ifm_jax.data.npz import Npz, NpzError
 from ifm_jax.errors import UsageError
-from ifm_jax.npz import Npz, NpzError
 
 _SPLITS = {"train": ("train",), "test": ("validation", "test")}  # what is taken unless told otherwise
 _FEATURES = "features.json"  # of a prepared data set: which classes its features are
@@ -114,7 +114,7 @@ class Tfds(EncodedImages):
 
     def _remembered_labels(self) -> dict[str, np.ndarray]:
         name = hashlib.sha256(f"{self._memory}\0{self.full_name}\0{len(self.records)}".encode()).hexdigest()[:24]
-        path = cache.directory("tfds") / f"{name}.npz"
+        path = files.cache_directory("tfds") / f"{name}.npz"
         if self._memory:
             try:
                 with Npz(path) as file:

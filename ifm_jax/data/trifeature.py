@@ -201,9 +201,9 @@ class Trifeature:
     # The disk cache.
 
     def _cache_file(self) -> pathlib.Path:
-        from ifm_jax import cache  # here, so that the drawing itself needs nothing but NumPy
+        from ifm_jax import files  # here, so that the drawing itself needs nothing but NumPy
 
-        return cache.directory("trifeature") / f"{self.fingerprint}.npy"
+        return files.cache_directory("trifeature") / f"{self.fingerprint}.npy"
 
     def _open(self, path: pathlib.Path) -> np.ndarray | None:
         try:

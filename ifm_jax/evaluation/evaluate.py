@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifm_jax import assembly, files, metrics, sharding
+from ifm_jax import assembly, files, sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
 from ifm_jax.data.sources import drawn
 from ifm_jax.errors import UsageError
-from ifm_jax.evaluation import diagnostics, export, knn, linear, readout, report, subject
+from ifm_jax.evaluation import diagnostics, export, knn, linear, pretrained, readout, report
 from ifm_jax.evaluation.features import extract
-from ifm_jax.evaluation.subject import Subject
-from ifm_jax.loop import Stopped
-from ifm_jax.workdir import RESULTS
+from ifm_jax.evaluation.pretrained import Pretrained
+from ifm_jax.runs.loop import Stopped
+from ifm_jax.runs.tensorboard import TensorBoardLog
+from ifm_jax.runs.workdir import RESULTS
 
 _READOUT_LIMIT = 2e10  # images x features x classes, up to which logistic regression takes minutes
 
@@ -78,7 +79,7 @@ def evaluate(
       RunError: if images cannot be read.
     """
     output = pathlib.Path(output)
-    of = subject.load(path, config, prefix)
+    of = pretrained.load(path, config, prefix)
     for note in of.snapshot.notes if not quiet else ():
         print(f"{path}: {note}")
     say = (lambda text: None) if quiet or jax.process_index() else print
@@ -103,7 +104,7 @@ def evaluate(
     return None
 
 
-def add_result(output: pathlib.Path, of: Subject, name: str, found: dict[str, Any]) -> None:
+def add_result(output: pathlib.Path, of: Pretrained, name: str, found: dict[str, Any]) -> None:
     """Writes a result into results.json beside what is there; a result of the same name is replaced.
 
     Raises:
@@ -121,16 +122,16 @@ def add_result(output: pathlib.Path, of: Subject, name: str, found: dict[str, An
         raise UsageError(f"{path} cannot be written ({error.strerror}): pass another --output") from None
 
 
-def _features(of: Subject, devices, split: str, layer: str = "backbone") -> tuple[np.ndarray, Any]:
-    source = subject.labelled(of.config, split)
+def _features(of: Pretrained, devices, split: str, layer: str = "backbone") -> tuple[np.ndarray, Any]:
+    source = pretrained.labelled(of.config, split)
     return extract(of.frozen(devices, layer), source), source
 
 
-def _readouts(of: Subject, output: pathlib.Path, devices, say) -> None:
+def _readouts(of: Pretrained, output: pathlib.Path, devices, say) -> None:
     train, train_source = _features(of, devices, "train")
     test, test_source = _features(of, devices, "test")
     found = {}
-    for label in subject.chosen_labels(of.config, train_source):
+    for label in pretrained.chosen_labels(of.config, train_source):
         classes = len(train_source.label_names[label])
         if train.size * classes > _READOUT_LIMIT:
             say(f"Logistic regression of {label!r} is left out: {len(train):,} images are too many for it.")
@@ -142,13 +143,13 @@ def _readouts(of: Subject, output: pathlib.Path, devices, say) -> None:
     add_result(output, of, "logistic_regression", found)
 
 
-def _knn(of: Subject, output: pathlib.Path, devices, say) -> None:
+def _knn(of: Pretrained, output: pathlib.Path, devices, say) -> None:
     settings = of.config.eval
     frozen = of.frozen(devices)
-    train_source, test_source = subject.labelled(of.config, "train"), subject.labelled(of.config, "test")
+    train_source, test_source = pretrained.labelled(of.config, "train"), pretrained.labelled(of.config, "test")
     train, test = extract(frozen, train_source), extract(frozen, test_source)
     found = {}
-    for label in subject.chosen_labels(of.config, train_source):
+    for label in pretrained.chosen_labels(of.config, train_source):
         votes = knn.classify(
             train,
             train_source.labels()[label],
@@ -174,7 +175,7 @@ def _knn(of: Subject, output: pathlib.Path, devices, say) -> None:
     add_result(output, of, "knn", found)
 
 
-def _diagnostics(of: Subject, output: pathlib.Path, devices, say) -> None:
+def _diagnostics(of: Pretrained, output: pathlib.Path, devices, say) -> None:
     found = diagnose(of, devices)
     say(
         f"Alignment {found['alignment']:.3f}, uniformity {found['uniformity']:.3f}; cosine similarity of positives "
@@ -184,7 +185,7 @@ def _diagnostics(of: Subject, output: pathlib.Path, devices, say) -> None:
     add_result(output, of, "diagnostics", found)
     if not jax.process_index():
         report.draw_similarities(found, output / "similarities.png")
-        with metrics.TensorBoardLog(output / "tensorboard", of.step) as log:
+        with TensorBoardLog(output / "tensorboard", of.step) as log:
             log.write(of.step, {f"diagnostics/{name}": value for name, value in found.items()})
             log.write_histograms(
                 of.step,
@@ -195,7 +196,7 @@ def _diagnostics(of: Subject, output: pathlib.Path, devices, say) -> None:
             )
 
 
-def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, Any]:
+def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[str, Any]:
     """Returns the diagnostics of held-out images, or of the training images where there are no others.
 
     Similarities, alignment and uniformity are of the embeddings (of the features, where a checkpoint has no head) of
@@ -253,7 +254,7 @@ def diagnose(of: Subject, devices: list[jax.Device] | None = None) -> dict[str, 
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
 
 
-def _export(of: Subject, wanted: Wanted, devices, say) -> None:
+def _export(of: Pretrained, wanted: Wanted, devices, say) -> None:
     for path, suffixes, flag in (
         (wanted.features, (".npz", ".array_record"), "--features"),
         (wanted.map, (".png",), "--map"),
@@ -268,7 +269,7 @@ def _export(of: Subject, wanted: Wanted, devices, say) -> None:
         say(f"Features of {len(features):,} images, {features.shape[1]} each, written to {wanted.features}.")
     if wanted.map:
         shown, points = export.two_dimensions(features, wanted.map_method)
-        labels = subject.chosen_labels(of.config, source)
+        labels = pretrained.chosen_labels(of.config, source)
         of_shown = {label: (source.labels()[label][shown], source.label_names[label]) for label in labels}
         report.draw_map(points, of_shown, wanted.map)
         say(f"A map of {len(points):,} images, coloured by {', '.join(labels)}, drawn into {wanted.map}.")

@@ -20,17 +20,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ifm_jax import checkpoint, files, loop, metrics, sharding, start
 from ifm_jax import config as configs
+from ifm_jax import files, sharding
 from ifm_jax.augment import ProbeAugmentation, example_rngs
-from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
 from ifm_jax.data.sources import ViewSource, subset
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.evaluation import heads
+from ifm_jax.evaluation import classifiers
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.evaluation.subject import Subject, chosen_labels, labelled
-from ifm_jax.workdir import CHECKPOINTS, CONFIG, CURVES, METRICS, TENSORBOARD, bad_images
+from ifm_jax.evaluation.pretrained import Pretrained, chosen_labels, labelled
+from ifm_jax.runs import checkpoint, loop, metrics_log, start
+from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.runs.curves import PROBE
+from ifm_jax.runs.metrics_log import MetricsLog
+from ifm_jax.runs.progress import Progress, Silence
+from ifm_jax.runs.tensorboard import TensorBoardLog
+from ifm_jax.runs.workdir import CHECKPOINTS, CONFIG, CURVES, METRICS, TENSORBOARD, bad_images
 
 
 class ProbeState(NamedTuple):
@@ -42,7 +47,7 @@ class ProbeState(NamedTuple):
     """
 
     step: jax.Array
-    heads: dict[str, heads.HeadsState]
+    heads: dict[str, classifiers.HeadsState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ def grid(config: configs.LinearConfig) -> list[tuple[float, float]]:
 
 
 def run(
-    subject: Subject,
+    subject: Pretrained,
     directory: str | os.PathLike,
     *,
     fast: bool = False,
@@ -166,12 +171,12 @@ def run(
         first = int(stored.state["step"]) if stored else 0
         log = tensorboard = None
         if primary:
-            log = stack.enter_context(metrics.MetricsLog(directory / METRICS, first))
-            tensorboard = stack.enter_context(metrics.TensorBoardLog(directory / TENSORBOARD, first))
+            log = stack.enter_context(MetricsLog(directory / METRICS, first))
+            tensorboard = stack.enter_context(TensorBoardLog(directory / TENSORBOARD, first))
         progress = stack.enter_context(
-            metrics.Progress(last_step, epochs=linear.epochs, start_step=first, steps_per_epoch=epoch_steps)
+            Progress(last_step, epochs=linear.epochs, start_step=first, steps_per_epoch=epoch_steps)
             if primary and not quiet
-            else metrics.Silence()
+            else Silence()
         )
         for line in notes:
             progress.message(line)
@@ -189,7 +194,7 @@ def run(
             return ProbeState(
                 jnp.zeros((), jnp.int32),
                 {
-                    label: heads.create(
+                    label: classifiers.create(
                         jax.random.fold_in(jax.random.key(linear.seed), number),
                         len(combinations),
                         features.shape[1],
@@ -230,7 +235,7 @@ def run(
                     config.log_every,
                     directory / CURVES,
                 ),
-                panels=metrics.PROBE,
+                panels=PROBE,
                 remedy="A lower linear.lr may help",
             )
             done, state = loop.run(
@@ -253,7 +258,7 @@ def run(
                 return loop.Stopped(done, last_step, stop.signal)
     if frozen.digest() != digest:
         raise RunError("a tensor of the frozen backbone has changed: the evaluation is void; please report it")
-    history = [record["heads"] for record in metrics.read(directory / METRICS) if "heads" in record]
+    history = [record["heads"] for record in metrics_log.read(directory / METRICS) if "heads" in record]
     return {label: _result(label, "fast" if fast else "full", combinations, history, source, test) for label in names}
 
 
@@ -280,7 +285,7 @@ class _Held:
 
         def count(params, batch):
             return {
-                name: heads.evaluate(params[name], batch["features"], batch[f"label/{name}"], batch["mask"])
+                name: classifiers.evaluate(params[name], batch["features"], batch[f"label/{name}"], batch["mask"])
                 for name in names
             }
 
@@ -404,7 +409,7 @@ def _step(config: configs.Config, names: list[str], epoch_steps: int, mesh, feat
     """Returns the compiled step, `(state, weights, batch) -> (state, metrics)`."""
     linear = config.linear
     combinations = grid(linear)
-    table = heads.learning_rates(
+    table = classifiers.learning_rates(
         [lr for lr, _ in combinations],
         epochs=linear.epochs,
         steps_per_epoch=epoch_steps,
@@ -418,7 +423,7 @@ def _step(config: configs.Config, names: list[str], epoch_steps: int, mesh, feat
         for name in names:
             dtype = state.heads[name].params["weight"].dtype
             lr = jnp.asarray(table, dtype)[state.step]
-            new[name], found[name] = heads.update(
+            new[name], found[name] = classifiers.update(
                 state.heads[name],
                 of_images,
                 batch[f"label/{name}"],

@@ -14,7 +14,7 @@ from ifm_jax.config import Config
 from ifm_jax.data.sources import drawn
 from ifm_jax.evaluation import diagnostics, knn
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.evaluation.subject import chosen_labels, labelled
+from ifm_jax.evaluation.pretrained import chosen_labels, labelled
 from ifm_jax.pretrain import TrainState
 
 

@@ -4,12 +4,44 @@ After Hermann and Lampinen (2020) and Robinson et al. (2021, section 4.2): one c
 colour on the features before the projection head, accuracy on held-out images.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+
+
+@dataclasses.dataclass(frozen=True)
+class Readouts:
+    """The linear readouts of one encoder, or their mean over seeds.
+
+    Attributes:
+      name: of the run.
+      step: updates it had; 0: untrained.
+      accuracy: label -> held-out accuracy in percent.
+      seed: of the run.
+    """
+
+    name: str
+    step: int
+    accuracy: dict[str, float]
+    seed: int = 0
+
+    @property
+    def mean(self) -> float:
+        """The mean over the labels."""
+        return float(np.mean(list(self.accuracy.values())))
+
+    @property
+    def worst(self) -> float:
+        """The label read out worst."""
+        return min(self.accuracy.values())
+
+    def to_dict(self) -> dict:
+        """Returns the fields and the two summaries, for JSON."""
+        return dataclasses.asdict(self) | {"mean": self.mean, "worst": self.worst}
 
 
 def linear_readout(

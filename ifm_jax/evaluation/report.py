@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ifm_jax.evaluation.linear import Result
-from ifm_jax.evaluation.suppression import Readouts
+from ifm_jax.evaluation.readout import Readouts
 
 
 def print_table(rows: Sequence[Readouts], console: rich.console.Console | None = None) -> None:

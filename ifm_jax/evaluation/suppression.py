@@ -18,47 +18,17 @@ import jax
 import numpy as np
 from absl import flags
 
-from ifm_jax import assembly, command, sharding
+from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
+from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-from ifm_jax.evaluation import subject
+from ifm_jax.evaluation import pretrained
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.evaluation.readout import linear_readouts
+from ifm_jax.evaluation.readout import Readouts, linear_readouts
 
 _OBJECTIVES = {"ifm": "IFM", "ifm_only": "IFM only"}
 _METHODS = {"moco": "MoCo", "simclr": "SimCLR"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Readouts:
-    """The linear readouts of one encoder, or their mean over seeds.
-
-    Attributes:
-      name: of the run.
-      step: updates it had; 0: untrained.
-      accuracy: label -> held-out accuracy in percent.
-      seed: of the run.
-    """
-
-    name: str
-    step: int
-    accuracy: dict[str, float]
-    seed: int = 0
-
-    @property
-    def mean(self) -> float:
-        """The mean over the labels."""
-        return float(np.mean(list(self.accuracy.values())))
-
-    @property
-    def worst(self) -> float:
-        """The label read out worst."""
-        return min(self.accuracy.values())
-
-    def to_dict(self) -> dict:
-        """Returns the fields and the two summaries, for JSON."""
-        return dataclasses.asdict(self) | {"mean": self.mean, "worst": self.worst}
 
 
 def read_out(name: str, config: Config, frozen: FrozenEncoder, step: int) -> Readouts:
@@ -73,7 +43,7 @@ def read_out(name: str, config: Config, frozen: FrozenEncoder, step: int) -> Rea
     Raises:
       UsageError: if the source has no labels.
     """
-    train, test = subject.labelled(config, "train"), subject.labelled(config, "test")
+    train, test = pretrained.labelled(config, "train"), pretrained.labelled(config, "test")
     accuracy = linear_readouts(extract(frozen, train), train.labels(), extract(frozen, test), test.labels())
     return Readouts(name, step, accuracy, config.seed)
 
@@ -97,7 +67,7 @@ def read_out_workdir(workdir: str | os.PathLike, name: str | None = None) -> Rea
     Raises:
       UsageError: if there is no run or no checkpoint there, or its images have no labels.
     """
-    of = subject.load(workdir, assembly.read_config(workdir))
+    of = pretrained.load(workdir, assembly.read_config(workdir))
     return read_out(name or method_name(of.config), of.config, of.frozen(jax.local_devices()[:1]), of.step)
 
 

@@ -1,10 +1,10 @@
-"""The steps of `tests/torch_reference.py` as W real processes under DistributedDataParallel, over gloo.
+"""The steps of `references/moco.py` as W real processes under DistributedDataParallel, over gloo.
 
 Here nothing is emulated: each process holds its own share of the batch, keys and key images travel through
 `all_gather`, the permutation through `broadcast`, and the gradient's mean and the overwriting of buffers are DDP's own.
 Only the container of the networks is shared with the emulation. From a checkpoint in the original's format:
 
-    python -m tests.torch_ddp_reference --start=start.pth.tar --views=views.npz --out=out.npz --world=2 --queue-size=32
+    python -m references.moco_ddp --start=start.pth.tar --views=views.npz --out=out.npz --world=2 --queue-size=32
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.torch_reference import ReferenceMoCo
+from references.moco import ReferenceMoCo
 
 
 class DistributedMoCo(ReferenceMoCo):

@@ -13,9 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from ifm_jax import metrics
 from ifm_jax.errors import RunError
-from ifm_jax.health import Health
+from ifm_jax.runs import metrics_log
+from ifm_jax.runs.curves import PRETRAINING, Panels, draw_curves
+from ifm_jax.runs.health import Health
+from ifm_jax.runs.metrics_log import MetricsLog
+from ifm_jax.runs.progress import Progress, Silence
+from ifm_jax.runs.tensorboard import TensorBoardLog
 
 # Calls the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
 _CALLS_AHEAD = 2
@@ -189,14 +193,14 @@ class Recorder:
 
     def __init__(
         self,
-        log: metrics.MetricsLog | None,
-        tensorboard: metrics.TensorBoardLog | None,
-        progress: metrics.Progress | metrics.Silence,
+        log: MetricsLog | None,
+        tensorboard: TensorBoardLog | None,
+        progress: Progress | Silence,
         batch_size: int,
         epoch_steps: int,
         log_every: int,
         curves: pathlib.Path,
-        panels: metrics.Panels = metrics.PRETRAINING,
+        panels: Panels = PRETRAINING,
         remedy: str = "A lower optim.lr, or a higher temperature, may help",
         health: Health | None = None,
     ):
@@ -321,9 +325,9 @@ class Recorder:
     def draw(self) -> None:
         """Draws the curves of all that is logged so far."""
         self._drawn_at = time.perf_counter()
-        if self._log is not None and (records := metrics.read(self._curves.with_name("metrics.jsonl"))):
+        if self._log is not None and (records := metrics_log.read(self._curves.with_name("metrics.jsonl"))):
             chance = self._health.chance if self._health else None
-            metrics.draw_curves(records, self._curves, self._panels, chance=chance)
+            draw_curves(records, self._curves, self._panels, chance=chance)
 
 
 class StopSignals:
@@ -335,7 +339,7 @@ class StopSignals:
       signal: the one to stop for; SIGPIPE where the output is closed.
     """
 
-    def __init__(self, progress: metrics.Progress | metrics.Silence):
+    def __init__(self, progress: Progress | Silence):
         self.signal: signal.Signals | None = None
         self._progress = progress
         self._previous = {}

@@ -1,11 +1,9 @@
-"""PyTorch checkpoints: one table of names, read in both directions.
+"""PyTorch checkpoints, read.
 
 Read are the original's training checkpoints (MoCo v1 and v2, IFM; complete, or stripped to the query encoder as the
 released MoCo files are), torchvision's ResNet state dicts, and either inside another library's checkpoint, under a
 prefix of its names. What a file holds is told from its tensors' names and shapes alone; `torch_file` reads it without
 executing anything.
-
-PyTorch is imported only when a file of its own is read or written.
 """
 
 import collections
@@ -13,32 +11,35 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ifm_jax import config as configs
-from ifm_jax import snapshot, torch_file
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import MoCoMemory
-from ifm_jax.models import ARCHITECTURES, HCLHead, without_head
-from ifm_jax.models.resnet import Architecture
+from ifm_jax.models import ARCHITECTURES
 from ifm_jax.pretrain import TrainState
-from ifm_jax.snapshot import Origin, Snapshot
-from ifm_jax.torch_file import Unusable
-
-Tree = dict[str, Any]
-Target = Literal["moco", "torchvision"]
-TARGETS = ("moco", "torchvision")
-
-_COUNTER = "num_batches_tracked"
-_KERNEL_OF_STEM = {"imagenet": 7, "small": 3, "small_stride2": 5}
-_MOST_STEPS = np.iinfo(np.int32).max
+from ifm_jax.runs import snapshot
+from ifm_jax.runs.snapshot import Origin, Snapshot
+from ifm_jax.torch_interop import torch_file
+from ifm_jax.torch_interop.names import (
+    COUNTER,
+    KERNEL_OF_STEM,
+    MOST_STEPS,
+    Entry,
+    Tree,
+    backbone_table,
+    counters,
+    encoder_table,
+    set_,
+    to_jax_layout,
+)
+from ifm_jax.torch_interop.torch_file import Unusable
 
 # Where checkpoints keep a state dict, and under which names other libraries' modules the network that is trained.
 _HOLDERS = ("state_dict", "model", "model_state_dict", "backbone")
@@ -47,141 +48,8 @@ _PREFIXES = ("backbone.", "encoder.", "model.", "model.backbone.", "model.encode
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-# --- The table -------------------------------------------------------------------------------------------------------
-
-
-class Entry(NamedTuple):
-    """A tensor of an encoder under both its names.
-
-    Attributes:
-      torch: its name in a state dict.
-      collection: "params" or "batch_stats".
-      path: the keys that lead to it in the nested dicts.
-      shape: in PyTorch's layout.
-      kind: "conv", "norm" or "linear"; says how the layouts differ.
-    """
-
-    torch: str
-    collection: str
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    kind: str
-
-
-# A layer's tensors: PyTorch's name, collection, our name; parameters in the order of `Module.parameters()`.
-_LEAVES = {
-    "conv": (("weight", "params", "kernel"),),
-    "linear": (("weight", "params", "kernel"), ("bias", "params", "bias")),
-    "norm": (
-        ("weight", "params", "scale"),
-        ("bias", "params", "bias"),
-        ("running_mean", "batch_stats", "mean"),
-        ("running_var", "batch_stats", "var"),
-    ),
-}
-
-# The axes of a kernel: PyTorch (out, in, height, width) and (out, in), JAX (height, width, in, out) and (in, out).
-_TO_JAX = {"conv": (2, 3, 1, 0), "linear": (1, 0)}
-_TO_TORCH = {"conv": (3, 2, 0, 1), "linear": (1, 0)}
-
-
-def _layer(torch: str, path: str, kind: str, shape: tuple[int, ...]) -> Iterator[Entry]:
-    for leaf, collection, name in _LEAVES[kind]:
-        yield Entry(
-            f"{torch}.{leaf}", collection, (*path.split("."), name), shape if leaf == "weight" else shape[:1], kind
-        )
-
-
-def backbone_table(architecture: Architecture, stem: str = "imagenet") -> list[Entry]:
-    """Returns the entries of a ResNet without its head, in torchvision's order."""
-    width, kernel = architecture.width, _KERNEL_OF_STEM[stem]
-    table = [*_layer("conv1", "conv1", "conv", (width, 3, kernel, kernel)), *_layer("bn1", "bn1", "norm", (width,))]
-    inputs = width
-    for stage, depth in enumerate(architecture.depths):
-        features = width * 2**stage
-        for block in range(depth):
-            name = f"layer{stage + 1}.{block}"
-            if architecture.bottleneck:
-                inner = features * architecture.width_per_group // 64 * architecture.groups
-                outputs = features * 4
-                shapes = [
-                    (inner, inputs, 1, 1),
-                    (inner, inner // architecture.groups, 3, 3),
-                    (outputs, inner, 1, 1),
-                ]
-            else:
-                outputs = features
-                shapes = [(features, inputs, 3, 3), (features, features, 3, 3)]
-            for i, shape in enumerate(shapes, start=1):
-                table += _layer(f"{name}.conv{i}", f"{name}.conv{i}", "conv", shape)
-                table += _layer(f"{name}.bn{i}", f"{name}.bn{i}", "norm", shape[:1])
-            if block == 0 and (stage > 0 or inputs != outputs):
-                table += _layer(f"{name}.downsample.0", f"{name}.downsample.conv", "conv", (outputs, inputs, 1, 1))
-                table += _layer(f"{name}.downsample.1", f"{name}.downsample.norm", "norm", (outputs,))
-            inputs = outputs
-    return table
-
-
-def head_table(features: int, dim: int, head: str) -> list[Entry]:
-    """Returns the entries of a head, one of `models.HEADS`."""
-    if head == "linear":
-        return list(_layer("fc", "fc", "linear", (dim, features)))
-    if head == "hcl":
-        width = HCLHead.hidden_features
-        weight, _ = _layer("fc.0", "fc.hidden", "linear", (width, features))  # it has no bias
-        norm = _layer("fc.1", "fc.norm", "norm", (width,))
-        return [weight, *norm, *_layer("fc.3", "fc.output", "linear", (dim, width))]
-    hidden = _layer("fc.0", "fc.hidden", "linear", (features, features))
-    return [*hidden, *_layer("fc.2", "fc.output", "linear", (dim, features))]
-
-
-def encoder_table(config: Config, head: bool = True) -> list[Entry]:
-    """Returns the entries of the encoder that a config describes, in the order of PyTorch's `parameters()`."""
-    table = backbone_table(_architecture(config), config.model.stem)
-    if head:
-        table += head_table(_features(_architecture(config)), *configs.head(config))
-    return table
-
-
-def _architecture(config: Config) -> Architecture:
-    architecture = ARCHITECTURES[config.model.arch]
-    return architecture._replace(width=config.model.width) if config.model.width else architecture
-
-
-def _features(architecture: Architecture) -> int:
-    return architecture.width * 2 ** (len(architecture.depths) - 1) * (4 if architecture.bottleneck else 1)
-
-
-def _counters(table: Iterable[Entry]) -> list[str]:
-    """Returns the names of PyTorch's batch counters; nothing corresponds to them in JAX but the number of steps."""
-    return [entry.torch.replace("running_mean", _COUNTER) for entry in table if entry.path[-1] == "mean"]
-
-
-def _to_jax(values: np.ndarray, kind: str) -> np.ndarray:
-    return values.transpose(_TO_JAX[kind]) if values.ndim > 1 else values
-
-
-def _to_torch(values: np.ndarray, kind: str) -> np.ndarray:
-    return values.transpose(_TO_TORCH[kind]) if values.ndim > 1 else values
-
-
-def _get(tree: Tree, path: tuple[str, ...]) -> np.ndarray:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: Tree, path: tuple[str, ...], value: np.ndarray) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-# --- PyTorch -> JAX --------------------------------------------------------------------------------------------------
-
-
 def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> Snapshot:
-    """Returns what a PyTorch checkpoint, or a run of our own, holds.
+    """Returns what a PyTorch checkpoint holds.
 
     The arrays of a file in PyTorch's present (zip) format stay on disk until they are used.
 
@@ -192,7 +60,7 @@ def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> 
     one is read, with a note.
 
     Args:
-      path: a `.pth`, `.pth.tar` or `.safetensors`; a directory goes to `snapshot.read`.
+      path: a `.pth`, `.pth.tar` or `.safetensors`.
       step: updates done at the time of the file; None: what its batch counters say, which the original moves by one a
         step, or 0 without.
       prefix: what the names of the network begin with, or those of the whole MoCo (`model.` for
@@ -203,12 +71,8 @@ def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> 
         mis-shaped (all of them in one message).
     """
     path = pathlib.Path(path)
-    if step is not None and not 0 <= step <= _MOST_STEPS:
-        raise UsageError(f"step={step}: expected a number from 0 to {_MOST_STEPS}")
-    if path.is_dir():
-        if prefix:
-            raise UsageError(f"--prefix={prefix}: {path} is a directory; a prefix is for files of PyTorch's")
-        return snapshot.read(path)
+    if step is not None and not 0 <= step <= MOST_STEPS:
+        raise UsageError(f"step={step}: expected a number from 0 to {MOST_STEPS}")
     return _Reader(path, torch_file.read(path), prefix).snapshot(step)
 
 
@@ -321,7 +185,7 @@ class _Reader:
         if networks.get(prefix):
             inside = _named_by_child(inside)
         first = inside.get("conv1.weight")
-        if prefix and isinstance(first, np.ndarray) and first.shape[-1:] == (_KERNEL_OF_STEM["small"],):
+        if prefix and isinstance(first, np.ndarray) and first.shape[-1:] == (KERNEL_OF_STEM["small"],):
             self.notes.append(
                 "the first convolution, 3x3, is taken as padded by 1; solo-learn's for CIFAR pads by 2: give such a "
                 "network its images with one more pixel of zeros on every side"
@@ -347,7 +211,7 @@ class _Reader:
 
         complete = key_params is not None and queue is not None
         epoch = self._content.get("epoch")
-        epoch = epoch if isinstance(epoch, int) and 0 <= epoch <= _MOST_STEPS else None
+        epoch = epoch if isinstance(epoch, int) and 0 <= epoch <= MOST_STEPS else None
         if step is None:
             step = self._step(epoch) if complete else 0
         trace = momentum
@@ -379,14 +243,14 @@ class _Reader:
                 "expected torchvision's names, conv1.weight, bn1.weight, layer1.0.conv1.weight and on"
             )
         width = int(first.shape[0])
-        stems = [stem for stem, size in _KERNEL_OF_STEM.items() if size == first.shape[-1]]
+        stems = [stem for stem, size in KERNEL_OF_STEM.items() if size == first.shape[-1]]
         stem = stems[0] if stems else "imagenet"
         shapes = {name: getattr(value, "shape", None) for name, value in query.items() if not name.startswith("fc.")}
 
         def distance(name: str) -> tuple[int, bool]:
             table = backbone_table(ARCHITECTURES[name]._replace(width=width), stem)
             wrong = {(entry.torch, entry.shape) for entry in table} ^ {
-                item for item in shapes.items() if not item[0].endswith(_COUNTER)
+                item for item in shapes.items() if not item[0].endswith(COUNTER)
             }
             return len(wrong), name != self._arch
 
@@ -413,15 +277,15 @@ class _Reader:
                 continue
             values = self._array(prefix + entry.torch, tensors[entry.torch], entry.shape)
             if values is not None:
-                _set(trees[entry.collection], entry.path, _to_jax(values, entry.kind))
-        counters = [name for name in _counters(table) if name in tensors]
-        for name in counters:
+                set_(trees[entry.collection], entry.path, to_jax_layout(values, entry.kind))
+        of_counters = [name for name in counters(table) if name in tensors]
+        for name in of_counters:
             number = _whole(tensors[name])
-            if number is None or not 0 <= number <= _MOST_STEPS:
-                self._problems["wrong"].append(f"{prefix}{name} (expected one number from 0 to {_MOST_STEPS})")
+            if number is None or not 0 <= number <= MOST_STEPS:
+                self._problems["wrong"].append(f"{prefix}{name} (expected one number from 0 to {MOST_STEPS})")
             else:
                 self._counters[prefix + name] = number
-        known = {entry.torch for entry in table} | set(counters)
+        known = {entry.torch for entry in table} | set(of_counters)
         self._problems["unexpected"] += [prefix + name for name in tensors if name not in known]
         return trees["params"], trees["batch_stats"]
 
@@ -451,7 +315,7 @@ class _Reader:
         queue = self._array("queue", rest["queue"], (config.moco.dim, K))
         pointer = rest.get("queue_ptr")
         number = _whole(pointer)
-        if number is None or not 0 <= number < min(K, _MOST_STEPS):
+        if number is None or not 0 <= number < min(K, MOST_STEPS):
             found = "missing" if pointer is None else "no whole number" if number is None else number
             self._problems["wrong"].append(f"queue_ptr ({found}, expected one number from 0 to {K - 1})")
             return None, None
@@ -502,7 +366,7 @@ class _Reader:
             if buffers.get(number) is None:
                 self._problems["missing"].append(name)
             elif (values := self._array(name, buffers[number], entry.shape)) is not None:
-                _set(trace, entry.path, _to_jax(values, entry.kind))
+                set_(trace, entry.path, to_jax_layout(values, entry.kind))
         return trace
 
     def _step(self, epoch: int | None) -> int:
@@ -575,269 +439,3 @@ def to_jax(
         found = dataclasses.replace(found, config=config)
     snapshot.write(found, directory, overwrite)
     return found
-
-
-# --- JAX -> PyTorch --------------------------------------------------------------------------------------------------
-
-
-def state_dict(found: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a snapshot, name and values in PyTorch's layout, without `module.`.
-
-    `queue` and `queue_ptr` first, then the encoders, as a module of the original orders them; batch counters included.
-    """
-    state = found.state
-    memory = _moco_memory(state)
-    if memory.queue is not None:
-        yield "queue", np.asarray(memory.queue).T
-        yield "queue_ptr", np.asarray(memory.queue_ptr, np.int64).reshape(1)
-    prefix = "encoder_q." if found.origin is None or found.origin.kind == "moco" else ""
-    yield from _encoder_tensors(found, state.params, state.batch_stats, prefix)
-    if memory.key_params is not None:
-        yield from _encoder_tensors(found, memory.key_params, memory.key_batch_stats, "encoder_k.")
-
-
-def _moco_memory(state: TrainState) -> MoCoMemory:
-    """Returns MoCo's part of a state; of another method's, one without any of its parts."""
-    return state.memory if isinstance(state.memory, MoCoMemory) else MoCoMemory(None, None, None, None)
-
-
-def _encoder_tensors(found: Snapshot, params: Tree, batch_stats: Tree, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-    trees = {"params": params, "batch_stats": batch_stats}
-    for entry in encoder_table(found.config, head="fc" in params):
-        yield prefix + entry.torch, _to_torch(np.asarray(_get(trees[entry.collection], entry.path)), entry.kind)
-        if entry.path[-1] == "var":  # the counter follows the running variance
-            name = prefix + entry.torch.replace("running_var", _COUNTER)
-            yield name, np.asarray(_counter(found, name), np.int64)
-
-
-def _counter(found: Snapshot, name: str) -> int:
-    """Returns a batch counter: the number of training steps, on top of what a converted file began with."""
-    step = int(found.state.step)
-    if found.origin is None or name not in found.origin.num_batches_tracked:
-        return step
-    return found.origin.num_batches_tracked[name] + step - found.origin.step
-
-
-def to_torch(
-    source: str | os.PathLike,
-    path: str | os.PathLike,
-    target: Target = "moco",
-    *,
-    epoch: int | None = None,
-    prefix: str = "",
-    overwrite: bool = False,
-) -> Snapshot:
-    """Writes a run's state, or another PyTorch checkpoint's, as a PyTorch checkpoint.
-
-    Args:
-      source: workdir of a run or one of its checkpoints.
-      path: `.pth`, `.pth.tar` or `.pt`; `.safetensors` holds the tensors alone.
-      target: "moco": both encoders, queue and momentum buffers, as the original's code loads them with strict key
-        matching, and as MoCo's scripts for linear evaluation and detection (detectron2) read it; "torchvision": the
-        backbone under torchvision's names, for torchvision and timm.
-      epoch: epochs done, for "moco"; None: what the run's metrics or the converted file say.
-      prefix: see `read`, where the source is a PyTorch checkpoint.
-      overwrite: replace a file that is there.
-
-    Returns:
-      What was read; its `notes` say what the caller should know of the file written.
-
-    Raises:
-      UsageError: if the source cannot be read or the file not be written.
-    """
-    path = pathlib.Path(path)
-    if target not in TARGETS:
-        raise UsageError(f"--for={target}: expected one of {', '.join(TARGETS)}")
-    if not path.name.endswith((".pth", ".pth.tar", ".pt", ".safetensors")):
-        raise UsageError(f"{path}: the name must end in .pth, .pth.tar, .pt or .safetensors")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already: name another file, or pass --overwrite")
-    found = read(source, prefix=prefix)
-    notes = list(found.notes)
-    if target == "moco" and found.config.method != "moco":
-        raise UsageError(
-            f"--for=moco: {source} is a run with method={found.config.method}, whose state MoCo's format has no place "
-            "for; expected --for=torchvision, which holds the backbone"
-        )
-    architecture = _architecture(found.config)
-    if found.config.model.stem != "imagenet" or architecture.width != 64 or len(architecture.depths) != 4:
-        notes.append(
-            f"{_describe_architecture(found.config)} is none of torchvision's networks: the names are its, but its own "
-            "classes have other shapes"
-        )
-    tensors = _torchvision_tensors(found) if target == "torchvision" else _moco_tensors(found, notes)
-    if path.suffix == ".safetensors":
-        if target == "moco" and _has_momentum(found):
-            notes.append("safetensors holds tensors under a name each: the momentum buffers are not among them")
-        _write(path, lambda file: _save_safetensors(tensors, found.config.model.arch, file))
-        return dataclasses.replace(found, notes=tuple(notes))
-    torch = torch_file.import_torch()
-    content: dict[str, Any] = {name: _tensor(values) for name, values in tensors.items()}
-    if target == "moco":
-        if epoch is None and (epoch := found.epoch) is None:
-            epoch = 0
-            notes.append("nothing says how many epochs are done: written as epoch 0; --epoch=N says otherwise")
-        content = {
-            "epoch": epoch,
-            "arch": found.config.model.arch,
-            "state_dict": content,
-            "optimizer": _optimizer(found, notes),
-        }
-    _write(path, lambda file: torch.save(content, file))
-    return dataclasses.replace(found, notes=tuple(notes))
-
-
-def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, np.ndarray]:
-    if missing := [part for part in found.missing if part != "optimizer state"]:
-        notes.append(
-            f"no {', '.join(missing)} there: written is what there is; the original's training code does not load it, "
-            "its linear evaluation does"
-        )
-    named = state_dict(found)
-    if found.origin and found.origin.kind == "torchvision":
-        named = ((f"encoder_q.{name}", values) for name, values in named)
-    return {f"module.{name}": values for name, values in named}
-
-
-def _torchvision_tensors(found: Snapshot) -> dict[str, np.ndarray]:
-    """The query encoder without its projection head; `fc` stays where it came as a classifier."""
-    if found.origin and found.origin.kind == "torchvision":
-        return dict(state_dict(found))
-    params, batch_stats = without_head(found.state.params), without_head(found.state.batch_stats)
-    named = _encoder_tensors(found, params, batch_stats, "encoder_q.")
-    return {name.removeprefix("encoder_q."): values for name, values in named}
-
-
-def _tensor(values: np.ndarray):
-    # A copy in PyTorch's order, so that the file is as any other and no view of the source.
-    return torch_file.import_torch().from_numpy(np.array(values, order="C"))
-
-
-def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
-    """Returns `torch.optim.SGD`'s state dict; all parameters are numbered, the query encoder's have buffers."""
-    config, state = found.config, found.state
-    parameters = [e for e in encoder_table(config, head="fc" in state.params) if e.collection == "params"]
-    buffers = {}
-    if config.optim.name != "sgd":
-        notes.append(f"the optimiser is {config.optim.name}, the original's SGD: its state is left out")
-    elif state.opt_state is not None:
-        trace = _trace(state)
-        values = [np.asarray(_get(trace, entry.path)) for entry in parameters]
-        # Before the first step PyTorch has no buffers.
-        if any(value.any() for value in values):
-            buffers = {
-                number: {"momentum_buffer": _tensor(_to_torch(value, entry.kind))}
-                for number, (entry, value) in enumerate(zip(parameters, values, strict=True))
-            }
-    lr = config.optim.lr
-    if found.origin and found.origin.lr is not None and found.origin.step == int(state.step):
-        lr = found.origin.lr
-    group = {
-        "lr": lr,
-        "momentum": config.optim.momentum,
-        "dampening": 0,
-        "weight_decay": config.optim.weight_decay,
-        "nesterov": False,
-        "maximize": False,
-        "foreach": None,
-        "differentiable": False,
-        "fused": None,
-        "params": list(range(len(parameters) * (1 if _moco_memory(state).key_params is None else 2))),
-    }
-    return {"state": buffers, "param_groups": [group]}
-
-
-def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.Path) -> None:
-    try:
-        import safetensors.numpy
-    except ImportError:
-        raise UsageError("writing .safetensors takes its library: pip install safetensors") from None
-    tensors = {name: np.array(values, order="C") for name, values in tensors.items()}
-    try:
-        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt", "arch": arch})
-    except safetensors.SafetensorError as error:  # a full disk among others
-        raise OSError(str(error)) from None
-
-
-def _write(path: pathlib.Path, save) -> None:
-    """Saves under another name, then renames; who may read the file is as for any new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode & 0o777
-        save(temporary)
-        temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{path} cannot be written ({reason}): name a file that can") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# --- What a checkpoint holds -----------------------------------------------------------------------------------------
-
-
-def describe(found: Snapshot) -> dict[str, str]:
-    """Returns what a snapshot holds, as rows of a table: name, and value in words."""
-    config, state = found.config, found.state
-    if found.origin is None:
-        kind = f"run of ifm_jax, {config.method}, objective {config.ifm.objective}"
-    else:
-        names = {"moco": "MoCo/IFM checkpoint", "torchvision": "ResNet state dict"}
-        kind = f"PyTorch {names[found.origin.kind]}, {found.origin.file}"
-    features = _features(_architecture(config))
-    if "fc" not in state.params:
-        head = "none"
-    else:
-        dim, head = configs.head(config)
-        head = {"mlp": f"MLP {features} -> {features} -> {dim}", "linear": f"linear {features} -> {dim}"}.get(
-            head, f"{head} {features} -> 512 -> {dim}"
-        )
-    memory = _moco_memory(state)
-    parts = ["query encoder"] + ([] if memory.key_params is None else ["key encoder"])
-    parts += [] if memory.queue is None else ["queue"]
-    if state.opt_state is not None and config.optim.name != "sgd":
-        parts.append(f"state of {config.optim.name}")
-    elif _has_momentum(found):
-        parts.append("momentum buffers")
-    rows = {
-        "kind": kind,
-        "architecture": _describe_architecture(config),
-        "head": head,
-        "parts": ", ".join(parts),
-        "epoch": str(found.epoch) if found.epoch is not None else "not known",
-        "step": str(int(state.step)),
-        "dtype": str(state.params["conv1"]["kernel"].dtype),
-        "parameters": f"{sum(np.size(leaf) for leaf in _leaves(state.params)):,} in the query encoder",
-    }
-    if found.origin and found.origin.kind == "torchvision":
-        del rows["epoch"], rows["step"]
-    if memory.queue is not None:
-        rows["dim"], rows["K"] = str(memory.queue.shape[1]), str(memory.queue.shape[0])
-        rows["queue_ptr"] = str(int(memory.queue_ptr))
-    return rows
-
-
-def _trace(state: TrainState) -> Tree:
-    """Returns SGD's momentum buffers: zeros, where none have been set yet."""
-    return flax.serialization.to_state_dict(state.opt_state)["1"]["trace"]
-
-
-def _has_momentum(found: Snapshot) -> bool:
-    """Whether SGD's momentum buffers are there, and not only the zeros that stand for none."""
-    state = found.state
-    sgd = found.config.optim.name == "sgd" and state.opt_state is not None
-    return sgd and any(leaf.any() for leaf in _leaves(_trace(state)))
-
-
-def _describe_architecture(config: Config) -> str:
-    stem = "" if config.model.stem == "imagenet" else f", stem {config.model.stem}"
-    width = f", width {config.model.width}" if config.model.width else ""
-    return f"{config.model.arch}{stem}{width}"
-
-
-def _leaves(tree: Tree) -> Iterator[np.ndarray]:
-    for value in tree.values():
-        yield from _leaves(value) if isinstance(value, dict) else (value,)

@@ -6,7 +6,7 @@ one forward, so that a rank's BatchNorm sees its 2 N/W views; embeddings are gat
 gradient is that of the mean loss of all 2N queries. `SimCLRReference` emulates the ranks in one process; as real
 processes over gloo, from a state dict:
 
-    python -m tests.torch_simclr_reference --start=start.pth --views=views.npz --out=out.npz --world=2
+    python -m references.simclr --start=start.pth --views=views.npz --out=out.npz --world=2
 
 `tests/test_torch_simclr_reference.py` holds the two together.
 
@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.torchvision_peer import torchvision
+from references.torchvision_peer import torchvision
 
 # Wrong variants of the step. A comparison that does not notice one of them does not cover that point.
 MUTATIONS = frozenset(

@@ -6,19 +6,20 @@ import os
 import jax
 import numpy as np
 
-from ifm_jax import assembly, sharding, snapshot, torch_checkpoint
+from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.data.sources import SPLITS, ViewSource, open_views, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation.features import FrozenEncoder
-from ifm_jax.snapshot import Snapshot
+from ifm_jax.runs import snapshot
+from ifm_jax.runs.snapshot import Snapshot
 
 PROBE_LEAST_AREA = 0.08  # of a training crop, relative to the image's
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Pretrained:
     """A checkpoint and the config that it is evaluated under.
 
     Attributes:
@@ -52,19 +53,19 @@ class Subject:
         )
 
 
-def load(path: str | os.PathLike, config: Config | None = None, prefix: str = "") -> Subject:
+def load(path: str | os.PathLike, config: Config | None = None, prefix: str = "") -> Pretrained:
     """Reads what is to be evaluated.
 
     Args:
       path: a run's workdir (its newest checkpoint), one of its checkpoints, or a `.pth.tar`.
       config: to evaluate under; None: the checkpoint's own. Fields that describe the network and have their default
         follow the checkpoint.
-      prefix: what the network's names in a PyTorch file begin with; see `torch_checkpoint.read`.
+      prefix: what the network's names in a PyTorch file begin with; see `snapshot.read`.
 
     Raises:
       UsageError: if nothing can be read there, or the config describes another network.
     """
-    found = torch_checkpoint.read(path, prefix=prefix)
+    found = snapshot.read(path, prefix=prefix)
     config = configs.from_dict(configs.to_dict(found.config if config is None else config))
     given, default, own = (snapshot.structure(each) for each in (config, Config(), found.config))
     for name in given:
@@ -75,7 +76,7 @@ def load(path: str | os.PathLike, config: Config | None = None, prefix: str = ""
     configs.validate(config)
     config = assembly.resolve(config, found.config if found.config.model.compute_dtype != "auto" else None)
     assembly.configure_jax(config.model.compute_dtype)
-    return Subject(config, found, os.fspath(path))
+    return Pretrained(config, found, os.fspath(path))
 
 
 def labelled(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:

@@ -23,7 +23,7 @@ import jaxlib
 import numpy as np
 
 import ifm_jax
-from ifm_jax import assembly, checkpoint, files, memory, sharding, snapshot
+from ifm_jax import assembly, files, sharding
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.data import Source, open_source, steps_per_epoch
@@ -31,8 +31,9 @@ from ifm_jax.errors import UsageError
 from ifm_jax.methods import METHODS
 from ifm_jax.models import only_head, without_head
 from ifm_jax.pretrain import TrainState
-from ifm_jax.snapshot import Snapshot
-from ifm_jax.workdir import CHECKPOINTS, CONFIG, CONVERTED, DATA, locked
+from ifm_jax.runs import checkpoint, memory, snapshot
+from ifm_jax.runs.snapshot import Snapshot
+from ifm_jax.runs.workdir import CHECKPOINTS, CONFIG, CONVERTED, DATA, locked
 
 Answer = TypeVar("Answer")
 
@@ -221,9 +222,9 @@ def _find(
     stored, damaged = checkpoint.newest_whole(workdir / CHECKPOINTS, jax.eval_shape(create))
     if stored is not None or not config.init_from:
         return (stored and stored.state, damaged), None
-    from ifm_jax import torch_checkpoint
+    from ifm_jax.runs import snapshot
 
-    given = torch_checkpoint.read(config.init_from)
+    given = snapshot.read(config.init_from)
     # Head and memory may be another's; they are made anew then.
     snapshot.check_config(config, given, config.init_from, backbone=True)
     return (None, damaged), given

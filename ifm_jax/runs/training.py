@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from ifm_jax import assembly, loop, metrics, resident, sharding, start
+from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
-from ifm_jax.checkpoint import Checkpoints
 from ifm_jax.config import Config
-from ifm_jax.data import BadImages, steps_per_epoch, training_batches
-from ifm_jax.data.resident import Copies, copies_side, read_all, resident_batches
+from ifm_jax.data import BadImages, on_device, steps_per_epoch, training_batches
+from ifm_jax.data.on_device import Copies, copies_side, on_device_batches, read_all
 from ifm_jax.errors import RunError, UsageError, name_too_long
-from ifm_jax.health import Health
 from ifm_jax.pretrain import TrainState, placements
-from ifm_jax.workdir import CHECKPOINTS, CURVES, METRICS, TENSORBOARD, bad_images
+from ifm_jax.runs import loop, memory, start
+from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.runs.health import Health
+from ifm_jax.runs.metrics_log import MetricsLog
+from ifm_jax.runs.progress import Progress, Silence
+from ifm_jax.runs.tensorboard import TensorBoardLog
+from ifm_jax.runs.workdir import CHECKPOINTS, CURVES, METRICS, TENSORBOARD, bad_images
 
 if TYPE_CHECKING:
     from ifm_jax.evaluation.online import OnlineEvaluation
@@ -109,14 +113,14 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
 
         log = tensorboard = None
         if primary:
-            log = stack.enter_context(metrics.MetricsLog(workdir / METRICS, first))
-            tensorboard = stack.enter_context(metrics.TensorBoardLog(workdir / TENSORBOARD, first))
+            log = stack.enter_context(MetricsLog(workdir / METRICS, first))
+            tensorboard = stack.enter_context(TensorBoardLog(workdir / TENSORBOARD, first))
         negatives, full_step = (of(config.batch_size) for of in (step.method.negatives, step.method.full_step))
         window = epoch_steps // config.log_every
         health = Health(negatives, size, queue=full_step > 0, full_step=full_step, window=window)
-        progress = metrics.Silence()
+        progress = Silence()
         if primary and not quiet:
-            progress = metrics.Progress(
+            progress = Progress(
                 last_step,
                 epochs=config.epochs,
                 start_step=first,
@@ -145,7 +149,7 @@ def _train(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh, quiet
         begun = time.perf_counter()
         rng_and_rates = assembly.step_arguments(config, epoch_steps, mesh)
         if config.data.cache:
-            step = resident.ResidentStep(step, config.data.image_size, config.steps_per_call)
+            step = on_device.OnDeviceStep(step, config.data.image_size, config.steps_per_call)
         program = step.jit().lower(train_state, *images, call.batch, *rng_and_rates).compile()
         progress.message(f"Compiled in {time.perf_counter() - begun:.1f} s.")
         sharding.wait_for_all("compiled")
@@ -210,7 +214,7 @@ def _calls_on_devices(config: Config, mesh, copies: Copies, first: int, last_ste
     most = config.steps_per_call
     epoch_steps = steps_per_epoch(copies.count, config.batch_size)
     counts = loop.counts(first, last_step, most, config.checkpoint_every, config.eval.every * epoch_steps)
-    batches = resident_batches(copies, config.batch_size, counts, most, seed=config.seed, start=first)
+    batches = on_device_batches(copies, config.batch_size, counts, most, seed=config.seed, start=first)
     for batch, count in batches:
         yield loop.Call(sharding.place_everywhere(mesh, batch), count)
 
@@ -218,7 +222,7 @@ def _calls_on_devices(config: Config, mesh, copies: Copies, first: int, last_ste
 def _side(config: Config, source, size: int, mesh) -> int:
     """Returns the side of the copies that the devices hold; they fit there."""
     side = copies_side(source, config.data.image_size, config.data.cache_size)
-    resident.check_memory(size, side, mesh)
+    on_device.check_memory(size, side, memory.of_device(mesh))
     return side
 
 

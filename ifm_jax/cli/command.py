@@ -24,8 +24,8 @@ import jax
 from absl import flags
 
 from ifm_jax import process, sharding
+from ifm_jax.cli.config_flag import UNSET, ConfigFlag
 from ifm_jax.config import did_you_mean
-from ifm_jax.config_flag import UNSET, ConfigFlag
 from ifm_jax.errors import RunError, UsageError, name_too_long
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h

@@ -6,9 +6,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from ifm_jax import torch_checkpoint
 from ifm_jax.models import Encoder, without_head
 from ifm_jax.models.resnet import ResNet
+from ifm_jax.runs import snapshot
 
 
 def load(path: str | os.PathLike, *, dtype: str = "float32", prefix: str = "") -> ResNet:
@@ -22,7 +22,7 @@ def load(path: str | os.PathLike, *, dtype: str = "float32", prefix: str = "") -
         a ResNet under a prefix.
       dtype: of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
       prefix: what the network's names in a PyTorch file begin with, as `backbone.`; "": found where it can only be one
-        (`torch_checkpoint.read`).
+        (`snapshot.read`).
 
     Returns:
       `model(images)`: `(N, H, W, 3)` in `dtype`, normalised with ImageNet's mean and standard deviation ->
@@ -35,7 +35,7 @@ def load(path: str | os.PathLike, *, dtype: str = "float32", prefix: str = "") -
       >>> model = ifm_jax.load("runs/trifeature")              # doctest: +SKIP
       >>> features = nnx.jit(lambda m, x: m(x))(model, images)  # doctest: +SKIP
     """
-    found = torch_checkpoint.read(path, prefix=prefix)
+    found = snapshot.read(path, prefix=prefix)
     for note in found.notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     model = found.config.model

@@ -15,14 +15,15 @@ import pathlib
 import shutil
 from typing import Any
 
-from ifm_jax import checkpoint, files, metrics
 from ifm_jax import config as configs
-from ifm_jax.checkpoint import Checkpoints
+from ifm_jax import files
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import METHODS
 from ifm_jax.pretrain import TrainState
-from ifm_jax.workdir import CHECKPOINTS, CONFIG, CONVERTED, METRICS
+from ifm_jax.runs import checkpoint, metrics_log
+from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.runs.workdir import CHECKPOINTS, CONFIG, CONVERTED, METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,31 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike, ba
         )
 
 
-def read(path: str | os.PathLike) -> Snapshot:
+def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> Snapshot:
+    """Returns what a checkpoint holds, whoever wrote it.
+
+    Args:
+      path: a run's workdir (its newest checkpoint that can be read), its `checkpoints`, or `checkpoints/<step>`; or a
+        PyTorch file, `.pth`, `.pth.tar` or `.safetensors`.
+      step: of a PyTorch file, updates done; see `torch_interop.reading.read`.
+      prefix: of a PyTorch file, what the network's names begin with; likewise.
+
+    Returns:
+      The snapshot; its `notes` name damaged checkpoints that were passed over.
+
+    Raises:
+      UsageError: if nothing can be read there.
+    """
+    if pathlib.Path(path).is_dir():
+        if prefix:
+            raise UsageError(f"--prefix={prefix}: {path} is a directory; a prefix is for PyTorch files")
+        return _read_run(path)
+    from ifm_jax.torch_interop import reading  # only for a file of PyTorch's
+
+    return reading.read(path, step, prefix)
+
+
+def _read_run(path: str | os.PathLike) -> Snapshot:
     """Returns the newest state of a run's working directory that can be read, or the state in one of its checkpoints.
 
     Args:
@@ -208,7 +233,7 @@ def _read_origin(path: pathlib.Path) -> Origin | None:
 def _steps_per_epoch(workdir: pathlib.Path, origin: Origin | None) -> int | None:
     """What a run's metrics, or else the converted file, say about the length of an epoch."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError, ZeroDivisionError, TypeError):
-        last = metrics.read(workdir / METRICS)[-1]
+        last = metrics_log.read(workdir / METRICS)[-1]
         return round(last["step"] / last["epoch"])
     return steps_in_epoch(origin.epoch, origin.step) if origin else None
 

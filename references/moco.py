@@ -2,7 +2,7 @@
 
 MoCo-v2 with implicit feature modification as the original computes it on W processes under DistributedDataParallel,
 emulated in one process: each rank's samples pass the encoders on their own, so that BatchNorm sees what it would see
-there. `tests/torch_ddp_reference.py` runs the same steps as W real processes; `tests/test_torch_reference.py` holds the
+there. `references/moco_ddp.py` runs the same steps as W real processes; `tests/test_torch_reference.py` holds the
 two together.
 
     reference = Reference("resnet18", dim=16, queue_size=32, world=2, method="ifm", epsilon=0.1)
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ifm_jax.models.resnet import ARCHITECTURES, Architecture
-from tests.torchvision_peer import torchvision
+from references.torchvision_peer import torchvision
 
 METHODS = ("moco", "ifm", "ifm_only")
 

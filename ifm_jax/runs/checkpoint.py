@@ -31,7 +31,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from ifm_jax import sharding
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.workdir import DAMAGED
+from ifm_jax.runs.workdir import DAMAGED
 
 Tree = dict[str, Any]
 

@@ -4,7 +4,7 @@ A torchvision wheel whose compiled operators do not fit the installed torch fail
 operators (`nms`, `qnms`) that nobody has declared. The networks and transforms used here need none of them, so the two
 schemas are declared by hand, and only where the import fails without:
 
-    from tests.torchvision_peer import torchvision
+    from references.torchvision_peer import torchvision
 """
 
 import sys

@@ -1,0 +1,1 @@
+"""The command line: flags, and endings said in one line."""

@@ -1,0 +1,136 @@
+"""`curves.png`: the metrics of a run as a picture. matplotlib is imported only where something is drawn."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ifm_jax import files
+
+_MAX_POINTS = 2000
+BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"  # told apart by all eyes (Okabe and Ito)
+INK, GREY = "#333333", "#8a8a8a"
+# What a picture shows: for each panel its label and its curves, as field, text and colour.
+Panels = Sequence[tuple[str, Sequence[tuple[str, str, str]]]]
+PRETRAINING: Panels = (
+    ("loss", (("loss", "total", BLUE), ("loss_clean", "InfoNCE", ORANGE), ("loss_ifm", "shifted (IFM)", GREEN))),
+    ("contrast accuracy (%)", (("acc5", "top 5", SKY), ("acc1", "top 1", BLUE))),
+    ("learning rate", (("lr", "learning rate", INK),)),
+)
+
+
+PROBE: Panels = (
+    ("loss", (("loss", "training", BLUE),)),
+    ("held-out accuracy (%)", (("val_acc5", "top 5", SKY), ("val_acc1", "top 1", BLUE))),
+    ("learning rate", (("lr", "learning rate", INK),)),
+)
+
+
+def draw_curves(
+    records: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    panels: Panels = PRETRAINING,
+    *,
+    chance: float | None = None,
+) -> None:
+    """Draws `curves.png`: loss, accuracy and learning rate over the steps; the legends tell the latest values.
+
+    A long run's noisy curves are drawn pale, their running mean (over a fiftieth of the run) on top. At most 2000
+    points a curve are drawn. The picture takes the place of the old one at once; no state of matplotlib is touched.
+
+    Args:
+        records: as `read` returns them; fields that are missing are not drawn. Without records nothing is drawn.
+        path: the PNG file, 1080 x 1080 px.
+        panels: what it shows; a panel without any value is left out.
+        chance: the loss by chance, InfoNCE's, drawn as a dashed line among the losses; None: no line.
+    """
+    if not records:
+        return
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    probe = panels is PROBE
+    figure = Figure(figsize=(9, 9), dpi=120, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    found = {name for record in records for name, value in record.items() if value is not None}
+    panels = [panel for panel in panels if found & {name for name, _, _ in panel[1]}] or panels[:1]
+    ratios = [1 if label == "learning rate" else 2 for label, _ in panels]
+    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.09, right=0.975, top=0.935, bottom=0.06, hspace=0.09)
+
+    count = len(records)
+    drawn = np.unique(np.linspace(0, count - 1, min(count, _MAX_POINTS)).round().astype(int))
+    steps = np.array([record["step"] for record in records], dtype=float)
+    window = count // 50
+    for axis, (label, curves) in zip(axes, panels, strict=True):
+        for name, text, color in curves:
+            values = [record.get(name) for record in records]
+            if all(value is None for value in values):
+                continue
+            values = np.array([math.nan if value is None else value for value in values], dtype=float)
+            known = np.flatnonzero(np.isfinite(values))
+            if len(known) < count:  # found now and then, as by an evaluation
+                style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.8}
+                axis.plot(steps[known], values[known], label=f"{text}  {_latest(name, values[known[-1]])}", **style)
+                continue
+            # Under MoCo total and InfoNCE are the same curve: the upper one dashed lets the lower one show.
+            style = {"color": color, "linestyle": (0, (4, 2)) if name == "loss_clean" else "-"}
+            text = f"{text}  {_latest(name, values[-1])}"
+            if window >= 2 and name != "lr":
+                axis.plot(steps[drawn], values[drawn], color=color, linewidth=0.8, alpha=0.22)
+                axis.plot(steps[drawn], _running_mean(values, window)[drawn], linewidth=2, label=text, **style)
+            else:
+                marker = {"marker": "o", "markersize": 4} if count <= 30 else {}
+                axis.plot(steps[drawn], values[drawn], linewidth=1.8, label=text, **style, **marker)
+        if chance is not None and label == "loss":
+            axis.axhline(chance, color=GREY, linewidth=1.2, linestyle=(0, (6, 4)), label=f"chance  {chance:.2f}")
+        axis.set_ylabel(label, color=INK, fontsize=11)
+        axis.grid(color="#e6e6e6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=INK, labelsize=9.5, length=0)
+        axis.margins(x=0.01)
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+        axis.spines["bottom"].set_color("#bbbbbb")
+        if axis.lines:
+            axis.legend(loc="best", fontsize=9.5, labelcolor=INK, framealpha=0.85, edgecolor="none")
+        if label != "loss":
+            peak = max((record.get(name) or 0.0 for record in records for name, _, _ in curves), default=0.0)
+            axis.set_ylim(0, 1.08 * peak or 1.0)
+    figure.align_ylabels(axes)
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
+    if count == 1:
+        axes[-1].set_xlim(steps[0] - 1, steps[0] + 1)
+    axes[-1].set_xlabel("step", color=INK, fontsize=11)
+    epoch = records[-1].get("epoch")
+    title = f"step {records[-1]['step']}" + ("" if epoch is None else f"   epoch {epoch:.4g}")
+    figure.text(0.975, 0.955, title, color=GREY, fontsize=11, ha="right")
+    title = "Linear evaluation" if probe else "Contrastive pre-training"
+    figure.text(0.09, 0.955, title, color=INK, fontsize=13, weight="bold")
+    with files.replacing(path) as temporary:
+        canvas.print_png(temporary)
+
+
+def _latest(name: str, value: float) -> str:
+    if "acc" in name:
+        return f"{value:.1f} %"
+    return f"{value:.3g}" if name == "lr" else f"{value:.4f}"
+
+
+def _running_mean(values, window: int):
+    """Returns the mean of up to `window` values before and after each value, over fewer of them at the ends."""
+    import numpy as np
+
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    centre = np.arange(len(values))
+    # Symmetric towards the ends, or a slope would be bent there; but not down to a single noisy value.
+    reach = np.clip(np.minimum(centre, len(values) - 1 - centre), window // 4, window)
+    low, high = np.maximum(centre - reach, 0), np.minimum(centre + reach + 1, len(values))
+    number = counts[high] - counts[low]
+    return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), math.nan)

@@ -1,0 +1,230 @@
+"""The live progress line of a run: a bar on a terminal, plain lines elsewhere. rich is imported only for a terminal."""
+
+from __future__ import annotations
+
+import collections
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ifm_jax.process import Output
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.table
+    import rich.text
+
+_REFRESH_PER_SECOND = 4
+_SPEED_WINDOW = 60.0  # seconds: how far back the speed is measured from which the time left follows
+_BAR_WIDTHS = (10, 40)  # columns: fields give way before the bar is shorter, and it grows no longer
+
+
+class Progress:
+    """How far a run is, live: a bar on a terminal, elsewhere a plain line for each logged record.
+
+        with Progress(total_steps=256, epochs=8) as progress:
+            progress.message("compiling the training step")
+            for step in range(1, 257):
+                ...
+                progress.update(step, record if step % 10 == 0 else None)
+
+    On a terminal: epoch, bar, step, loss, contrast accuracy, learning rate, images/s, time elapsed and time left, as
+    many of them as the width allows. What is printed meanwhile appears above the bar. `update` only notes the numbers;
+    a thread draws them, four times a second. The time left follows from the speed of the last minute, and the clock
+    starts at the first update, so that compilation does not count.
+
+    Args:
+        total_steps: the step the run ends with.
+        epochs: the epochs of the whole recipe.
+        start_step: the step the run goes on from; 0 for a run from the start.
+        steps_per_epoch: `total_steps / epochs` where not given; needed when the run ends before its recipe does.
+        full_step: the step at which MoCo's queue is full of real keys; how full it is is shown until then.
+        file: where to write; standard output where not given. A bar is drawn if it is a terminal.
+        console: a rich console to write to instead of `file`.
+        clock: what time it is, in seconds.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        epochs: float,
+        start_step: int = 0,
+        steps_per_epoch: float | None = None,
+        full_step: int = 0,
+        file: TextIO | None = None,
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._step, self._epochs = total_steps, start_step, epochs
+        self._full_step = full_step
+        self._steps_per_epoch = steps_per_epoch or max(total_steps, 1) / epochs
+        self._clock = clock
+        self._file = Output(console.file if console is not None else (file if file is not None else sys.stdout))
+        self._console = console
+        self._record: Mapping[str, Any] = {}
+        self._began = clock()
+        self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one a second
+        self._ends: float | None = None  # by the clock
+        self._live = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the reader of what is written has closed it; the lines since then went nowhere."""
+        return self._file.closed_by_reader
+
+    def __enter__(self) -> Progress:
+        if self._console is None and _is_terminal(self._file):
+            import rich.console
+
+            self._console = rich.console.Console(file=self._file)
+        if self._console is not None and self._console.is_interactive:
+            from rich.live import Live
+
+            self._live = Live(console=self._console, get_renderable=self._line, refresh_per_second=_REFRESH_PER_SECOND)
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def update(self, step: int, record: Mapping[str, Any] | None = None) -> None:
+        """Notes that a step is done. Costs microseconds on a terminal, and elsewhere without a record.
+
+        Args:
+            step: the step just done (1 for the first).
+            record: what was logged at it, as in `metrics.jsonl`, or None if nothing was.
+        """
+        now = self._clock()
+        self._step = step
+        if not self._samples or now - self._samples[-1][0] >= 1.0:
+            self._samples.append((now, step))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - _SPEED_WINDOW:
+            self._samples.popleft()
+        began, first = self._samples[0]
+        # Steps are dispatched ahead of being computed: below a second the speed means nothing.
+        if now - began >= 1.0 and step > first:
+            self._ends = now + (self._total - step) * (now - began) / (step - first)
+        if record is None:
+            return
+        self._record = dict(record)
+        if self._live is None:
+            fields = self._fields()
+            names = ("step", "epoch", "loss", "acc1", "queue", "lr", "rate", "left")
+            line = "  ".join(_labelled(*fields[name]) for name in names if name in fields)
+            print(line, file=self._file, flush=True)
+
+    def message(self, text: str) -> None:
+        """Prints a line: above the bar on a terminal, elsewhere between the plain lines."""
+        if self._live is not None:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._file, flush=True)
+
+    def _fields(self) -> dict[str, tuple[str, str]]:
+        """Returns name -> (label, value), both as text, of everything known so far."""
+        now, record = self._clock(), self._record
+        fields = {"step": ("step", f"{self._step}/{self._total}")}
+        epoch = record.get("epoch", self._step / self._steps_per_epoch)
+        fields["epoch"] = ("epoch", f"{epoch:.2f}/{self._epochs:g}")
+        formats = {
+            "loss": lambda value: f"{value:.4f}",
+            "acc1": lambda value: f"{value:.1f} %",
+            "lr": lambda value: f"{value:.4f}" if value >= 0.001 else f"{value:.1e}",
+        }
+        for name, as_text in formats.items():
+            if record.get(name) is not None:
+                fields[name] = (name, as_text(record[name]))
+        if self._step < self._full_step:
+            fields["queue"] = ("queue", f"{100 * self._step // self._full_step} % real")
+        rate = record.get("images_per_sec")
+        if rate is not None:
+            fields["rate"] = ("", f"{rate:.0f} images/s" if rate >= 10 else f"{rate:.2f} images/s")
+        fields["elapsed"] = ("", _duration(now - self._began))
+        if self._step >= self._total:
+            fields["left"] = ("left", _duration(0))
+        elif self._ends is not None:
+            fields["left"] = ("left", _duration(self._ends - now))
+        return fields
+
+    def _line(self) -> rich.table.Table:
+        """Returns the line with the bar, fitted to the terminal's present width."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        fields = self._fields()
+        current = min(max(math.ceil(self._step / self._steps_per_epoch - 1e-9), 1), math.ceil(self._epochs))
+        fields["epoch"] = ("epoch", f"{current:>{len(f'{self._epochs:g}')}}/{self._epochs:g}")
+        fields["step"] = ("", f"{self._step:>{len(str(self._total))}}/{self._total}")
+        if "acc1" in fields:
+            fields["acc1"] = ("acc1", f"{fields['acc1'][1]:>6}")
+        if self._step >= self._total:
+            fields["left"] = ("done in", fields.pop("elapsed")[1])
+        elif not self._samples:
+            fields["left"] = ("", "first step to come")
+        else:
+            fields.setdefault("left", ("left", "-:--:--"))
+
+        order = [name for name in ("step", "loss", "acc1", "queue", "lr", "rate", "elapsed", "left") if name in fields]
+        available = self._console.width
+
+        def width() -> int:
+            """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
+            return sum(len(_labelled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
+
+        for name in ("elapsed", "rate", "lr", "queue", "acc1", "loss", "left"):  # the last to go is the most telling
+            wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # rather no bar than no time
+            if width() + wanted > available and name in order:
+                order.remove(name)
+        bar_width = min(available - width(), _BAR_WIDTHS[1])
+        row: list[Any] = [Text.assemble(("epoch ", "dim"), (fields["epoch"][1], "bold"), " ")]
+        if bar_width >= 4:
+            row.append(ProgressBar(total=max(self._total, 1), completed=self._step, width=bar_width))
+        parts = [" "]
+        for name in order:
+            label, value = fields[name]
+            parts += [(f"{label} ", "dim") if label else "", (value, "bold" if name == "loss" else ""), "  "]
+        row.append(Text.assemble(*parts[:-1]))
+        line = Table.grid()
+        for _ in row:
+            line.add_column(no_wrap=True)
+        line.add_row(*row)
+        return line
+
+
+class Silence:
+    """Takes the place of `Progress` where nothing is to be shown: on request, and on all hosts but the first."""
+
+    closed = False
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def update(self, step: int, record: Mapping[str, Any] | None = None) -> None:
+        """Does nothing."""
+
+    def message(self, text: str) -> None:
+        """Does nothing."""
+
+
+def _is_terminal(file: TextIO) -> bool:
+    return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def _labelled(label: str, value: str) -> str:
+    return f"{label} {value}" if label else value
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time as h:mm:ss."""
+    seconds = max(round(seconds), 0)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

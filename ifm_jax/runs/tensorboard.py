@@ -1,0 +1,115 @@
+"""TensorBoard event files, a view of `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+class TensorBoardLog:
+    """Scalars in TensorBoard event files, written without TensorFlow.
+
+    A run that goes on after step `last_step` opens a file of its own, whose first event tells TensorBoard to forget
+    what earlier files hold beyond that step: no step is shown twice.
+
+    Events are written by the calling thread. tensorboardX's `SummaryWriter` hands them to a thread, and once that one
+    has died of an error (a full disk), the run waits for it for ever; here the error is raised where it happens.
+
+    Args:
+        directory: where the event files go; created where missing.
+        last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
+        flush_every: seconds after which what was written is forced to disk with the next record.
+    """
+
+    def __init__(self, directory: str | os.PathLike, last_step: int = 0, flush_every: float = 10.0):
+        with _without_torch():
+            from tensorboardX import event_file_writer
+            from tensorboardX.proto import event_pb2, summary_pb2
+        self._event, self._summary, self._histogram = event_pb2.Event, summary_pb2.Summary, summary_pb2.HistogramProto
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Named by the second, and opened by overwriting: the number saves the file before from a restart that quick.
+        number = len(list(directory.glob("events.out.tfevents.*")))
+        self._writer = event_file_writer.EventsWriter(str(directory / "events"), filename_suffix=f".{number}")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(wall_time=time.time(), step=last_step + 1, session_log=start))
+        self._writer.flush()
+        self._flush_every, self._flushed, self._closed = flush_every, time.monotonic(), False
+
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
+        """Adds every number of a record except `step` and `epoch` as the scalar `train/<name>` of that step.
+
+        A name that already has a group (`probe/acc`) keeps it.
+
+        Args:
+            step: the step they belong to.
+            record: name -> number; other values are passed over.
+        """
+        values = []
+        for name, value in record.items():
+            value = value.item() if hasattr(value, "item") else value
+            if name not in ("step", "epoch") and isinstance(value, int | float):
+                tag = name if "/" in name else f"train/{name}"
+                values.append(self._summary.Value(tag=tag, simple_value=value))
+        self._write(step, values)
+
+    def write_histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[int]]]) -> None:
+        """Adds histograms of that step.
+
+        Args:
+            step: the step they belong to.
+            histograms: name -> edges of the bins, `(bins + 1,)`, and their counts, `(bins,)`.
+        """
+        values = []
+        for name, (edges, counts) in histograms.items():
+            centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+            weighted = [count * centre for count, centre in zip(counts, centres, strict=True)]
+            histo = self._histogram(
+                min=edges[0],
+                max=edges[-1],
+                num=sum(counts),
+                sum=sum(weighted),
+                sum_squares=sum(each * centre for each, centre in zip(weighted, centres, strict=True)),
+                bucket_limit=list(edges[1:]),
+                bucket=list(counts),
+            )
+            values.append(self._summary.Value(tag=name, histo=histo))
+        self._write(step, values)
+
+    def _write(self, step: int, values: list) -> None:
+        summary = self._summary(value=values)
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed >= self._flush_every:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Forces everything to disk and closes the file; a second time does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._writer.close()
+
+    def __enter__(self) -> TensorBoardLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hides torch while tensorboardX is imported: it loads torch wherever it is installed, for seconds, for nothing."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torch"]

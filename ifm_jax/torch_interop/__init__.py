@@ -1,0 +1,1 @@
+"""PyTorch checkpoints, read and written, and step-for-step parity with the original."""

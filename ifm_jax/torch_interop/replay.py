@@ -1,0 +1,387 @@
+"""Trains from a checkpoint on recorded views and compares with a reference, quantity by quantity.
+
+    python -m ifm_jax.replay --start=FILE.pth.tar --views=views.npz --reference=reference.npz
+    python -m ifm_jax.replay --config=configs/x.py --start=DIR --views=views.npz --out=out.npz
+
+The step is the one that trains; only its views come from a file instead of from a data source. In float64 unless told
+otherwise, because in float32 no two programs stay together for long (docs/parity.md).
+
+views.npz: `query`, `key` (steps, N, H, W, 3), augmented and normalised; `permutation` (steps, N), optional: place i of
+the shuffled key images holds `key[permutation[i]]`; `lr` (steps,), optional. reference.npz, any of: `loss`,
+`loss_clean`, `loss_ifm`, `acc1`, `acc5`, `grad_norm`, `queue_ptr` (steps,); `first/query`, `first/key` (N, dim), the
+embeddings of the first step; `final/<name>`, the state at the end under PyTorch's names and in its layout. --out writes
+all of them.
+
+A quantity holds if the largest absolute error is at most atol + rtol * (largest magnitude in the reference); the
+relative error shown is the largest absolute error over that magnitude. Exit status 0 if all hold, 1 if not.
+"""
+
+if __name__ == "__main__":  # first: what is imported below takes seconds
+    from ifm_jax import process
+
+    process.begin()
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from ifm_jax import assembly, optim, sharding
+from ifm_jax import config as configs
+from ifm_jax.cli import command
+from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.config import Config
+from ifm_jax.data.npz import Npz, NpzError
+from ifm_jax.errors import UsageError
+from ifm_jax.pretrain import PretrainStep, TrainState
+from ifm_jax.runs import snapshot
+from ifm_jax.runs.snapshot import Snapshot
+from ifm_jax.torch_interop import writing
+
+DTYPES = ("float64", "float32")
+SERIES = ("loss", "loss_clean", "loss_ifm", "acc1", "acc5", "grad_norm", "queue_ptr")
+# The parts of the final state that the table sums up in a line each, by how their names begin and end.
+_GROUPS = (
+    ("final/encoder_q, parameters", "final/encoder_q.", False),
+    ("final/encoder_q, statistics", "final/encoder_q.", True),
+    ("final/encoder_k, parameters", "final/encoder_k.", False),
+    ("final/encoder_k, statistics", "final/encoder_k.", True),
+)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Comparison(NamedTuple):
+    """How a quantity compares with the reference.
+
+    Attributes:
+      name: of the quantity.
+      max_abs: largest absolute error.
+      max_rel: the same, over the largest magnitude in the reference.
+      holds: whether it is within the tolerances.
+    """
+
+    name: str
+    max_abs: float
+    max_rel: float
+    holds: bool
+
+
+def replay(
+    config: Config,
+    start: Snapshot,
+    views: dict[str, np.ndarray],
+    *,
+    dtype: str = "float64",
+    steps_per_epoch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> dict[str, np.ndarray]:
+    """Trains on recorded views, one step each.
+
+    Args:
+      config: the recipe; its `batch_size` and `compute_dtype` are not asked, the views' N and `dtype` are.
+      start: state to start from, complete.
+      views: see the module's docstring.
+      dtype: "float64", or "float32" at the highest matmul precision; of parameters and arithmetic.
+      steps_per_epoch: for the schedule, where the views hold no `lr`; None: as the start knows it.
+      devices: to run on; None: all there are.
+      compiler_options: XLA's, where they are to be others than the process's.
+
+    Returns:
+      Every quantity of a reference file.
+
+    Raises:
+      UsageError: if config, start and views do not fit together.
+    """
+    mesh = sharding.make_mesh(devices)
+    config = configs.from_dict(configs.to_dict(config))
+    config.batch_size = views["query"].shape[1]
+    config.model.compute_dtype = dtype
+    config.moco.queue_sharded = False
+    for of, method in (("the config", config.method), ("the start", start.config.method)):
+        if method != "moco":
+            raise UsageError(f"{of} has method={method}: replay follows the original, expected method=moco")
+    configs.validate(config, devices=mesh.size)
+    if start.missing:
+        raise UsageError(f"the start holds no {', '.join(start.missing)}: expected a whole training state")
+    steps, first_step = len(views["query"]), int(start.state.step)
+    rates = _learning_rates(config, start, views, steps_per_epoch)
+
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        encoder = assembly.make_encoder(config)
+        optimizer = assembly.make_optimizer(config)
+        method = assembly.make_method(config, mesh)
+        step_fn = PretrainStep(method, optimizer, augment=lambda rngs, images: images).jit()
+        # Read at the state's own step, so that what the step draws is what it would have drawn.
+        rates = sharding.place_everywhere(mesh, np.concatenate([np.zeros(first_step), rates]).astype(dtype))
+        rng = sharding.place_key(mesh, assembly.initial_rngs(config)[1])
+        state = _place(start.state, optimizer, dtype, sharding.replicated(mesh))
+        names = [name for name in ("query", "key", "permutation") if name in views]
+        batches = ({name: _cast(views[name][step], dtype) for name in names} for step in range(steps))
+
+        embed = jax.jit(
+            lambda params, stats, images: encoder(params, stats, images, train=True)[0],
+            compiler_options=compiler_options,
+        )
+        queries = keys = None
+        series: dict[str, list] = {name: [] for name in SERIES}
+        for batch in batches:
+            batch = sharding.put_batch(mesh, batch)
+            if queries is None:
+                queries = np.asarray(embed(state.params, state.batch_stats, batch["query"]))
+                pointer = int(state.memory.queue_ptr)
+                step_fn = step_fn.lower(state, batch, rng, rates).compile(compiler_options)
+            state, metrics = step_fn(state, batch, rng, rates)
+            if keys is None:  # the first step's keys are what it wrote into the queue
+                keys = np.asarray(state.memory.queue)[pointer : pointer + config.batch_size]
+            for name, value in jax.device_get(metrics | {"queue_ptr": state.memory.queue_ptr}).items():
+                if name in series:
+                    series[name].append(value)
+        final = jax.device_get(state)
+
+    out = {name: np.asarray(values) for name, values in series.items()}
+    out |= {"first/query": queries, "first/key": keys}
+    finished = dataclasses.replace(start, config=config, state=final)
+    return out | {f"final/{name}": values for name, values in writing.state_dict(finished)}
+
+
+def _learning_rates(
+    config: Config, start: Snapshot, views: dict[str, np.ndarray], steps_per_epoch: int | None
+) -> np.ndarray:
+    """Returns the learning rate of each recorded step."""
+    steps, first = len(views["query"]), int(start.state.step)
+    if "lr" in views:
+        return np.asarray(views["lr"], np.float64)
+    opt = config.optim
+    schedule = {
+        "schedule": opt.schedule,
+        "epochs": config.epochs,
+        "milestones": tuple(opt.milestones),
+        "warmup_epochs": opt.warmup_epochs,
+        "per_step": opt.per_step,
+    }
+    steps_per_epoch = steps_per_epoch or start.steps_per_epoch
+    if steps_per_epoch:
+        rates = optim.learning_rates(opt.lr, steps_per_epoch=steps_per_epoch, **schedule)[first : first + steps]
+    elif start.epoch is not None and start.epoch < config.epochs and not opt.per_step and not opt.warmup_epochs:
+        # The recorded steps are taken as lying within one epoch, the next of the start.
+        rates = np.full(steps, optim.learning_rates(opt.lr, steps_per_epoch=1, **schedule)[start.epoch])
+    else:
+        raise UsageError(
+            f"the learning rate of step {first + 1} is not determined: put lr into the views, or pass --steps_per_epoch"
+        )
+    if len(rates) < steps:
+        raise UsageError(
+            f"epochs={config.epochs}: the schedule ends {steps - len(rates)} steps before the views do "
+            f"(start at step {first}, {steps_per_epoch} steps an epoch): raise epochs, or put lr into the views"
+        )
+    return rates
+
+
+def _place(state: TrainState, optimizer, dtype: str, placement: jax.sharding.Sharding) -> TrainState:
+    """Returns the state on the devices, floating point in `dtype`, the optimiser's part in its own structure."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), state.params)
+    opt_state = jax.eval_shape(optimizer.init, shapes)
+    try:
+        opt_state = flax.serialization.from_state_dict(opt_state, state.opt_state)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise UsageError(
+            "the start's optimizer state is not that of the config's optim.name: expected the same"
+        ) from None
+    state = state._replace(opt_state=opt_state)
+    return jax.tree.map(lambda x: jax.device_put(_cast(np.asarray(x), dtype), placement), state)
+
+
+def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns floating point in `dtype`, whole numbers as int32."""
+    return np.asarray(values, dtype if np.issubdtype(values.dtype, np.floating) else np.int32)
+
+
+def compare(
+    found: dict[str, np.ndarray], reference: dict[str, np.ndarray], rtol: float, atol: float
+) -> list[Comparison]:
+    """Compares every quantity of the reference.
+
+    Raises:
+      UsageError: for quantities of the reference that are not there, or have another shape; all in one message.
+    """
+    wrong = [f"{name} (unknown)" for name in reference if name not in found]
+    wrong += [
+        f"{name} {reference[name].shape}, here {found[name].shape}"
+        for name in reference
+        if name in found and reference[name].shape != found[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UsageError(f"the reference does not fit this run: {', '.join(wrong[:6])}{more}")
+    comparisons = []
+    for name, expected in reference.items():
+        a, b = np.asarray(found[name], np.float64), np.asarray(expected, np.float64)
+        error, magnitude = (float(np.max(np.abs(x), initial=0.0)) for x in (a - b, b))
+        relative = error / magnitude if magnitude else (0.0 if error == 0 else float("inf"))
+        # Written so that a NaN on either side does not hold.
+        comparisons.append(Comparison(name, error, relative, error <= atol + rtol * magnitude))
+    return comparisons
+
+
+def load_npz(path: str | os.PathLike, what: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz; nothing in it is executed.
+
+    Args:
+      path: the file.
+      what: is expected in it, for the message.
+
+    Raises:
+      UsageError: if it cannot be read.
+    """
+    try:
+        with Npz(path) as file:
+            return dict(file)
+    except FileNotFoundError:
+        raise UsageError(f"{path} is not there: expected {what}") from None
+    except NpzError as error:
+        raise UsageError(f"{path} is no .npz of plain arrays ({error}): expected {what}") from None
+
+
+def check_views(views: dict[str, np.ndarray], path: str | os.PathLike = "views") -> None:
+    """Checks names, shapes and types of recorded views.
+
+    Raises:
+      UsageError: for the first mistake found.
+    """
+    for name in ("query", "key"):
+        if name not in views:
+            raise UsageError(f"{path} holds {', '.join(views) or 'nothing'}: expected query and key")
+        shape = views[name].shape
+        if views[name].ndim != 5 or shape[-1] != 3 or 0 in shape or not np.issubdtype(views[name].dtype, np.floating):
+            raise UsageError(
+                f"{path}: {name} is {views[name].dtype} {shape}, expected floating point (steps, N, H, W, 3)"
+            )
+    steps, N = views["query"].shape[:2]
+    if views["key"].shape[:2] != (steps, N):
+        raise UsageError(f"{path}: key is {views['key'].shape}, expected as many steps and images as query, {steps, N}")
+    if "permutation" in views and (
+        views["permutation"].shape != (steps, N)
+        or not np.issubdtype(views["permutation"].dtype, np.integer)
+        or (np.sort(views["permutation"], axis=1) != np.arange(N)).any()
+    ):
+        raise UsageError(f"{path}: permutation is no integer {steps, N} with every number from 0 to {N - 1} in a row")
+    if "lr" in views and views["lr"].shape != (steps,):
+        raise UsageError(f"{path}: lr is {views['lr'].shape}, expected {(steps,)}")
+
+
+def summarise(comparisons: list[Comparison]) -> list[tuple[str, Comparison, int]]:
+    """Returns the lines of the table: label, the worst comparison, how many it stands for."""
+    lines, rest = [], list(comparisons)
+    for label, prefix, statistics in _GROUPS:
+        group = [c for c in rest if c.name.startswith(prefix) and c.name.endswith(_STATISTICS) == statistics]
+        if group:
+            rest = [c for c in rest if c not in group]
+            worst = max(group, key=lambda c: (not c.holds, math.isnan(c.max_rel), c.max_rel))
+            lines.append((label, worst, len(group)))
+    order = {name: i for i, name in enumerate((*SERIES, "first/query", "first/key", "final/queue"))}
+    rest.sort(key=lambda c: order.get(c.name, len(order)))
+    return [(c.name, c, 1) for c in rest] + lines
+
+
+def _print_comparisons(comparisons: list[Comparison]) -> None:
+    table = Table(title="Against the reference", title_justify="left")
+    for name in ("quantity", "max abs error", "max relative error", "verdict"):
+        table.add_column(name, justify="left" if name in ("quantity", "verdict") else "right")
+    for label, worst, count in summarise(comparisons):
+        label += f" (worst of {count}: {worst.name.split('.', 1)[1]})" if count > 1 else ""
+        verdict = "holds" if worst.holds else "[red]DIFFERS[/red]"
+        table.add_row(label, f"{worst.max_abs:.1e}", f"{worst.max_rel:.1e}", verdict)
+    Console().print(table)
+
+
+def _print_series(out: dict[str, np.ndarray]) -> None:
+    table = Table(title="Steps", title_justify="left")
+    for name in ("step", *SERIES):
+        table.add_column(name, justify="right")
+    for step, values in enumerate(zip(*(out[name] for name in SERIES), strict=True), start=1):
+        table.add_row(str(step), *(f"{value:.6g}" for value in values))
+    Console().print(table)
+
+
+def _resolve_config(flag: ConfigFlag, start: Snapshot, path: str) -> Config:
+    """Returns the config of the flags; without --config the start's own, with the fields that flags change."""
+    given = flag.over(lambda: configs.from_dict(configs.to_dict(start.config)))
+    snapshot.check_config(given, start, path)
+    return given
+
+
+def _define_flags() -> dict[str, Any]:
+    return {
+        "config": command.define_config(),  # not given: the start's own
+        "start": flags.DEFINE_string("start", None, "A .pth.tar in the original's format, or a run of our own."),
+        "views": flags.DEFINE_string("views", None, "Recorded views, .npz."),
+        "reference": flags.DEFINE_string("reference", None, "What to compare with, .npz."),
+        "out": flags.DEFINE_string("out", None, "Where to write this run's quantities, .npz."),
+        "json": flags.DEFINE_string("json", None, "Where to write the comparison, JSON."),
+        "dtype": flags.DEFINE_enum("dtype", "float64", DTYPES, "Of parameters and arithmetic."),
+        "rtol": flags.DEFINE_float("rtol", 1e-9, "Tolerance, relative to a quantity's largest magnitude."),
+        "atol": flags.DEFINE_float("atol", 1e-9, "Tolerance, absolute."),
+        "steps_per_epoch": flags.DEFINE_integer("steps_per_epoch", None, "For the schedule.", lower_bound=1),
+    }
+
+
+def main(arguments: list[str], options: dict[str, Any]) -> int:
+    """Replays; returns the exit status."""
+    command.refuse_arguments(arguments)
+    option = {name: holder.value for name, holder in options.items() if name != "config"}
+    for name in ("start", "views"):
+        if option[name] is None:
+            raise UsageError(f"--{name} is missing; --help shows what it is")
+    for name in ("out", "json"):
+        if option[name] and not pathlib.Path(option[name]).absolute().parent.is_dir():
+            raise UsageError(f"--{name}={option[name]}: its directory is not there; make it first")
+    views = load_npz(option["views"], "recorded views, query and key")
+    check_views(views, option["views"])
+    reference = load_npz(option["reference"], "quantities of a reference") if option["reference"] else {}
+    start = snapshot.read(option["start"])
+    config = _resolve_config(options["config"], start, option["start"])
+    assembly.configure_jax()
+
+    begun = time.perf_counter()
+    out = replay(config, start, views, dtype=option["dtype"], steps_per_epoch=option["steps_per_epoch"])
+    seconds = time.perf_counter() - begun
+    _print_series(out)
+    if option["out"]:
+        with open(option["out"], "wb") as file:  # as named: np.savez would append .npz
+            np.savez(file, **out)
+    comparisons = compare(out, reference, option["rtol"], option["atol"])
+    differing = [c.name for c in comparisons if not c.holds]
+    if comparisons:
+        _print_comparisons(comparisons)
+        text = f"{len(differing)} of {len(comparisons)} quantities differ" if differing else "Everything holds"
+        print(f"{text} (rtol {option['rtol']:g}, atol {option['atol']:g}, {option['dtype']}).")
+    if option["json"]:
+        report = {
+            **{name: option[name] for name in ("start", "views", "reference", "dtype", "rtol", "atol")},
+            "steps": len(views["query"]),
+            "devices": jax.device_count(),
+            "seconds": seconds,
+            "series": {name: out[name].tolist() for name in SERIES},
+            "quantities": [c._asdict() for c in comparisons],
+            "holds": not differing,
+        }
+        pathlib.Path(option["json"]).write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    _OPTIONS = _define_flags()
+    command.run(lambda arguments: main(arguments, _OPTIONS))

@@ -1,0 +1,214 @@
+"""PyTorch checkpoints, written: for the original's scripts, or for torchvision and timm.
+
+PyTorch is imported only when a file is written.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from ifm_jax.errors import UsageError
+from ifm_jax.models import without_head
+from ifm_jax.runs import snapshot
+from ifm_jax.runs.snapshot import Snapshot
+from ifm_jax.torch_interop import torch_file
+from ifm_jax.torch_interop.description import describe_architecture, has_momentum, moco_memory, momentum_of
+from ifm_jax.torch_interop.names import COUNTER, Tree, architecture_of, encoder_table, get, to_torch_layout
+
+Target = Literal["moco", "torchvision"]
+TARGETS = ("moco", "torchvision")
+
+
+def state_dict(found: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a snapshot, name and values in PyTorch's layout, without `module.`.
+
+    `queue` and `queue_ptr` first, then the encoders, as a module of the original orders them; batch counters included.
+    """
+    state = found.state
+    memory = moco_memory(state)
+    if memory.queue is not None:
+        yield "queue", np.asarray(memory.queue).T
+        yield "queue_ptr", np.asarray(memory.queue_ptr, np.int64).reshape(1)
+    prefix = "encoder_q." if found.origin is None or found.origin.kind == "moco" else ""
+    yield from _encoder_tensors(found, state.params, state.batch_stats, prefix)
+    if memory.key_params is not None:
+        yield from _encoder_tensors(found, memory.key_params, memory.key_batch_stats, "encoder_k.")
+
+
+def _encoder_tensors(found: Snapshot, params: Tree, batch_stats: Tree, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    trees = {"params": params, "batch_stats": batch_stats}
+    for entry in encoder_table(found.config, head="fc" in params):
+        yield prefix + entry.torch, to_torch_layout(np.asarray(get(trees[entry.collection], entry.path)), entry.kind)
+        if entry.path[-1] == "var":  # the counter follows the running variance
+            name = prefix + entry.torch.replace("running_var", COUNTER)
+            yield name, np.asarray(_counter(found, name), np.int64)
+
+
+def _counter(found: Snapshot, name: str) -> int:
+    """Returns a batch counter: the number of training steps, on top of what a converted file began with."""
+    step = int(found.state.step)
+    if found.origin is None or name not in found.origin.num_batches_tracked:
+        return step
+    return found.origin.num_batches_tracked[name] + step - found.origin.step
+
+
+def to_torch(
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    target: Target = "moco",
+    *,
+    epoch: int | None = None,
+    prefix: str = "",
+    overwrite: bool = False,
+) -> Snapshot:
+    """Writes a run's state, or another PyTorch checkpoint's, as a PyTorch checkpoint.
+
+    Args:
+      source: workdir of a run or one of its checkpoints.
+      path: `.pth`, `.pth.tar` or `.pt`; `.safetensors` holds the tensors alone.
+      target: "moco": both encoders, queue and momentum buffers, as the original's code loads them with strict key
+        matching, and as MoCo's scripts for linear evaluation and detection (detectron2) read it; "torchvision": the
+        backbone under torchvision's names, for torchvision and timm.
+      epoch: epochs done, for "moco"; None: what the run's metrics or the converted file say.
+      prefix: see `read`, where the source is a PyTorch checkpoint.
+      overwrite: replace a file that is there.
+
+    Returns:
+      What was read; its `notes` say what the caller should know of the file written.
+
+    Raises:
+      UsageError: if the source cannot be read or the file not be written.
+    """
+    path = pathlib.Path(path)
+    if target not in TARGETS:
+        raise UsageError(f"--for={target}: expected one of {', '.join(TARGETS)}")
+    if not path.name.endswith((".pth", ".pth.tar", ".pt", ".safetensors")):
+        raise UsageError(f"{path}: the name must end in .pth, .pth.tar, .pt or .safetensors")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already: name another file, or pass --overwrite")
+    found = snapshot.read(source, prefix=prefix)
+    notes = list(found.notes)
+    if target == "moco" and found.config.method != "moco":
+        raise UsageError(
+            f"--for=moco: {source} is a run with method={found.config.method}, whose state MoCo's format has no place "
+            "for; expected --for=torchvision, which holds the backbone"
+        )
+    architecture = architecture_of(found.config)
+    if found.config.model.stem != "imagenet" or architecture.width != 64 or len(architecture.depths) != 4:
+        notes.append(
+            f"{describe_architecture(found.config)} is none of torchvision's networks: the names are its, but its own "
+            "classes have other shapes"
+        )
+    tensors = _torchvision_tensors(found) if target == "torchvision" else _moco_tensors(found, notes)
+    if path.suffix == ".safetensors":
+        if target == "moco" and has_momentum(found):
+            notes.append("safetensors holds tensors under a name each: the momentum buffers are not among them")
+        _write(path, lambda file: _save_safetensors(tensors, found.config.model.arch, file))
+        return dataclasses.replace(found, notes=tuple(notes))
+    torch = torch_file.import_torch()
+    content: dict[str, Any] = {name: _tensor(values) for name, values in tensors.items()}
+    if target == "moco":
+        if epoch is None and (epoch := found.epoch) is None:
+            epoch = 0
+            notes.append("nothing says how many epochs are done: written as epoch 0; --epoch=N says otherwise")
+        content = {
+            "epoch": epoch,
+            "arch": found.config.model.arch,
+            "state_dict": content,
+            "optimizer": _optimizer(found, notes),
+        }
+    _write(path, lambda file: torch.save(content, file))
+    return dataclasses.replace(found, notes=tuple(notes))
+
+
+def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, np.ndarray]:
+    if missing := [part for part in found.missing if part != "optimizer state"]:
+        notes.append(
+            f"no {', '.join(missing)} there: written is what there is; the original's training code does not load it, "
+            "its linear evaluation does"
+        )
+    named = state_dict(found)
+    if found.origin and found.origin.kind == "torchvision":
+        named = ((f"encoder_q.{name}", values) for name, values in named)
+    return {f"module.{name}": values for name, values in named}
+
+
+def _torchvision_tensors(found: Snapshot) -> dict[str, np.ndarray]:
+    """The query encoder without its projection head; `fc` stays where it came as a classifier."""
+    if found.origin and found.origin.kind == "torchvision":
+        return dict(state_dict(found))
+    params, batch_stats = without_head(found.state.params), without_head(found.state.batch_stats)
+    named = _encoder_tensors(found, params, batch_stats, "encoder_q.")
+    return {name.removeprefix("encoder_q."): values for name, values in named}
+
+
+def _tensor(values: np.ndarray):
+    # A copy in PyTorch's order, so that the file is as any other and no view of the source.
+    return torch_file.import_torch().from_numpy(np.array(values, order="C"))
+
+
+def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
+    """Returns `torch.optim.SGD`'s state dict; all parameters are numbered, the query encoder's have buffers."""
+    config, state = found.config, found.state
+    parameters = [e for e in encoder_table(config, head="fc" in state.params) if e.collection == "params"]
+    buffers = {}
+    if config.optim.name != "sgd":
+        notes.append(f"the optimiser is {config.optim.name}, the original's SGD: its state is left out")
+    elif state.opt_state is not None:
+        trace = momentum_of(state)
+        values = [np.asarray(get(trace, entry.path)) for entry in parameters]
+        # Before the first step PyTorch has no buffers.
+        if any(value.any() for value in values):
+            buffers = {
+                number: {"momentum_buffer": _tensor(to_torch_layout(value, entry.kind))}
+                for number, (entry, value) in enumerate(zip(parameters, values, strict=True))
+            }
+    lr = config.optim.lr
+    if found.origin and found.origin.lr is not None and found.origin.step == int(state.step):
+        lr = found.origin.lr
+    group = {
+        "lr": lr,
+        "momentum": config.optim.momentum,
+        "dampening": 0,
+        "weight_decay": config.optim.weight_decay,
+        "nesterov": False,
+        "maximize": False,
+        "foreach": None,
+        "differentiable": False,
+        "fused": None,
+        "params": list(range(len(parameters) * (1 if moco_memory(state).key_params is None else 2))),
+    }
+    return {"state": buffers, "param_groups": [group]}
+
+
+def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.Path) -> None:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise UsageError("writing .safetensors takes its library: pip install safetensors") from None
+    tensors = {name: np.array(values, order="C") for name, values in tensors.items()}
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt", "arch": arch})
+    except safetensors.SafetensorError as error:  # a full disk among others
+        raise OSError(str(error)) from None
+
+
+def _write(path: pathlib.Path, save) -> None:
+    """Saves under another name, then renames; who may read the file is as for any new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
+        save(temporary)
+        temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"{path} cannot be written ({reason}): name a file that can") from None
+    finally:
+        temporary.unlink(missing_ok=True)
