@@ -135,7 +135,7 @@ def _draw_samples(config: Config, path: pathlib.Path) -> None:
 
     config = assembly.resolve(config)
     assembly.configure_jax(config.model.compute_dtype)
-    images = open_source(config.data, "train").batch(np.arange(10))["image"]
+    images = open_source(config.data, "train").examples(np.arange(10))["image"]
     augment = jax.jit(assembly.make_augmentation(config))
     views = []
     for rng in jax.random.split(jax.random.key(config.seed), 2):

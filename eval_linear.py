@@ -24,10 +24,10 @@ import pathlib
 
 from absl import flags
 
-from ifm_jax import assembly
 from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.runs.workdir import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run to evaluate.")
 _PRETRAINED = flags.DEFINE_string("pretrained", None, "A .pth.tar, a checkpoint or a workdir to evaluate instead.")
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
     if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
         raise UsageError("expected either --workdir, the directory of a training run, or --pretrained, a checkpoint")
     path = _WORKDIR.value or _PRETRAINED.value
-    config = _CONFIG.over(lambda: assembly.read_config(_WORKDIR.value) if _WORKDIR.value else Config())
+    config = _CONFIG.over(lambda: Workdir(_WORKDIR.value).read_config() if _WORKDIR.value else Config())
     output = pathlib.Path(_OUTPUT.value or _WORKDIR.value or pathlib.Path("runs") / _name(path))
     command.workdir(output)
     _JOIN_HOSTS()

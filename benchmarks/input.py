@@ -435,9 +435,8 @@ def device_share(network: Network, repeats: int = 5) -> dict:
     assembly.configure_jax(config.model.compute_dtype)
     mesh = sharding.make_mesh(jax.devices()[:1])
     state = jax.jit(assembly.state_creator(config), out_shardings=sharding.replicated(mesh))()
-    shape = (network.batch_size, network.size, network.size, 3)
-    rng = np.random.default_rng(0)
-    batch = {name: rng.integers(0, 256, shape, np.uint8) for name in ("query", "key")}
+    shape = (network.batch_size, 2, network.size, network.size, 3)
+    batch = {"views": np.random.default_rng(0).integers(0, 256, shape, np.uint8)}
     batch = sharding.put_batch(mesh, batch)
     step = assembly.make_step(config, mesh).jit()
     arguments = assembly.step_arguments(config, 1000, mesh)
@@ -448,7 +447,7 @@ def device_share(network: Network, repeats: int = 5) -> dict:
     def views(rng, batch):
         place = jnp.arange(network.batch_size, dtype=jnp.int32)
         rngs = jax.random.split(rng)
-        return [augmentation(example_rngs(rngs[i], place), batch[name]) for i, name in enumerate(("query", "key"))]
+        return [augmentation(example_rngs(rngs[i], place), batch["views"][:, i]) for i in range(2)]
 
     rng = jax.random.key(0)
     jax.block_until_ready(views(rng, batch))

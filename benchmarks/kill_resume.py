@@ -24,6 +24,7 @@ from benchmarks import reporting
 from ifm_jax.cli import command
 from ifm_jax.errors import RunError
 from ifm_jax.runs import checkpoint, metrics_log
+from ifm_jax.runs.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLOCK = ("images_per_sec", "data_wait")
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> int:
             print(rows[-1], flush=True)
         finish(killed, _STEPS.value)
         found = compare(killed, whole, _STEPS.value)
-        damaged = (killed / checkpoint.DAMAGED).exists()
+        damaged = Workdir(killed).damaged.exists()
     reporting.print_table(
         f"{_STEPS.value} steps, killed {_KILLS.value} times",
         rows,

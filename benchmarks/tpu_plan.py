@@ -194,12 +194,12 @@ def lower(config: Config, devices: list[jax.Device], epoch_steps: int) -> jax.st
     step = assembly.make_step(config, sharding.make_mesh(devices))
     state = jax.eval_shape(assembly.state_creator(config))
     size = config.data.image_size
-    images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.uint8)
     # Drawn images are handed over once and viewed twice; of others, the host makes two crops.
-    names = ("query",) if config.data.source == "trifeature" else ("query", "key")
+    count = 1 if config.data.source == "trifeature" else 2
+    images = jax.ShapeDtypeStruct((config.batch_size, count, size, size, 3), jnp.uint8)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     rates = jax.ShapeDtypeStruct((config.epochs * epoch_steps,), jnp.float32)
-    return step.jit().lower(state, dict.fromkeys(names, images), rng, rates)
+    return step.jit().lower(state, {"views": images}, rng, rates)
 
 
 def require_libtpu() -> str:

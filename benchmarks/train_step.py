@@ -92,10 +92,10 @@ class Case:
 def views(case: Case, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Returns a batch: normal numbers, or with "uint8" images before augmentation."""
     rng = np.random.default_rng(0)
-    shape = (case.batch, case.pixels, case.pixels, 3)
+    shape = (case.batch, 2, case.pixels, case.pixels, 3)
     if dtype == "uint8":
-        return {name: rng.integers(0, 256, shape, np.uint8) for name in ("query", "key")}
-    return {name: rng.normal(size=shape).astype(np.float32) for name in ("query", "key")}
+        return {"views": rng.integers(0, 256, shape, np.uint8)}
+    return {"views": rng.normal(size=shape).astype(np.float32)}
 
 
 def make_step(case: Case, method: str, mesh: jax.sharding.Mesh | None = None) -> PretrainStep:
@@ -127,9 +127,9 @@ def arguments() -> tuple[jax.Array, jax.Array]:
 
 def lower(case: Case, step: PretrainStep, dtype: str = "float32") -> jax.stages.Lowered:
     """Returns the step for a state and a batch of `views`, not yet compiled; nothing is computed."""
-    image = jax.ShapeDtypeStruct((case.batch, case.pixels, case.pixels, 3), jnp.dtype(dtype))
+    images = jax.ShapeDtypeStruct((case.batch, 2, case.pixels, case.pixels, 3), jnp.dtype(dtype))
     begin = jax.eval_shape(lambda: make_state(case, step))
-    return step.jit().lower(begin, {"query": image, "key": image}, *jax.eval_shape(arguments))
+    return step.jit().lower(begin, {"views": images}, *jax.eval_shape(arguments))
 
 
 def known(program: jax.stages.Compiled) -> dict:
@@ -256,7 +256,7 @@ def parts(case: Case, rounds: int) -> dict:
     begin, objective = make_state(case, step), step.method.objective
     momentum_params, _, negatives, pointer = begin.memory
     batch = jax.device_put(views(case))
-    pixels = jnp.clip(128 + 64 * batch["query"], 0, 255).astype(jnp.uint8)
+    pixels = jnp.clip(128 + 64 * batch["views"][:, 0], 0, 255).astype(jnp.uint8)
     embeddings = jax.nn.standardize(jax.random.normal(jax.random.key(1), (2, case.batch, DIM)))
     embeddings = embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
 
@@ -284,8 +284,8 @@ def parts(case: Case, rounds: int) -> dict:
         return jax.tree.map(lambda k, q: 0.999 * k + 0.001 * q, averages, params)
 
     programs = {
-        "forward": (forward, (begin.params, batch["query"])),
-        "forward and backward": (backward, (begin.params, batch["query"])),
+        "forward": (forward, (begin.params, batch["views"][:, 0])),
+        "forward and backward": (backward, (begin.params, batch["views"][:, 0])),
         "loss": (jax.value_and_grad(loss), (embeddings[0], embeddings[1], negatives)),
         "optimiser": (update, (begin.params, begin.params, begin.opt_state)),
         "momentum update": (momentum, (momentum_params, begin.params)),

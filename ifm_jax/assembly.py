@@ -1,8 +1,5 @@
 """From a config to the parts of a run: encoder, method, augmentation, optimizer, step, the state it starts with."""
 
-import os
-import pathlib
-
 import jax
 import jax.numpy as jnp
 
@@ -14,8 +11,6 @@ from ifm_jax.errors import UsageError
 from ifm_jax.methods import Method, MoCo, Objective, SimCLR
 from ifm_jax.models import Encoder
 from ifm_jax.pretrain import PretrainStep
-from ifm_jax.runs import snapshot
-from ifm_jax.runs.workdir import CONFIG
 
 
 def configure_jax(compute_dtype: str = "float32") -> None:
@@ -172,41 +167,3 @@ def state_creator(config: Config, mesh: jax.sharding.Mesh | None = None):
     own = initial_rngs(config)[0]
     method, optimizer = make_method(config, mesh), make_optimizer(config)
     return lambda rng=own: pretrain.create(rng, method, optimizer)
-
-
-def find_config(workdir: str | os.PathLike) -> Config | None:
-    """Returns the config of the run in `workdir`; None: there is no run.
-
-    It is that of its newest checkpoint, which nobody can change by hand, with the fields that are free on resuming as
-    config.json has them; config.json alone decides while there is no checkpoint.
-
-    Raises:
-      UsageError: if config.json is needed and cannot be read.
-    """
-    path = pathlib.Path(workdir) / CONFIG
-    stored = snapshot.stored_config(workdir)
-    try:
-        written = configs.from_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        written = None
-    except (OSError, ValueError) as error:  # UsageError is a ValueError
-        if stored is None:
-            raise UsageError(f"{path} cannot be read ({error}): expected the config of a training run") from None
-        written = None
-    if stored is None:
-        return written
-    stored = configs.from_dict(stored)
-    return stored if written is None or configs.differences(stored, written) else written
-
-
-def read_config(workdir: str | os.PathLike) -> Config:
-    """Returns the config of the run in `workdir`; see `find_config`.
-
-    Raises:
-      UsageError: if there is none, or it cannot be read.
-    """
-    config = find_config(workdir)
-    if config is None:
-        path = pathlib.Path(workdir) / CONFIG
-        raise UsageError(f"{path} is not there: expected the workdir of a training run")
-    return config

@@ -82,8 +82,9 @@ class PretrainStep:
 
         Args:
           state: before the step.
-          batch: `query` `(N, H, W, 3)` images; `key` likewise, where the second view's images are others than the
-            first's; `permutation` int32 `(N,)`, where the order of MoCo's shuffle is given and not drawn.
+          batch: `views`, images `(N, V, H, W, 3)`: two crops of each image, or with V = 1 the image that both views are
+            cut from on the device; `permutation` int32 `(N,)`, where the order of MoCo's shuffle is given and not
+            drawn.
           rng: a JAX random key; what a step draws depends on it, the step's number and the example's place alone.
           learning_rates: float `(steps,)`, the rate of every step of the run, for an optimizer that takes one; an
             argument, so that runs with other rates are the same program.
@@ -92,7 +93,7 @@ class PretrainStep:
           The state after the step, and scalars: the method's metrics, `lr` where there are rates, `grad_norm`.
         """
         *view_rngs, own_rng = jax.random.split(jax.random.fold_in(rng, state.step), 3)
-        images = batch["query"], batch.get("key", batch["query"])
+        images = batch["views"][:, 0], batch["views"][:, -1]
         views = Views(images, tuple(view_rngs), self.augment, batch.get("permutation"), self.method.mesh)
 
         def loss_fn(params):

@@ -34,11 +34,11 @@ def test_a_config_opens_it(path):
     assert train.label_names == test.label_names == {"class": ("cat", "ant", "bee")}
     np.testing.assert_array_equal(test.labels()["class"], [0, 1, 2, 0, 1, 2])
     # Images of the size of a view are evaluated whole.
-    batch = test.batch(np.array([4, 0]))
+    batch = test.examples(np.array([4, 0]))
     np.testing.assert_array_equal(batch["image"], images(6, 32, 32, 3, seed=1)[[4, 0]])
     np.testing.assert_array_equal(batch["class"], [1, 0])
     views = next(training_batches(train, 8, seed=0))
-    assert views["query"].shape == views["key"].shape == (8, 32, 32, 3)
+    assert views["views"].shape == (8, 2, 32, 32, 3)
     assert train.fingerprint != test.fingerprint
     assert train.fingerprint == open_source(data, "train").fingerprint
 

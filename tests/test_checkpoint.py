@@ -18,6 +18,7 @@ from ifm_jax.errors import RunError, UsageError
 from ifm_jax.runs import checkpoint, metrics_log, training
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.metrics_log import MetricsLog
+from ifm_jax.runs.workdir import Workdir
 from tests import small
 
 
@@ -182,7 +183,7 @@ def test_the_last_n_and_the_best_are_kept(state, tmp_path):
 def test_set_aside_twice(state, tmp_path):
     for expected in ("7", "7.1"):
         save(tmp_path / "checkpoints", state, 7)
-        said = checkpoint.set_aside(tmp_path / "checkpoints", {7: "torn"})
+        said = Workdir(tmp_path).set_aside({7: "torn"})
         assert said == [f"The checkpoint of step 7 is damaged (torn): moved to {tmp_path / 'damaged' / expected}."]
         assert checkpoint.steps(tmp_path / "checkpoints") == []
 

@@ -8,10 +8,10 @@ import pickle
 import numpy as np
 import pytest
 
-from ifm_jax import assembly
 from ifm_jax import config as configs
 from ifm_jax.cli import config_flag
 from ifm_jax.errors import UsageError
+from ifm_jax.runs.workdir import Workdir
 
 
 def changed(**fields):
@@ -312,7 +312,7 @@ def test_a_former_name_in_a_dict_and_on_the_command_line():
 def test_a_config_json_of_something_else_is_one_line_that_names_the_file(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UsageError, match=message) as caught:
-        assembly.read_config(tmp_path)
+        Workdir(tmp_path).read_config()
     assert str(caught.value).startswith(f"{tmp_path}/config.json cannot be read (")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -321,10 +321,10 @@ def test_a_config_json_of_something_else_is_one_line_that_names_the_file(tmp_pat
 def test_a_config_json_that_cannot_be_read(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"init_from": "caf\xe9"}')
     with pytest.raises(UsageError, match=r"config\.json cannot be read"):
-        assembly.read_config(tmp_path)
+        Workdir(tmp_path).read_config()
     (tmp_path / "workdir" / "config.json").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"config\.json cannot be read"):
-        assembly.read_config(tmp_path / "workdir")
+        Workdir(tmp_path / "workdir").read_config()
 
 
 def test_what_was_read_is_what_was_written():

@@ -59,7 +59,7 @@ def batches(root, count, **options):
 
 
 def assert_equal(a, b):
-    assert a.keys() == b.keys() == {"query", "key"}
+    assert a.keys() == b.keys() == {"views"}
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
 
@@ -88,7 +88,7 @@ def test_a_flat_folder_has_no_labels(root):
     flat = source(root / "val" / "a" / "..", "train"), source(root / "train" / "b" / "sub")
     assert [bool(each.label_names) for each in flat] == [True, False]
     assert flat[1].labels() == {}
-    assert flat[1].batch(np.array([0, 1])).keys() == {"image"}
+    assert flat[1].examples(np.array([0, 1])).keys() == {"image"}
 
 
 def test_chosen_classes(root, tmp_path):
@@ -287,7 +287,7 @@ def snapped(draw, box, shape, size):
 def test_the_evaluated_view_is_torchvisions(photographs, tmp_path, size):
     for number, photograph in enumerate(photographs):
         Image.fromarray(np.rot90(photograph) if number else photograph).save(tmp_path / f"{number}.png")
-    views = source(tmp_path, size=size).batch(np.array([1, 0]))["image"]
+    views = source(tmp_path, size=size).examples(np.array([1, 0]))["image"]
     assert views.dtype == np.uint8
     assert views.shape == (2, size, size, 3)
     transform = torchvision.transforms.Compose(
@@ -344,10 +344,9 @@ def test_the_box_that_never_fits_is_central():
 
 def test_batches_hold_two_views_of_each_image(root):
     for batch in batches(root, 2):
-        for name in ("query", "key"):
-            assert batch[name].shape == (8, 32, 32, 3)
-            assert batch[name].dtype == np.uint8
-        assert (batch["query"] != batch["key"]).any((1, 2, 3)).all()
+        assert batch["views"].shape == (8, 2, 32, 32, 3)
+        assert batch["views"].dtype == np.uint8
+        assert (batch["views"][:, 0] != batch["views"][:, 1]).any((1, 2, 3)).all()
 
 
 def test_a_restart_needs_only_the_step(root):
@@ -360,7 +359,7 @@ def test_hosts_cut_their_pieces_of_the_same_batches(root, hosts):
     whole = batches(root, 5, start=2)
     pieces = [batches(root, 5, start=2, host=host, hosts=hosts) for host in range(hosts)]
     for step, batch in enumerate(whole):
-        assert_equal({n: np.concatenate([piece[step][n] for piece in pieces]) for n in ("query", "key")}, batch)
+        assert_equal({"views": np.concatenate([piece[step]["views"] for piece in pieces])}, batch)
 
 
 def test_threads_and_processes_change_nothing(root):
@@ -415,9 +414,9 @@ def test_embedded_images_are_cropped_too():
     assert isinstance(embedded, ViewSource)
     assert set(embedded.label_names) == set(embedded.labels()) == {"shape", "texture", "color"}
     batch = next(training_batches(embedded, 8, seed=0))
-    assert batch["query"].shape == batch["key"].shape == (8, 32, 32, 3)
+    assert batch["views"].shape == (8, 2, 32, 32, 3)
     data.augmentation = "trifeature"
-    assert next(training_batches(open_source(data, "train"), 8, seed=0)).keys() == {"query"}
+    assert next(training_batches(open_source(data, "train"), 8, seed=0))["views"].shape == (8, 1, 32, 32, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])
@@ -428,7 +427,7 @@ def test_an_unreadable_image_is_named(root, tmp_path, content):
     with pytest.raises(RunError, match=r"bad.jpg cannot be read \(not an image, or a broken one\): replace or remove"):
         next(training_batches(bad, 1, seed=0))
     with pytest.raises(RunError, match=r"bad.jpg cannot be read"):
-        bad.batch(np.array([0]))
+        bad.examples(np.array([0]))
     (tmp_path / "bad.jpg").unlink()
     with pytest.raises(RunError, match=r"bad.jpg cannot be read \(No such file"):
         next(training_batches(bad, 1, seed=0))

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ifm_jax.runs.start
+import ifm_jax.runs.hosts
 from benchmarks import topologies
 from benchmarks.topologies import finish
-from ifm_jax import assembly, sharding
+from ifm_jax import sharding
 from ifm_jax.errors import UsageError
 from ifm_jax.runs import checkpoint, loop, metrics_log, snapshot, training
 from ifm_jax.runs.progress import Silence
+from ifm_jax.runs.workdir import Workdir
 from tests.test_command_line import ROOT, SMALL, environment
 
 DOUBLE = "--config.model.compute_dtype=float64"
@@ -49,7 +50,7 @@ def wait_for_lines(log, count, processes):
 
 def assert_the_same_as_on_one_device(two, one, steps):
     """Trains with the config of a finished run on one device of this process, and compares."""
-    config = assembly.read_config(two)
+    config = Workdir(two).read_config()
     config.steps = steps
     with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction is decay ** count
         training.train(config, one, devices=jax.devices()[:1], quiet=True)
@@ -212,14 +213,14 @@ def test_hosts_that_disagree_do_not_start(monkeypatch, answers, message):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(sharding, "gather_text", lambda text: said.append(text) or list(map(json.dumps, answers)))
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError, match=message):
-        assert ifm_jax.runs.start.together(lambda: "opened", lambda _: {"seed": 0}) == "opened"
+        assert ifm_jax.runs.hosts.together(lambda: "opened", lambda _: {"seed": 0}) == "opened"
     assert said == [json.dumps(answers[0])]
 
     def fails():
         raise UsageError("a folder is missing")
 
     with pytest.raises(UsageError, match="a folder is missing"):  # and the others are told
-        ifm_jax.runs.start.together(fails)
+        ifm_jax.runs.hosts.together(fails)
     assert json.loads(said[1]) == {"error": "a folder is missing"}
 
 
@@ -367,5 +368,5 @@ def test_only_what_is_of_a_peer_is_said_to_be(error, expected):
 
 def test_a_batch_lies_split_over_the_devices():
     mesh = sharding.make_mesh(jax.devices()[:4])
-    batch = sharding.put_batch(mesh, {"query": np.zeros((8, 2), np.uint8)})
-    assert [shard.data.shape for shard in batch["query"].addressable_shards] == [(2, 2)] * 4
+    batch = sharding.put_batch(mesh, {"views": np.zeros((8, 2), np.uint8)})
+    assert [shard.data.shape for shard in batch["views"].addressable_shards] == [(2, 2)] * 4

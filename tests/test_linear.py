@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ifm_jax import assembly
 from ifm_jax.augment import normalize
 from ifm_jax.data import ViewSource, open_source, pipeline
 from ifm_jax.data.array import open_array
 from ifm_jax.data.sources import drawn
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import classifiers, evaluate, features, linear, pretrained
-from ifm_jax.runs import loop, metrics_log, training, workdir
+from ifm_jax.runs import loop, metrics_log, training
+from ifm_jax.runs.workdir import Workdir
 from tests import small
 
 LABELS = ("shape", "texture", "color")
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 def of(run, **fields):
     """The run as it is evaluated: three epochs, the middle one's end a milestone."""
-    config = assembly.read_config(run)
+    config = Workdir(run).read_config()
     changes = {"epochs": 3, "milestones": (2,), "batch_size": 16, "lr": (1.0,)} | fields
     for name, value in changes.items():
         holder, _, field = name.rpartition("__")
@@ -119,7 +119,7 @@ def test_features_do_not_depend_on_devices_or_batch(run, devices):
     test = pretrained.labelled(of_run.config, "test")
     one = of_run.frozen(jax.devices()[:1])
     plain = frozen_features(one, test)
-    images = normalize(test.batch(np.arange(37))["image"] / np.float32(255))
+    images = normalize(test.examples(np.arange(37))["image"] / np.float32(255))
     np.testing.assert_allclose(plain, one.apply(one.weights, images), rtol=1e-5, atol=1e-6)
     for batch_size in (7, 64):
         split = features.extract(of_run.frozen(jax.devices()[:devices]), test, batch_size)
@@ -136,7 +136,7 @@ def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatc
 
     monkeypatch.setattr(linear._Held, "evaluate", interrupted)
     stopped = results(run, tmp_path / "probe")
-    assert stopped == loop.Stopped(4, 12, signal.SIGTERM)
+    assert stopped == loop.Outcome(4, 12, signal.SIGTERM)
     monkeypatch.undo()
     found = results(run, tmp_path / "probe")
     assert found == full[0]
@@ -156,7 +156,10 @@ def test_damaged_checkpoints_of_an_evaluation_are_set_aside(run, full, tmp_path,
 
 def test_one_evaluation_at_a_time_in_a_directory(run, tmp_path):
     (tmp_path / "probe").mkdir()
-    with workdir.locked(tmp_path / "probe"), pytest.raises(UsageError, match=r"is in use by process .* --output"):
+    with (
+        Workdir(tmp_path / "probe", "--output").locked(),
+        pytest.raises(UsageError, match=r"is in use by process .* --output"),
+    ):
         results(run, tmp_path / "probe")
 
 
@@ -187,16 +190,16 @@ def test_a_directory_is_one_evaluations(run, full):
 
 
 def test_what_cannot_be_evaluated_is_said(run, tmp_path):
-    config = assembly.read_config(run)
+    config = Workdir(run).read_config()
     config.data.label = "size"
     with pytest.raises(UsageError, match=r"data.label='size' is no label of .*: expected one of shape, texture, color"):
         pretrained.labelled(pretrained.load(run, config).config, "train")
-    config = assembly.read_config(run)
+    config = Workdir(run).read_config()
     config.model.arch = "resnet18"
     with pytest.raises(UsageError, match=r"the config does not fit .*model.arch='resnet18', there 'resnet8'"):
         pretrained.load(run, config)
     np.savez(tmp_path / "bare.npz", images=np.zeros((20, 32, 32, 3), np.uint8))
-    config = assembly.read_config(run)
+    config = Workdir(run).read_config()
     config.data.source, config.data.augmentation = f"array:{tmp_path}/bare.npz", "moco_v2"
     with pytest.raises(UsageError, match="has no labels: expected a source with labels"):
         pretrained.labelled(pretrained.load(run, config).config, "train")
@@ -211,7 +214,7 @@ def test_all_at_once(run, tmp_path, capsys):
         knn=True, diagnostics=True, features=str(tmp_path / "f.npz"), map=str(tmp_path / "map.png"), split="test"
     )
     options = {"devices": jax.devices()[:2]}
-    assert evaluate.evaluate(tmp_path / "run", assembly.read_config(run), tmp_path / "run", wanted, **options) is None
+    assert evaluate.evaluate(tmp_path / "run", Workdir(run).read_config(), tmp_path / "run", wanted, **options) is None
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(found) == {"knn", "diagnostics"}
     assert set(LABELS) < set(found["knn"])
@@ -261,7 +264,7 @@ def test_a_part_drawn_at_random_has_all_classes(tmp_path):
     assert drawn(source, 0, 0) is drawn(source, 1000, 0) is source
     plain = drawn(small_trifeature(), 10, 0)
     assert not isinstance(plain, ViewSource)
-    np.testing.assert_array_equal(plain.batch(np.arange(10))["color"], plain.labels()["color"])
+    np.testing.assert_array_equal(plain.examples(np.arange(10))["color"], plain.labels()["color"])
 
 
 def small_trifeature():
@@ -273,7 +276,7 @@ def test_records_and_projections(run, tmp_path):
     from flax import serialization
 
     wanted = evaluate.Wanted(features=str(tmp_path / "f.array_record"), layer="projection")
-    config = assembly.read_config(run)
+    config = Workdir(run).read_config()
     evaluate.evaluate(run, config, tmp_path / "out", wanted, devices=jax.devices()[:1], quiet=True)
     records = array_record_data_source.ArrayRecordDataSource(str(tmp_path / "f.array_record"))
     assert len(records) == 37

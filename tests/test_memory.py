@@ -22,10 +22,10 @@ def mesh():
 def test_the_estimate_is_just_below_what_the_compiler_takes(mesh):
     config = small.config(batch_size=64, moco__queue_size=512)
     create = assembly.state_creator(config)
-    images = jax.ShapeDtypeStruct((64, 32, 32, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((64, 1, 32, 32, 3), np.uint8)
     others = jax.eval_shape(lambda: (jax.random.key(0), np.zeros(8, np.float32)))
     step = assembly.make_step(config, mesh).jit()
-    compiled = step.lower(jax.eval_shape(create), {"query": images}, *others).compile()
+    compiled = step.lower(jax.eval_shape(create), {"views": images}, *others).compile()
     found = compiled.memory_analysis()
     takes = found.argument_size_in_bytes + found.temp_size_in_bytes
     assert 0.5 * takes < sum(memory.estimate(config, mesh)) <= takes

@@ -20,13 +20,13 @@ class Numbers:
     def __len__(self):
         return self.size
 
-    def batch(self, indices):
+    def examples(self, indices):
         return {"image": np.asarray(indices)[:, None, None, None].repeat(3, axis=3)}
 
 
 def numbers(count, **options):
     batches = training_batches(Numbers(50), 8, **({"seed": 0} | options))
-    return [batch["query"][:, 0, 0, 0] for batch in itertools.islice(batches, count)]
+    return [batch["views"][:, 0, 0, 0, 0] for batch in itertools.islice(batches, count)]
 
 
 def test_an_epoch_is_a_permutation_without_its_remainder():

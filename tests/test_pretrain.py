@@ -74,7 +74,7 @@ def run(step, steps=STEPS):
     batches = images()
     history, compiled = [], None
     for i in range(steps):
-        batch = sharding.put_batch(mesh, {"query": batches[i]})
+        batch = sharding.put_batch(mesh, {"views": batches[i][:, None]})
         compiled = compiled or step.jit().lower(current, batch, *rng_and_rates).compile()
         current, metrics = compiled(current, batch, *rng_and_rates)
         history.append(jax.device_get(metrics))
@@ -121,7 +121,7 @@ def test_memory_of_a_queue_falls_with_the_devices():
     held, computed = {}, {}
     for sharded in (False, True):
         step = make(devices, dtype="float32", queue_sharded=sharded, size=size)
-        batch = {"query": jax.ShapeDtypeStruct((N, SIZE, SIZE, 3), jnp.uint8)}
+        batch = {"views": jax.ShapeDtypeStruct((N, 1, SIZE, SIZE, 3), jnp.uint8)}
         shapes, others = shapes_of(step)
         memory = step.jit().lower(shapes, batch, *others).compile().memory_analysis()
         held[sharded], computed[sharded] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -144,7 +144,7 @@ def test_flops_and_memory_a_device_fall_with_the_devices(method):
     flops, computed = {}, {}
     for devices in (1, 2, 4, 8):
         step = make(devices, method=method, dtype="float32", size=128)
-        batch = {"query": jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.uint8)}
+        batch = {"views": jax.ShapeDtypeStruct((128, 1, 32, 32, 3), jnp.uint8)}
         shapes, others = shapes_of(step)
         program = step.jit().lower(shapes, batch, *others).compile()
         flops[devices] = program.cost_analysis()["flops"]
@@ -162,7 +162,9 @@ def test_order_of_a_step():
     # Query and key apart, so that it shows which is used.
     before = state.memory._replace(key_params=jax.tree.map(lambda x: x * 1.1, state.memory.key_params))
     batch, (rng, rates) = images()[0], arguments()
-    new, metrics = jax.jit(step.__call__)(state._replace(memory=before), {"query": jnp.asarray(batch)}, rng, rates)
+    new, metrics = jax.jit(step.__call__)(
+        state._replace(memory=before), {"views": jnp.asarray(batch)[:, None]}, rng, rates
+    )
     after = new.memory
 
     query_rng, key_rng, shuffle_rng = jax.random.split(jax.random.fold_in(rng, 0), 3)
@@ -214,7 +216,7 @@ def test_objectives(method):
     metrics = {}
     for kind in OBJECTIVES:
         step = make(mesh=False, method=method, objective=Objective(kind, epsilon=0.1, alpha=0.5))
-        batch = {"query": jnp.asarray(images()[0])}
+        batch = {"views": jnp.asarray(images()[0])[:, None]}
         _, metrics[kind] = jax.jit(step.__call__)(fresh_state(step), batch, *arguments())
     clean, ifm = metrics["infonce"]["loss_clean"], metrics["infonce"]["loss_ifm"]
     assert ifm > clean
@@ -235,7 +237,7 @@ def test_epsilon_zero_trains_as_moco():
 @pytest.mark.usefixtures("x64")
 def test_given_permutation_is_used():
     step = make(mesh=False)
-    batch = {"query": jnp.asarray(images()[0])}
+    batch = {"views": jnp.asarray(images()[0])[:, None]}
     rng, rates = arguments()
     drawn = jax.random.permutation(jax.random.split(jax.random.fold_in(rng, 0), 3)[2], jnp.arange(N, dtype=jnp.int32))
     compiled = jax.jit(step.__call__)
@@ -248,7 +250,7 @@ def test_given_permutation_is_used():
 
 def test_seeds_rates_and_steps_are_one_program():
     """Five random keys and three tables of rates: one compilation; a new step, and a new key, draw anew."""
-    step, batch = make(dtype="float32", mesh=False), {"query": jnp.asarray(images()[0])}
+    step, batch = make(dtype="float32", mesh=False), {"views": jnp.asarray(images()[0])[:, None]}
     program, seen = jax.jit(step.__call__), {}
     for seed, lr, number in itertools.product(range(5), (0.1, 0.2, 0.3), range(2)):
         start = fresh_state(step)._replace(step=jnp.asarray(number, jnp.int32))
@@ -265,7 +267,7 @@ def test_any_optax_transformation_is_an_optimizer():
     schedule = optax.linear_schedule(0.1, 0.05, STEPS - 1)
     own = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(schedule, momentum=0.9))
     other = pretrain.PretrainStep(step.method, own, step.augment)
-    batch, (rng, rates) = {"query": jnp.asarray(images()[0])}, arguments("float32")
+    batch, (rng, rates) = {"views": jnp.asarray(images()[0])[:, None]}, arguments("float32")
     ours, theirs = fresh_state(step), fresh_state(other)
     programs = jax.jit(step.__call__), jax.jit(other.__call__)
     with jax.numpy_dtype_promotion("standard"):

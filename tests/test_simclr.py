@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifm_jax import assembly, optim, pretrain, sharding
+from ifm_jax import optim, pretrain, sharding
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import Objective, SimCLR
 from ifm_jax.models import Encoder
 from ifm_jax.models.resnet import ARCHITECTURES
 from ifm_jax.runs import metrics_log, snapshot, training
+from ifm_jax.runs.workdir import Workdir
 from ifm_jax.torch_interop import names, replay, writing
 from ifm_jax.torch_interop.description import describe
 from references import moco, simclr
@@ -56,7 +57,9 @@ def test_follows_torch(head, loss, devices):
     rest = sharding.place_key(mesh, jax.random.key(0)), jax.device_put(np.full(STEPS, 0.03), sharding.replicated(mesh))
     program, series = step.jit(), []
     for number in range(STEPS):
-        batch = sharding.put_batch(mesh, {name: views[name][number] for name in ("query", "key")})
+        batch = sharding.put_batch(
+            mesh, {"views": np.stack([views[name][number] for name in ("query", "key")], axis=1)}
+        )
         state, found = program(state, batch, *rest)
         series.append(jax.device_get(found))
     for name in ("loss", "loss_clean", "loss_ifm", "grad_norm"):
@@ -107,5 +110,5 @@ def test_moco_starts_with_its_weights_and_the_other_way_round(run, tmp_path, cap
     assert "query encoder; key encoder (a copy of the query encoder); a new queue" in said
     training.train(config(steps=1, init_from=str(tmp_path / "moco")), tmp_path / "back", devices=jax.devices()[:1])
     assert "Starting with" in capsys.readouterr().out
-    assert assembly.read_config(tmp_path / "back").method == "simclr"
+    assert Workdir(tmp_path / "back").read_config().method == "simclr"
     assert pathlib.Path(tmp_path / "back" / "checkpoints" / "1").is_dir()

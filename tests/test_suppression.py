@@ -14,6 +14,7 @@ from ifm_jax.evaluation import evaluate, suppression
 from ifm_jax.evaluation.online import OnlineEvaluation
 from ifm_jax.evaluation.suppression import Readouts
 from ifm_jax.runs import metrics_log, training
+from ifm_jax.runs.workdir import Workdir
 from ifm_jax.torch_interop import writing
 from tests import small
 
@@ -100,7 +101,7 @@ def test_the_same_run_twice_is_a_mistake(runs):
 def test_a_pytorch_checkpoint_is_evaluated_directly(runs, tmp_path):
     """The same features from the run and from its conversion; the images are named by the config."""
     writing.to_torch(runs / "ifm0", tmp_path / "run.pth.tar")
-    config = assembly.read_config(runs / "ifm0")
+    config = Workdir(runs / "ifm0").read_config()
     found = []
     for path in (runs / "ifm0", tmp_path / "run.pth.tar"):
         output = tmp_path / f"of {path.name}"

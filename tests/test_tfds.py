@@ -72,7 +72,7 @@ def test_it_is_read_without_tensorflow(root):
     assert train.label_names == {"label": NAMES}
     records = train.records
     np.testing.assert_array_equal(train.labels()["label"], [record["label"] for record in records])
-    batch = train.batch(np.array([3, 0]))
+    batch = train.examples(np.array([3, 0]))
     levels = [cv2.imdecode(np.frombuffer(records[i]["image"], np.uint8), 1)[0, 0, 0] for i in (3, 0)]
     np.testing.assert_array_equal(
         batch["image"], np.array(levels, np.uint8)[:, None, None, None] + np.zeros_like(batch["image"])
@@ -88,7 +88,7 @@ def test_it_travels_to_worker_processes(root):
         assert ours.shape == (16, 16, 3)
         np.testing.assert_array_equal(ours, theirs)
     batch = next(training_batches(source, 8, seed=0))
-    assert batch["query"].shape == batch["key"].shape == (8, 16, 16, 3)
+    assert batch["views"].shape == (8, 2, 16, 16, 3)
 
 
 def test_splits(root):
@@ -107,7 +107,7 @@ def test_chosen_classes_are_numbered_anew_and_remembered(root, tmp_path, monkeyp
         assert chosen.label_names == {"label": ("snake", "toad")}
         labels = chosen.labels()["label"]
         assert np.bincount(labels).tolist() == [7, 6]
-        levels = chosen.batch(np.arange(13))["image"][:, 0, 0, 0]
+        levels = chosen.examples(np.arange(13))["image"][:, 0, 0, 0]
         np.testing.assert_array_equal(labels, np.where(levels // 10 % 3 == 0, 0, 1))
         monkeypatch.setattr("ifm_jax.data.tfds.Tfds._read_labels", None)  # the second time they are known
     (tmp_path / "names").write_text("crow\n")

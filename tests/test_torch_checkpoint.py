@@ -410,7 +410,7 @@ def test_networks_of_which_one_is_to_be_named(backbone, tmp_path):
         snapshot.read(tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"--prefix=net: none.*: expected one of 'student\.', 'teacher\.'"):
         reading.to_jax(tmp_path / "a.pth", tmp_path / "run", prefix="net")
-    with pytest.raises(UsageError, match=r"is a directory; a prefix is for files"):
+    with pytest.raises(UsageError, match=r"is a directory; a prefix is for PyTorch files"):
         snapshot.read(tmp_path, prefix="student.")
     assert pretrained.load(tmp_path / "a.pth", None, "student.").config.model.arch == "resnet18"
     with pytest.warns(UserWarning, match="left aside: teacher"):

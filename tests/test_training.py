@@ -17,14 +17,15 @@ from ifm_jax import assembly
 from ifm_jax import config as configs
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.methods import MoCoMemory
-from ifm_jax.runs import checkpoint, metrics_log, snapshot, training, workdir
+from ifm_jax.runs import checkpoint, metrics_log, snapshot, training
 from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.runs.workdir import Workdir
 from ifm_jax.torch_interop import writing
 from tests import small
 
 
 def final_state(workdir):
-    like = jax.eval_shape(assembly.state_creator(assembly.read_config(workdir)))
+    like = jax.eval_shape(assembly.state_creator(Workdir(workdir).read_config()))
     return checkpoint.newest_whole(workdir / "checkpoints", like)[0].state
 
 
@@ -269,7 +270,7 @@ def test_one_run_at_a_time_in_a_workdir(finished):
     """The second is told who the first is, and nothing is touched; a lock that a dead process left blocks nobody."""
     before = (finished / "metrics.jsonl").read_bytes()
     first = rf"is in use by process {os.getpid()} on \S+: wait for it, .* --workdir"
-    with workdir.locked(finished), pytest.raises(UsageError, match=first):
+    with Workdir(finished).locked(), pytest.raises(UsageError, match=first):
         train(small.config(epochs=3), finished)
     assert (finished / "metrics.jsonl").read_bytes() == before
     (finished / ".lock").write_text('{"pid": 1, "host": "gone"}')
@@ -290,7 +291,7 @@ def test_the_checkpoint_s_config_decides(finished, tmp_path, written):
         UsageError, match=r"another config \(epochs: 3, not 2; optim.lr: 0.5, not 0.03\)|lr: 0.5, not 0"
     ):
         train(other, run)
-    assert assembly.read_config(run).optim.lr == 0.03
+    assert Workdir(run).read_config().optim.lr == 0.03
     assert train(small.config(), run).step == 8
     assert json.loads(path.read_text())["optim"]["lr"] == 0.03
 

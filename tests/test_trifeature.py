@@ -38,7 +38,7 @@ def test_example_has_image_and_labels():
 
 def test_image_depends_on_its_index_only():
     indices = np.array([5, 901, 5, 33, 0])
-    batch = Trifeature(size=1000).batch(indices)
+    batch = Trifeature(size=1000).examples(indices)
     for source in (Trifeature(size=1000), Trifeature(size=902)):
         for place, index in enumerate(indices):
             alone = source[int(index)]
@@ -51,17 +51,18 @@ def test_image_depends_on_its_index_only():
 def test_drawing_is_the_same_in_another_process():
     code = (
         "import hashlib, numpy as np; from ifm_jax.data.trifeature import Trifeature;"
-        "print(hashlib.sha256(Trifeature(seed=3, image_size=48).batch(np.arange(50))['image'].tobytes()).hexdigest())"
+        "images = Trifeature(seed=3, image_size=48).examples(np.arange(50))['image'];"
+        "print(hashlib.sha256(images.tobytes()).hexdigest())"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    images = Trifeature(seed=3, image_size=48).batch(np.arange(50))["image"]
+    images = Trifeature(seed=3, image_size=48).examples(np.arange(50))["image"]
     assert there == hashlib.sha256(images.tobytes()).hexdigest()
 
 
 def test_drawing_is_that_of_its_version():
     """If this fails on purpose, raise DRAWING_VERSION: users have files drawn by the former code in their caches."""
     source = Trifeature("train", size=64, image_size=32, seed=0)
-    batch = source.batch(np.arange(4))
+    batch = source.examples(np.arange(4))
     assert trifeature.DRAWING_VERSION == 1
     assert [batch[name].tolist() for name in source.label_names] == GOLDEN_LABELS
     assert batch["image"][:, 16, 16].tolist() == GOLDEN_PIXELS
@@ -77,7 +78,7 @@ def test_splits_and_seeds_share_nothing():
     sources = [Trifeature("train", size=2000), Trifeature("test", size=2000), Trifeature("train", size=2000, seed=1)]
     draws = [source._uniforms(np.arange(2000)) for source in sources]
     assert len(np.unique(np.concatenate(draws, axis=1))) == 3 * draws[0].size
-    digests = {image.tobytes() for source in sources for image in source.batch(np.arange(2000))["image"]}
+    digests = {image.tobytes() for source in sources for image in source.examples(np.arange(2000))["image"]}
     assert len(digests) == 6000
 
 
@@ -110,7 +111,7 @@ def test_draws_look_independent_and_uniform():
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_the_shape_is_whole_and_the_background_is_grey(image_size):
     source = Trifeature(size=400, image_size=image_size, noise=0.0, scale=(0.8, 0.8))
-    images = source.batch(np.flatnonzero(source.labels()["shape"] == trifeature.SHAPES.index("circle")))["image"]
+    images = source.examples(np.flatnonzero(source.labels()["shape"] == trifeature.SHAPES.index("circle")))["image"]
     corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]].astype(int)
     assert np.ptp(corners, axis=(1, 2)).max() == 0
     assert corners.min() >= 90
@@ -134,7 +135,7 @@ def test_rotation_is_bounded():
     tables = {}
     for rotation in (0.0, 45.0):
         source = Trifeature(size=2000, image_size=64, rotation=rotation, noise=0.0, scale=(0.8, 0.8))
-        chosen = source.batch(np.flatnonzero(source.labels()["shape"] == trifeature.SHAPES.index("square"))[:50])
+        chosen = source.examples(np.flatnonzero(source.labels()["shape"] == trifeature.SHAPES.index("square"))[:50])
         images = chosen["image"].astype(int)
         mask = (np.abs(images - images[:, :1, :1]) > 4).any(-1)
         tables[rotation] = mask.any(1).sum(1)  # the width of the square
@@ -199,7 +200,7 @@ def test_colors_can_be_told_by_hue():
 
 def test_disk_cache_round_trip(cache):
     source = Trifeature(size=300, seed=5)
-    drawn = source.batch(np.arange(300))["image"]
+    drawn = source.examples(np.arange(300))["image"]
     np.testing.assert_array_equal(source.images(), drawn)
     (file,) = cache.iterdir()
     assert np.load(file).shape == (300, 32, 32, 3)
@@ -207,7 +208,7 @@ def test_disk_cache_round_trip(cache):
     assert isinstance(again.images(), np.memmap)
     assert not again.images().flags.writeable
     np.testing.assert_array_equal(again.images(), drawn)
-    np.testing.assert_array_equal(again.batch(np.array([7, 3]))["image"], drawn[[7, 3]])
+    np.testing.assert_array_equal(again.examples(np.array([7, 3]))["image"], drawn[[7, 3]])
     again[0]["image"][:] = 0  # what a caller gets is his own
     np.testing.assert_array_equal(again[0]["image"], drawn[0])
     Trifeature(size=300, seed=6).images()
@@ -224,7 +225,7 @@ def test_cached_images_are_not_drawn_again(monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"not an array", None])
 def test_broken_cache_file_is_replaced(cache, content):
-    drawn = Trifeature(size=20).batch(np.arange(20))["image"]
+    drawn = Trifeature(size=20).examples(np.arange(20))["image"]
     Trifeature(size=20).images()
     (file,) = cache.iterdir()
     whole = file.read_bytes()
@@ -237,7 +238,7 @@ def test_unwritable_cache_falls_back_to_memory(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IFM_JAX_CACHE", str(tmp_path / "file" / "below"))
     source = Trifeature(size=20)
-    np.testing.assert_array_equal(source.images(), Trifeature(size=20).batch(np.arange(20))["image"])
+    np.testing.assert_array_equal(source.images(), Trifeature(size=20).examples(np.arange(20))["image"])
     assert not isinstance(source.images(), np.memmap)
     assert not source.images().flags.writeable
 
@@ -294,5 +295,5 @@ def test_index_out_of_range(index):
 def test_iteration_ends_and_indices_must_be_integers():
     assert sum(1 for _ in Trifeature(size=5)) == 5
     with pytest.raises(ValueError, match="expected integers"):
-        Trifeature(size=5).batch(np.array([0.5]))
-    assert Trifeature(size=5).batch(np.array([], int))["image"].shape == (0, 32, 32, 3)
+        Trifeature(size=5).examples(np.array([0.5]))
+    assert Trifeature(size=5).examples(np.array([], int))["image"].shape == (0, 32, 32, 3)

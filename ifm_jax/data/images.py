@@ -110,7 +110,7 @@ class Images(abc.ABC):
         """A hash of which images these are, in which order; the same wherever they lie."""
         return digest(self._fingerprint())
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Reads several images as they are evaluated: the shorter side resized, the central square cut out.
 
         Args:
@@ -223,7 +223,7 @@ class Cropped(PixelImages):
 
     def pixels(self, index: int) -> np.ndarray:
         """Returns an image; see `PixelImages`."""
-        return self.source.batch(np.array([index]))["image"][0]
+        return self.source.examples(np.array([index]))["image"][0]
 
     def _fingerprint(self) -> list[str | bytes]:
         return [self.source.fingerprint]

@@ -82,7 +82,7 @@ def read_all(
       RunError: if an image cannot be read, or too many.
     """
     if not isinstance(source, ViewSource):
-        return source.batch(np.arange(size))["image"], Copies(size, side)
+        return source.examples(np.arange(size))["image"], Copies(size, side)
     pixels, sizes = np.empty((size, side, side, 3), np.uint8), np.empty((size, 2), np.int32)
 
     def fill(places: range) -> list[tuple[int, str]]:
@@ -224,10 +224,9 @@ class OnDeviceStep:
         split = functools.partial(sharding.split_rows, mesh=self.step.method.mesh)
         chosen = split(images.at[split(row["index"])].get(mode="promise_in_bounds"))
         if "boxes" not in row:
-            return {"query": chosen}
+            return {"views": chosen[:, None]}
         boxes = split(row["boxes"])
-        query, key = (resized_crops(chosen, boxes[:, view], self.image_size) for view in range(2))
-        return {"query": query, "key": key}
+        return {"views": jnp.stack([resized_crops(chosen, boxes[:, i], self.image_size) for i in range(2)], axis=1)}
 
     def jit(self) -> Callable:
         """Returns the compiled form; the state's memory is reused for the new state."""

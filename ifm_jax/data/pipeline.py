@@ -76,10 +76,10 @@ def training_batches(
       remainder: an epoch ends with a smaller batch of what is left, filled up with copies; not dropped.
 
     Yields:
-      `{"query": uint8 (batch_size / hosts, H, W, 3)}`: the images of which both views are made. From a `ViewSource`
-      also `"key"`, likewise: two crops of each image, cut independently; from one that cuts a single view of an image,
-      `{"image": ...}`, as a linear probe trains on. With `indices` also `"index"`, int64
-      `(batch_size / hosts,)`; with `remainder` also `"weight"`, float32 `(batch_size / hosts,)`, 0 for a copy, else 1.
+      `{"views": uint8 (batch_size / hosts, V, H, W, 3)}`: the V crops of each image that a `ViewSource` cuts, two for
+      pre-training and one for a linear probe; of another source the image itself, V = 1. With `indices` also `"index"`,
+      int64 `(batch_size / hosts,)`; with `remainder` also `"weight"`, float32 `(batch_size / hosts,)`, 0 for a copy,
+      else 1.
 
     Raises:
       RunError: if an image cannot be read, or too many.
@@ -169,7 +169,7 @@ class _LookUp:
         self._source, self._indices = source, indices
 
     def __call__(self, part: _Part) -> dict[str, np.ndarray]:
-        return part.finished({"query": self._source.batch(part.images)["image"]}, self._indices)
+        return part.finished({"views": self._source.examples(part.images)["image"][:, None]}, self._indices)
 
 
 class _Cutter:
@@ -192,22 +192,21 @@ class _Cutter:
         # Drawn for the whole global batch, so that hosts do not count.
         uniforms = crop_uniforms(self._seed, part.number, self._batch_size, crops.draws)
         uniforms = uniforms[part.first : part.first + count].tolist()
-        names = ("query", "key") if crops.count == 2 else ("image",)
-        views = {name: np.empty((count, side, side, 3), np.uint8) for name in names}
+        views = np.empty((count, crops.count, side, side, 3), np.uint8)
         images, bad = part.images.copy(), []
 
         def cut(places: range) -> None:
             for place in places:
                 images[place], of_image = self._views(int(images[place]), uniforms[place], bad)
-                for name, view in zip(names, of_image, strict=True):
-                    views[name][place] = view
+                for number, view in enumerate(of_image):
+                    views[place, number] = view
 
         # Every thread takes its share in a few runs: one at a time would cost as much as a tenth of the work.
         run = max(1, count // (4 * self._threads))
         for _ in self._pool.map(cut, [range(count)[first : first + run] for first in range(0, count, run)]):
             pass
         part.images = images
-        return part.finished(views | {_BAD: sorted(bad)}, self._indices)
+        return part.finished({"views": views, _BAD: sorted(bad)}, self._indices)
 
     def _views(self, index: int, uniforms: list[float], bad: list) -> tuple[int, tuple[np.ndarray, ...]]:
         """Returns the image taken and its views; adds the unreadable ones met before, with what is wrong with them."""

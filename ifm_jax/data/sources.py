@@ -36,7 +36,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Returns the number of images."""
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `image`, uint8 `(N, H, W, 3)`, and int32 `(N,)` for each label; as they are evaluated."""
 
     def labels(self) -> dict[str, np.ndarray]:
@@ -175,9 +175,9 @@ class Subset:
         """A hash of which images these are."""
         return hashlib.sha256(self.source.fingerprint.encode() + self.indices.astype("<i8").tobytes()).hexdigest()[:24]
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Returns several images with their labels; see `Source`."""
-        return self.source.batch(self.indices[indices])
+        return self.source.examples(self.indices[indices])
 
     def labels(self) -> dict[str, np.ndarray]:
         """Returns the labels of all images."""

@@ -134,10 +134,10 @@ class Trifeature:
         Raises:
             IndexError: If `index` is not in 0..size - 1.
         """
-        example = self.batch(np.asarray([index]))
+        example = self.examples(np.asarray([index]))
         return {"image": example["image"][0], **{name: int(example[name][0]) for name in self.label_names}}
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Several examples at once.
 
         Args:

@@ -18,9 +18,9 @@ from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import diagnostics, export, knn, linear, pretrained, readout, report
 from ifm_jax.evaluation.features import extract
 from ifm_jax.evaluation.pretrained import Pretrained
-from ifm_jax.runs.loop import Stopped
+from ifm_jax.runs.loop import Outcome
 from ifm_jax.runs.tensorboard import TensorBoardLog
-from ifm_jax.runs.workdir import RESULTS
+from ifm_jax.runs.workdir import Workdir
 
 _READOUT_LIMIT = 2e10  # images x features x classes, up to which logistic regression takes minutes
 
@@ -59,7 +59,7 @@ def evaluate(
     prefix: str = "",
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
-) -> Stopped | None:
+) -> Outcome | None:
     """Evaluates a checkpoint and adds what it finds to results.json.
 
     Args:
@@ -87,7 +87,7 @@ def evaluate(
     if wanted.fast or not others:
         protocol = "fast" if wanted.fast else "full"
         found = linear.run(of, output / f"linear-{protocol}", fast=wanted.fast, devices=devices, quiet=quiet)
-        if isinstance(found, Stopped):
+        if isinstance(found, Outcome):
             return found
         say("")
         if not quiet and not jax.process_index():
@@ -112,7 +112,7 @@ def add_result(output: pathlib.Path, of: Pretrained, name: str, found: dict[str,
     """
     if jax.process_index() > 0:
         return
-    path = output / RESULTS
+    path = Workdir(output).results
     known = files.read_json(path, "pass another --output") or {}
     known[name] = {"checkpoint": of.path, "step": of.step, "source": of.config.data.source} | found
     try:
@@ -122,14 +122,9 @@ def add_result(output: pathlib.Path, of: Pretrained, name: str, found: dict[str,
         raise UsageError(f"{path} cannot be written ({error.strerror}): pass another --output") from None
 
 
-def _features(of: Pretrained, devices, split: str, layer: str = "backbone") -> tuple[np.ndarray, Any]:
-    source = pretrained.labelled(of.config, split)
-    return extract(of.frozen(devices, layer), source), source
-
-
 def _readouts(of: Pretrained, output: pathlib.Path, devices, say) -> None:
-    train, train_source = _features(of, devices, "train")
-    test, test_source = _features(of, devices, "test")
+    train, test = of.features("train", devices), of.features("test", devices)
+    train_source, test_source = of.images("train"), of.images("test")
     found = {}
     for label in pretrained.chosen_labels(of.config, train_source):
         classes = len(train_source.label_names[label])
@@ -145,9 +140,8 @@ def _readouts(of: Pretrained, output: pathlib.Path, devices, say) -> None:
 
 def _knn(of: Pretrained, output: pathlib.Path, devices, say) -> None:
     settings = of.config.eval
-    frozen = of.frozen(devices)
-    train_source, test_source = pretrained.labelled(of.config, "train"), pretrained.labelled(of.config, "test")
-    train, test = extract(frozen, train_source), extract(frozen, test_source)
+    train, test = of.features("train", devices), of.features("test", devices)
+    train_source, test_source = of.images("train"), of.images("test")
     found = {}
     for label in pretrained.chosen_labels(of.config, train_source):
         votes = knn.classify(
@@ -157,7 +151,7 @@ def _knn(of: Pretrained, output: pathlib.Path, devices, say) -> None:
             len(train_source.label_names[label]),
             k=settings.neighbors,
             temperature=settings.temperature,
-            mesh=frozen.mesh,
+            mesh=of.frozen(devices).mesh,
         )
         truth = test_source.labels()[label]
         found[label] = {
@@ -185,7 +179,7 @@ def _diagnostics(of: Pretrained, output: pathlib.Path, devices, say) -> None:
     add_result(output, of, "diagnostics", found)
     if not jax.process_index():
         report.draw_similarities(found, output / "similarities.png")
-        with TensorBoardLog(output / "tensorboard", of.step) as log:
+        with TensorBoardLog(Workdir(output).tensorboard, of.step) as log:
             log.write(of.step, {f"diagnostics/{name}": value for name, value in found.items()})
             log.write_histograms(
                 of.step,
@@ -216,9 +210,9 @@ def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[st
     whole, split = sharding.replicated(embed.mesh), sharding.split(embed.mesh)
 
     def embeddings(weights, batch, number):
-        place = jnp.arange(batch["query"].shape[0], dtype=jnp.int32)
+        place = jnp.arange(batch["views"].shape[0], dtype=jnp.int32)
         rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.linear.seed), number))
-        images = batch["query"], batch.get("key", batch["query"])
+        images = batch["views"][:, 0], batch["views"][:, -1]
         return [
             embed.apply(weights, augment(example_rngs(rng, place), view))
             for rng, view in zip(rngs, images, strict=True)
@@ -261,7 +255,7 @@ def _export(of: Pretrained, wanted: Wanted, devices, say) -> None:
     ):
         if path:
             export.check_suffix(pathlib.Path(path), suffixes, flag)
-    features, source = _features(of, devices, wanted.split, wanted.layer)
+    features, source = of.features(wanted.split, devices, wanted.layer), of.images(wanted.split)
     if jax.process_index():
         return
     if wanted.features:

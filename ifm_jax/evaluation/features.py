@@ -134,7 +134,7 @@ def extract(
 
     def read(begin: int) -> np.ndarray:
         indices = begin + jax.process_index() * local + np.arange(local)
-        return source.batch(np.minimum(indices, count - 1))["image"]
+        return source.examples(np.minimum(indices, count - 1))["image"]
 
     begins = range(0, count, batch_size)
     result, pending = None, None

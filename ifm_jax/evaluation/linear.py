@@ -12,8 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,19 +22,19 @@ import numpy as np
 from ifm_jax import config as configs
 from ifm_jax import files, sharding
 from ifm_jax.augment import ProbeAugmentation, example_rngs
-from ifm_jax.data import BadImages, steps_per_epoch, training_batches
+from ifm_jax.data import steps_per_epoch, training_batches
 from ifm_jax.data.sources import ViewSource, subset
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.evaluation import classifiers
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.evaluation.pretrained import Pretrained, chosen_labels, labelled
-from ifm_jax.runs import checkpoint, loop, metrics_log, start
-from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.evaluation.pretrained import Pretrained, chosen_labels
+from ifm_jax.runs import checkpoint as checkpoints
+from ifm_jax.runs import metrics_log
 from ifm_jax.runs.curves import PROBE
-from ifm_jax.runs.metrics_log import MetricsLog
-from ifm_jax.runs.progress import Progress, Silence
-from ifm_jax.runs.tensorboard import TensorBoardLog
-from ifm_jax.runs.workdir import CHECKPOINTS, CONFIG, CURVES, METRICS, TENSORBOARD, bad_images
+from ifm_jax.runs.hosts import together
+from ifm_jax.runs.loop import Call, Length, Outcome
+from ifm_jax.runs.session import Session
+from ifm_jax.runs.workdir import Workdir
 
 
 class ProbeState(NamedTuple):
@@ -111,169 +110,221 @@ def grid(config: configs.LinearConfig) -> list[tuple[float, float]]:
 
 
 def run(
-    subject: Pretrained,
+    checkpoint: Pretrained,
     directory: str | os.PathLike,
     *,
     fast: bool = False,
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
-) -> dict[str, Result] | loop.Stopped:
+) -> dict[str, Result] | Outcome:
     """Trains classifiers on the frozen backbone, or goes on with what the directory holds.
 
     Args:
-      subject: what is evaluated.
+      checkpoint: what is evaluated.
       directory: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png.
       fast: the fast protocol.
       devices: to run on; None: all there are.
       quiet: no progress on the terminal.
 
     Returns:
-      Label -> result; or, if a signal stopped it, saved, what says so.
+      Label -> result; or, if a signal stopped it, how far it came.
 
     Raises:
       UsageError: for images without labels, or a directory that belongs to another evaluation.
       RunError: if images cannot be read, or the loss is no longer finite.
     """
-    config, linear = subject.config, subject.config.linear
-    directory = pathlib.Path(directory).absolute()
-    frozen = subject.frozen(devices)
-    mesh, digest = frozen.mesh, frozen.digest()
-    if linear.batch_size % mesh.size:
-        raise UsageError(
-            f"linear.batch_size={linear.batch_size} is not a multiple of the {mesh.size} devices: change it, or run on "
-            "fewer devices"
-        )
-    source, test = labelled(config, "train"), labelled(config, "test")
-    names = chosen_labels(config, source)
-    combinations = grid(linear)
-    aside = None
-    if len(combinations) > 1:
-        order = np.random.default_rng(linear.seed).permutation(len(source))
-        count = max(1, round(linear.holdout * len(source)))
-        if count >= len(source):
-            raise UsageError(f"{len(source)} training images are too few to keep {linear.holdout:g} of them aside")
-        aside, source = subset(source, np.sort(order[:count])), subset(source, np.sort(order[count:]))
-    epoch_steps = steps_per_epoch(len(source), linear.batch_size, remainder=True)
-    last_step = linear.epochs * epoch_steps
-    identity = {"protocol": "fast" if fast else "full", "backbone": digest}
-    primary = jax.process_index() == 0
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(start.held(directory, "--output"))
-        start.together(lambda: _open_directory(directory, config, identity, source, test))
-        # Unlike pre-training it starts afresh where none can be read: all it needs is there.
-        stored, damaged = start.together(
-            lambda: checkpoint.find_whole(directory / CHECKPOINTS),
+    probe = _Probe(checkpoint, fast, devices)
+    config, frozen, digest = checkpoint.config, probe.frozen, probe.frozen.digest()
+    workdir = Workdir(directory, "--output")
+    with workdir.held():
+        together(lambda: probe.open(workdir, digest))
+        # Unlike pre-training it starts afresh where no checkpoint can be read: all it needs is there.
+        stored, damaged = together(
+            lambda: checkpoints.find_whole(workdir.checkpoints),
             lambda found: {"step of the checkpoint": int(found[0].state["step"]) if found[0] else 0},
         )
-        notes = start.set_aside(directory, damaged)
-        checkpoints = stack.enter_context(Checkpoints(directory / CHECKPOINTS, keep=2))
+        notes = workdir.set_aside(damaged)
         first = int(stored.state["step"]) if stored else 0
-        log = tensorboard = None
-        if primary:
-            log = stack.enter_context(MetricsLog(directory / METRICS, first))
-            tensorboard = stack.enter_context(TensorBoardLog(directory / TENSORBOARD, first))
-        progress = stack.enter_context(
-            Progress(last_step, epochs=linear.epochs, start_step=first, steps_per_epoch=epoch_steps)
-            if primary and not quiet
-            else Silence()
-        )
-        for line in notes:
-            progress.message(line)
-        unreadable = BadImages(
-            len(source), config.data.max_bad, directory / bad_images(jax.process_index()), progress.message
-        )
+        epochs, batch_size = config.linear.epochs, config.linear.batch_size
+        length = Length(first, epochs * probe.epoch_steps, epochs, probe.epoch_steps, batch_size)
+        with Session(workdir, config, length, keep=2, quiet=quiet) as session:
+            session.say(*notes)
+            held = probe.held(session)
+            state = probe.start(stored)
+            if not length.done:
+                step_fn, batches = probe.training(first, session)
+                with contextlib.closing(batches):
+                    outcome, state = session.run(
+                        lambda state, batch: step_fn(state, frozen.weights, batch),
+                        state,
+                        (Call(sharding.put_batch(frozen.mesh, batch)) for batch in batches),
+                        frozen.mesh,
+                        evaluate=lambda state: _summary({part: of.evaluate(state) for part, of in held.items()}),
+                        evaluate_every=probe.epoch_steps,
+                        panels=PROBE,
+                        remedy="A lower linear.lr may help",
+                    )
+                if outcome.stopped_by is not None:
+                    return outcome
+    if frozen.digest() != digest:
+        raise RunError("a tensor of the frozen backbone has changed: the evaluation is void; please report it")
+    history = [record["heads"] for record in metrics_log.read(workdir.metrics) if "heads" in record]
+    return {label: probe.result(label, history) for label in probe.labels}
 
-        progress.message(f"Features of {len(test):,} held-out images")
-        held = {"test": _Held(frozen, test, names)}
-        if aside is not None:
-            held["holdout"] = _Held(frozen, aside, names)
+
+class _Probe:
+    """What an evaluation is about: the backbone, the images, the classifiers.
+
+    Args:
+      checkpoint: what is evaluated.
+      fast: the fast protocol.
+      devices: to run on; None: all there are.
+
+    Raises:
+      UsageError: for images without labels, too few of them, or a batch that does not fit the devices.
+    """
+
+    def __init__(self, checkpoint: Pretrained, fast: bool, devices: list[jax.Device] | None):
+        self._checkpoint, self._devices, self._config = checkpoint, devices, checkpoint.config
+        self._protocol = "fast" if fast else "full"
+        linear = self._config.linear
+        self.frozen = checkpoint.frozen(devices)
+        if linear.batch_size % self.frozen.mesh.size:
+            raise UsageError(
+                f"linear.batch_size={linear.batch_size} is not a multiple of the {self.frozen.mesh.size} devices: "
+                "change it, or run on fewer devices"
+            )
+        every, self._test = checkpoint.images("train"), checkpoint.images("test")
+        self.labels = chosen_labels(self._config, every)
+        self._combinations = grid(linear)
+        kept, self._aside = np.arange(len(every)), None
+        if len(self._combinations) > 1:
+            order = np.random.default_rng(linear.seed).permutation(len(every))
+            count = max(1, round(linear.holdout * len(every)))
+            if count >= len(every):
+                raise UsageError(f"{len(every)} training images are too few to keep {linear.holdout:g} of them aside")
+            self._aside, kept = np.sort(order[:count]), np.sort(order[count:])
+        self._kept = kept
+        self._train = every if self._aside is None else subset(every, kept)
+        self.epoch_steps = steps_per_epoch(len(self._train), linear.batch_size, remainder=True)
+
+    def open(self, workdir: Workdir, digest: str) -> None:
+        """Writes which evaluation this is, or checks that the directory is this one's.
+
+        Args:
+          workdir: of the evaluation.
+          digest: of the backbone.
+
+        Raises:
+          UsageError: if it cannot be written to, or belongs to another.
+        """
+        settings = configs.to_dict(self._config)
+        identity = {
+            "protocol": self._protocol,
+            "backbone": digest,
+            "linear": settings["linear"],
+            "label": self._config.data.label,
+            "image_size": self._config.data.image_size,
+            "train": self._train.fingerprint,
+            "test": self._test.fingerprint,
+        }
+        known = files.read_json(workdir.evaluation, "pass another --output, or delete it")
+        if known is not None and known != identity:
+            known, now = configs.flatten(known), configs.flatten(identity)
+            differing = [name for name in known | now if known.get(name) != now.get(name)]
+            raise UsageError(
+                f"{workdir} holds another evaluation ({', '.join(differing)} differ): pass another --output, or "
+                "delete it"
+            )
+        if jax.process_index() == 0:
+            with workdir.writing():
+                files.write_json(workdir.config, settings)
+                files.write_json(workdir.evaluation, identity)
+
+    def held(self, session: Session) -> dict[str, "_Held"]:
+        """Returns what the classifiers are tested on: "test", and with several classifiers "holdout"."""
+        session.say(f"Features of {len(self._test):,} held-out images")
+        held = {"test": _Held(self.frozen, self._features("test"), self._test.labels(), self.labels)}
+        if self._aside is not None:
+            aside = subset(self._checkpoint.images("train"), self._aside)
+            # The fast protocol has the features of all training images anyway.
+            fast = self._protocol == "fast"
+            features = self._features("train")[self._aside] if fast else extract(self.frozen, aside)
+            held["holdout"] = _Held(self.frozen, features, aside.labels(), self.labels)
+        return held
+
+    def _features(self, split: str) -> np.ndarray:
+        return self._checkpoint.features(split, self._devices)
+
+    def start(self, stored: checkpoints.Stored | None) -> ProbeState:
+        """Returns the state to go on from, on the devices; a new one where nothing is stored."""
+        features = self._features("test")
 
         def create() -> ProbeState:
-            features = held["test"].features
             return ProbeState(
                 jnp.zeros((), jnp.int32),
                 {
                     label: classifiers.create(
-                        jax.random.fold_in(jax.random.key(linear.seed), number),
-                        len(combinations),
+                        jax.random.fold_in(jax.random.key(self._config.linear.seed), number),
+                        len(self._combinations),
                         features.shape[1],
-                        len(source.label_names[label]),
+                        len(self._train.label_names[label]),
                         features.dtype,
                     )
-                    for number, label in enumerate(names)
+                    for number, label in enumerate(self.labels)
                 },
             )
 
-        placement = sharding.replicated(mesh)
+        placement = sharding.replicated(self.frozen.mesh)
         if stored is None:
-            state = jax.jit(create, out_shardings=placement)()
+            return jax.jit(create, out_shardings=placement)()
+        return sharding.place(checkpoints.fitted(stored.state, jax.eval_shape(create)), placement)
+
+    def training(self, first: int, session: Session) -> tuple[Callable, Iterator[dict[str, np.ndarray]]]:
+        """Returns the compiled step, `(state, weights, batch) -> (state, metrics)`, and its batches.
+
+        Args:
+          first: steps done before.
+          session: shows lines, and takes note of unreadable images.
+        """
+        unreadable = session.bad_images(len(self._train))
+        views = _Views(self.frozen, self._config, self._train, self.labels, unreadable)
+        if self._protocol == "full":
+            batches, features = views.fresh(first), views.features
         else:
-            state = sharding.place(checkpoint.fitted(stored.state, jax.eval_shape(create)), placement)
+            features = lambda weights, batch: batch["features"]  # noqa: E731
+            without_views = None if self._config.linear.views else self._features("train")[self._kept]
+            batches = views.kept(first, session.say, without_views)
+        return _step(self._config, self.labels, self.epoch_steps, self.frozen.mesh, features), batches
 
-        views = _Views(frozen, config, source, names, unreadable)
-        if fast:
-            batches = views.kept(first, progress)
-            step_fn = _step(config, names, epoch_steps, mesh, lambda weights, batch: batch["features"])
-        else:
-            batches = views.fresh(first)
-            step_fn = _step(config, names, epoch_steps, mesh, views.features)
+    def result(self, label: str, history: list[dict[str, Any]]) -> Result:
+        """Returns the result of a label.
 
-        def evaluate(state: ProbeState) -> dict[str, Any]:
-            return _summary({part: of.evaluate(state) for part, of in held.items()})
-
-        if first < last_step:
-            stack.callback(batches.close)
-            stop = stack.enter_context(loop.StopSignals(progress))
-            recorder = loop.Recorder(
-                *(
-                    log,
-                    tensorboard,
-                    progress,
-                    linear.batch_size,
-                    epoch_steps,
-                    config.log_every,
-                    directory / CURVES,
-                ),
-                panels=PROBE,
-                remedy="A lower linear.lr may help",
-            )
-            done, state = loop.run(
-                lambda state, batch: step_fn(state, frozen.weights, batch),
-                state,
-                (loop.Call(sharding.put_batch(mesh, batch)) for batch in batches),
-                first=first,
-                last_step=last_step,
-                recorder=recorder,
-                stop=stop,
-                save=lambda state: checkpoints.save(state, configs.to_dict(config)),
-                checkpoint_every=config.checkpoint_every,
-                evaluate=evaluate,
-                evaluate_every=epoch_steps,
-                vote=sharding.maximum_over_hosts(mesh),
-                check=checkpoints.check,
-            )
-            checkpoints.wait()
-            if done < last_step:
-                return loop.Stopped(done, last_step, stop.signal)
-    if frozen.digest() != digest:
-        raise RunError("a tensor of the frozen backbone has changed: the evaluation is void; please report it")
-    history = [record["heads"] for record in metrics_log.read(directory / METRICS) if "heads" in record]
-    return {label: _result(label, "fast" if fast else "full", combinations, history, source, test) for label in names}
+        Args:
+          label: its name.
+          history: what was logged after each epoch.
+        """
+        return _result(label, self._protocol, self._combinations, history, self._train, self._test)
 
 
 class _Held:
     """Images that classifiers are tested on: their features, computed once, on the devices."""
 
-    def __init__(self, frozen: FrozenEncoder, source: ViewSource, names: list[str], batch_size: int = 1024):
-        self.features, self._count, self._mesh = extract(frozen, source), len(source), frozen.mesh
-        labels = source.labels()
+    def __init__(
+        self,
+        frozen: FrozenEncoder,
+        features: np.ndarray,
+        labels: Mapping[str, np.ndarray],
+        names: list[str],
+        batch_size: int = 1024,
+    ):
+        self._count, self._mesh = len(features), frozen.mesh
         rows = -(-min(batch_size, self._count) // self._mesh.size) * self._mesh.size
         place = sharding.split(self._mesh)
         self._batches = []
         for begin in range(0, self._count, rows):
             index = np.minimum(begin + np.arange(rows), self._count - 1)
-            parts = {"features": self.features[index], "mask": begin + np.arange(rows) < self._count}
+            parts = {"features": features[index], "mask": begin + np.arange(rows) < self._count}
             parts |= {f"label/{name}": labels[name][index] for name in names}
             self._batches.append(
                 {
@@ -336,32 +387,33 @@ class _Views:
     def fresh(self, start: int) -> Iterator[dict[str, np.ndarray]]:
         """Yields crops with labels and weights, new ones in every epoch."""
         for number, batch in enumerate(self._batches(self._source, start, self._bad_images), start):
-            yield self._with_labels(batch) | {"number": np.full(len(batch["image"]), number, np.int32)}
+            yield self._with_labels(batch) | {"number": np.full(len(batch["views"]), number, np.int32)}
 
     def features(self, weights, batch: dict[str, jax.Array]) -> jax.Array:
         """Returns the features of a batch of crops; part of the compiled step."""
         rng = jax.random.fold_in(jax.random.key(self._config.linear.seed), batch["number"][0])
-        place = jnp.arange(batch["image"].shape[0], dtype=jnp.int32)
-        return self._frozen.apply(weights, self._augment(example_rngs(rng, place), batch["image"]))
+        place = jnp.arange(batch["views"].shape[0], dtype=jnp.int32)
+        return self._frozen.apply(weights, self._augment(example_rngs(rng, place), batch["views"][:, 0]))
 
-    def kept(self, start: int, progress) -> Iterator[dict[str, np.ndarray]]:
+    def kept(
+        self, start: int, say: Callable[[str], None], features: np.ndarray | None
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Yields features with labels and weights: those of the first epochs' crops, computed now, in turn.
 
-        Without any views they are those of the images as they are evaluated.
+        Args:
+          start: steps done before.
+          say: shows a line.
+          features: of the images as they are evaluated, `(N, D)`, to be used without any views; None: with views.
         """
-        count, views = len(self._source), self._config.linear.views
-        if not views:
-            progress.message(f"Features of {count:,} training images")
-            stored = extract(self._frozen, self._source)[None]
-        else:
-            stored = self._compute(min(views, self._config.linear.epochs), progress)
+        count, linear = len(self._source), self._config.linear
+        stored = self._compute(min(linear.views, linear.epochs), say) if features is None else features[None]
         steps = steps_per_epoch(count, self._config.linear.batch_size, remainder=True)
         order = self._batches(_Order(count), start)
         for number, batch in enumerate(order, start):
             features = stored[number // steps % len(stored), batch["index"]]
             yield self._with_labels({"features": features, "index": batch["index"], "weight": batch["weight"]})
 
-    def _compute(self, views: int, progress) -> np.ndarray:
+    def _compute(self, views: int, say: Callable[[str], None]) -> np.ndarray:
         """Returns the features of every image's first views, `(views, N, D)`."""
         mesh, count = self._frozen.mesh, len(self._source)
         whole, split = sharding.replicated(mesh), sharding.split(mesh)
@@ -375,9 +427,9 @@ class _Views:
         batches = self._batches(self._source, 0, self._bad_images)
         for number in range(views * steps):
             if number % steps == 0:
-                progress.message(f"Features of {count:,} training images, view {number // steps + 1} of {views}")
+                say(f"Features of {count:,} training images, view {number // steps + 1} of {views}")
             batch = next(batches)
-            batch["number"] = np.full(len(batch["image"]), number, np.int32)
+            batch["number"] = np.full(len(batch["index"]), number, np.int32)
             # What fills a batch up is a copy of another row in it, but flipped by itself: only the first one counts.
             batch["index"] = np.where(batch.pop("weight") > 0, batch["index"], -1)
             features, index = compute(self._frozen.weights, sharding.put_batch(mesh, batch))
@@ -400,7 +452,7 @@ class _Order:
     def __len__(self) -> int:
         return self._size
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Returns no images."""
         return {"image": np.empty((len(indices), 0), np.uint8)}
 
@@ -475,31 +527,3 @@ def _result(label, protocol, combinations, history, source, test) -> Result:
     )
     chosen = int(np.argmax(aside)) if aside else 0
     return Result(label, protocol, len(source.label_names[label]), len(source), len(test), made, chosen)
-
-
-def _open_directory(directory: pathlib.Path, config: configs.Config, subject: dict, source, test) -> None:
-    """Makes the directory, or checks that it is this evaluation's.
-
-    Raises:
-      UsageError: if it cannot be written to, or belongs to another.
-    """
-    settings = configs.to_dict(config)
-    identity = subject | {
-        "linear": settings["linear"],
-        "label": config.data.label,
-        "image_size": config.data.image_size,
-        "train": source.fingerprint,
-        "test": test.fingerprint,
-    }
-    path = directory / "evaluation.json"
-    known = files.read_json(path, "pass another --output, or delete it")
-    if known is not None and known != identity:
-        known, now = configs.flatten(known), configs.flatten(identity)
-        differing = [name for name in known | now if known.get(name) != now.get(name)]
-        raise UsageError(
-            f"{directory} holds another evaluation ({', '.join(differing)} differ): pass another --output, or delete it"
-        )
-    if jax.process_index() == 0:
-        with start.writing(directory, "--output"):
-            files.write_json(directory / CONFIG, settings)
-            files.write_json(path, identity)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.data.sources import SPLITS, ViewSource, open_views, subset
 from ifm_jax.errors import UsageError
-from ifm_jax.evaluation.features import FrozenEncoder
+from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.runs import snapshot
 from ifm_jax.runs.snapshot import Snapshot
 
@@ -31,6 +33,7 @@ class Pretrained:
     config: Config
     snapshot: Snapshot
     path: str
+    _known: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
     def step(self) -> int:
@@ -51,6 +54,26 @@ class Pretrained:
             mesh=sharding.make_mesh(devices),
             layer=layer,
         )
+
+    def images(self, split: str) -> ViewSource:
+        """Returns the labeled images of a split; see `labelled`."""
+        return self._once(("images", split), lambda: labelled(self.config, split))
+
+    def features(self, split: str, devices: list[jax.Device] | None = None, layer: str = "backbone") -> np.ndarray:
+        """Returns the features of the labeled images of a split, `(images, features)`, extracted once.
+
+        Args:
+          split: "train" or "test".
+          devices: as for `frozen`.
+          layer: likewise.
+        """
+        key = ("features", split, layer, None if devices is None else tuple(device.id for device in devices))
+        return self._once(key, lambda: extract(self.frozen(devices, layer), self.images(split)))
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
 
 def load(path: str | os.PathLike, config: Config | None = None, prefix: str = "") -> Pretrained:

@@ -26,6 +26,7 @@ from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import pretrained
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.readout import Readouts, linear_readouts
+from ifm_jax.runs.workdir import Workdir
 
 _OBJECTIVES = {"ifm": "IFM", "ifm_only": "IFM only"}
 _METHODS = {"moco": "MoCo", "simclr": "SimCLR"}
@@ -67,7 +68,7 @@ def read_out_workdir(workdir: str | os.PathLike, name: str | None = None) -> Rea
     Raises:
       UsageError: if there is no run or no checkpoint there, or its images have no labels.
     """
-    of = pretrained.load(workdir, assembly.read_config(workdir))
+    of = pretrained.load(workdir, Workdir(workdir).read_config())
     return read_out(name or method_name(of.config), of.config, of.frozen(jax.local_devices()[:1]), of.step)
 
 
@@ -100,12 +101,12 @@ def grouped(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[str | os.Pa
     """
     groups: list[tuple[Config, list]] = []
     for workdir in workdirs:
-        config = assembly.read_config(workdir)
+        config = Workdir(workdir).read_config()
         alike = configs.from_dict(configs.to_dict(config))
         alike.seed = 0
         for known, members in groups:
             if not configs.differences(alike, known):
-                if any(assembly.read_config(other).seed == config.seed for other in members):
+                if any(Workdir(other).read_config().seed == config.seed for other in members):
                     raise UsageError(f"{workdir} has the config and the seed of another workdir given: name it once")
                 members.append(workdir)
                 break
@@ -249,7 +250,7 @@ def compare(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) ->
 
     groups = grouped(workdirs)
     first = next(iter(groups.values()))
-    results = {"untrained": [read_out_untrained(assembly.read_config(workdir)) for workdir in first]}
+    results = {"untrained": [read_out_untrained(Workdir(workdir).read_config()) for workdir in first]}
     for name, members in groups.items():
         results[name] = [read_out_workdir(workdir, name) for workdir in members]
     report.print_table([mean(name, rows) for name, rows in results.items()])

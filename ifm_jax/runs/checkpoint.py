@@ -31,7 +31,6 @@ from orbax.checkpoint import checkpoint_managers
 
 from ifm_jax import sharding
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.runs.workdir import DAMAGED
 
 Tree = dict[str, Any]
 
@@ -341,32 +340,6 @@ def _crc(value: np.ndarray) -> int:
 
 def _crc_of_json(values: Any) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def set_aside(directory: pathlib.Path, damaged: Mapping[int, str]) -> list[str]:
-    """Moves damaged checkpoints out of the way, to `damaged/` beside the others' directory.
-
-    Args:
-      directory: of the checkpoints.
-      damaged: of each, by its step, what is wrong with it.
-
-    Returns:
-      What the user is told.
-    """
-    return [
-        f"The checkpoint of step {step} is damaged ({reason}): moved to {_set_aside(directory, step)}."
-        for step, reason in damaged.items()
-    ]
-
-
-def _set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
-    target = directory.parent / DAMAGED / str(step)
-    target.parent.mkdir(exist_ok=True)
-    number = 0
-    while target.exists():
-        number += 1
-        target = target.with_name(f"{step}.{number}")
-    return (directory / str(step)).rename(target)
 
 
 def _release(error: BaseException | None) -> None:

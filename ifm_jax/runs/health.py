@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ifm_jax.methods import Method
+
 LEAST_WINDOW = 20  # logged steps: single ones are noisy
 _RISE = 0.05  # of the loss, relative, over the lowest mean since the queue was full
 _NEAR_CHANCE = 3.0  # times chance level
@@ -29,6 +31,19 @@ class Health:
         self._accuracies: collections.deque[float] = collections.deque(maxlen=self._window)
         self._lowest = math.inf
         self._warned: set[str] = set()
+
+    @classmethod
+    def of(cls, method: Method, batch_size: int, images: int, window: int) -> "Health":
+        """Returns the watch over a run of a method.
+
+        Args:
+          method: of the run.
+          batch_size: global.
+          images: of the training set.
+          window: logged steps of an epoch.
+        """
+        full_step = method.full_step(batch_size)
+        return cls(method.negatives(batch_size), images, queue=full_step > 0, full_step=full_step, window=window)
 
     @property
     def chance(self) -> float:

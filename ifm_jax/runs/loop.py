@@ -32,18 +32,42 @@ State = TypeVar("State")
 
 
 @dataclasses.dataclass(frozen=True)
-class Stopped:
-    """How far a loop came that a signal stopped, saved.
+class Outcome:
+    """How a loop ended.
 
     Attributes:
       step: updates done.
       total_steps: updates it is to do.
-      stopped_by: the signal.
+      stopped_by: the signal that stopped it early, saved; None: it is done.
     """
 
     step: int
     total_steps: int
-    stopped_by: signal.Signals
+    stopped_by: signal.Signals | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """How long a loop is, and where it begins.
+
+    Attributes:
+      first: updates done before.
+      last_step: the update to end with.
+      epochs: of the whole recipe, which may be longer.
+      epoch_steps: updates in an epoch.
+      batch_size: images in an update.
+    """
+
+    first: int
+    last_step: int
+    epochs: int
+    epoch_steps: int
+    batch_size: int
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.first >= self.last_step
 
 
 class Call(NamedTuple):
@@ -325,7 +349,7 @@ class Recorder:
     def draw(self) -> None:
         """Draws the curves of all that is logged so far."""
         self._drawn_at = time.perf_counter()
-        if self._log is not None and (records := metrics_log.read(self._curves.with_name("metrics.jsonl"))):
+        if self._log is not None and (records := metrics_log.read(self._log.path)):
             chance = self._health.chance if self._health else None
             draw_curves(records, self._curves, self._panels, chance=chance)
 

@@ -31,7 +31,7 @@ class MetricsLog:
     there is something to cut, and leaves every line that stays as it is, byte for byte.
 
     Args:
-        path: the file; it is created where there is none, its folder must exist.
+        path: the file; it is created where there is none, its folder must exist. Also an attribute.
         last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
 
     Raises:
@@ -39,18 +39,18 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | os.PathLike, last_step: int = 0):
-        self._path = pathlib.Path(path)
+        self.path = pathlib.Path(path)
         kept = []
-        if self._path.exists():
-            kept = [(line, record) for line, record in _parse(self._path) if record["step"] <= last_step]
+        if self.path.exists():
+            kept = [(line, record) for line, record in _parse(self.path) if record["step"] <= last_step]
             content = b"".join(line for line, _ in kept)
-            if content != self._path.read_bytes():
-                with files.replacing(self._path) as temporary, temporary.open("wb") as file:
+            if content != self.path.read_bytes():
+                with files.replacing(self.path) as temporary, temporary.open("wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
         self._last_step = max((record["step"] for _, record in kept), default=0)
-        self._file = self._path.open("ab")
+        self._file = self.path.open("ab")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record as one line and hands it to the operating system.
@@ -69,11 +69,11 @@ class MetricsLog:
         for name, value in plain.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(
-                    f"{name} is {value} at step {plain.get('step')}: {self._path} takes finite numbers only"
+                    f"{name} is {value} at step {plain.get('step')}: {self.path} takes finite numbers only"
                 )
         if not isinstance(plain.get("step"), int) or plain["step"] <= self._last_step:
             raise ValueError(
-                f"step {plain.get('step')} cannot follow step {self._last_step} in {self._path}: "
+                f"step {plain.get('step')} cannot follow step {self._last_step} in {self.path}: "
                 "each record needs an integer step beyond the one before it"
             )
         self._file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")

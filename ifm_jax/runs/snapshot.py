@@ -23,7 +23,7 @@ from ifm_jax.methods import METHODS
 from ifm_jax.pretrain import TrainState
 from ifm_jax.runs import checkpoint, metrics_log
 from ifm_jax.runs.checkpoint import Checkpoints
-from ifm_jax.runs.workdir import CHECKPOINTS, CONFIG, CONVERTED, METRICS
+from ifm_jax.runs.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,17 +193,8 @@ def _read_run(path: str | os.PathLike) -> Snapshot:
         raise UsageError(
             f"{path} holds {', '.join(list(stored.state)[:5])}: expected the state of a pre-training run"
         ) from None
-    origin = _read_origin(workdir / CONVERTED)
+    origin = _read_origin(Workdir(workdir).converted)
     return Snapshot(config, state, origin, _steps_per_epoch(workdir, origin), tuple(notes))
-
-
-def stored_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """Returns the config in the newest checkpoint of a workdir whose config can be read; None: there is none."""
-    directory = pathlib.Path(workdir) / CHECKPOINTS
-    for step in reversed(checkpoint.steps(directory)):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            return checkpoint.read_config(directory / str(step))
-    return None
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
@@ -214,8 +205,9 @@ def _checkpoints(path: pathlib.Path) -> pathlib.Path:
     """Returns the directory of the checkpoints that `path` stands for."""
     if not path.exists():
         raise UsageError(f"{path} is not there: expected the workdir of a run, one of its checkpoints, or a .pth.tar")
-    directory = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    if directory.name == CHECKPOINTS:
+    inside = Workdir(path).checkpoints
+    directory = inside if inside.is_dir() else path
+    if directory.name == inside.name:
         return directory
     raise UsageError(f"{path} holds no checkpoints: expected the workdir of a run, or one of its checkpoints")
 
@@ -233,7 +225,7 @@ def _read_origin(path: pathlib.Path) -> Origin | None:
 def _steps_per_epoch(workdir: pathlib.Path, origin: Origin | None) -> int | None:
     """What a run's metrics, or else the converted file, say about the length of an epoch."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError, ZeroDivisionError, TypeError):
-        last = metrics_log.read(workdir / METRICS)[-1]
+        last = metrics_log.read(Workdir(workdir).metrics)[-1]
         return round(last["step"] / last["epoch"])
     return steps_in_epoch(origin.epoch, origin.step) if origin else None
 
@@ -258,18 +250,18 @@ def write(snapshot: Snapshot, directory: str | os.PathLike, overwrite: bool = Fa
     occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     if occupied and not overwrite:
         raise UsageError(f"{directory} is there already: name another directory, or pass --overwrite")
-    if occupied and not (directory / CHECKPOINTS).is_dir():
+    if occupied and not Workdir(directory).checkpoints.is_dir():
         raise UsageError(f"{directory} is no run's workdir, and is not overwritten: name another directory")
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         config = configs.to_dict(snapshot.config)
-        with Checkpoints(temporary / CHECKPOINTS) as checkpoints:
+        with Checkpoints(Workdir(temporary).checkpoints) as checkpoints:
             checkpoints.save(snapshot.state, config)
-        files.write_json(temporary / CONFIG, config)
+        files.write_json(Workdir(temporary).config, config)
         if snapshot.origin:
-            files.write_json(temporary / CONVERTED, dataclasses.asdict(snapshot.origin))
+            files.write_json(Workdir(temporary).converted, dataclasses.asdict(snapshot.origin))
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")
             directory.rename(old)

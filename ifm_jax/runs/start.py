@@ -10,12 +10,9 @@ In the order in which it is decided:
 Of several hosts each decides the same, or all end before the first step: what they must agree on is compared.
 """
 
-import contextlib
 import dataclasses
-import json
-import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -28,12 +25,13 @@ from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.data import Source, open_source, steps_per_epoch
 from ifm_jax.errors import UsageError
-from ifm_jax.methods import METHODS
+from ifm_jax.methods import METHODS, Method
 from ifm_jax.models import only_head, without_head
-from ifm_jax.pretrain import TrainState
+from ifm_jax.pretrain import TrainState, placements
 from ifm_jax.runs import checkpoint, memory, snapshot
+from ifm_jax.runs.hosts import together
 from ifm_jax.runs.snapshot import Snapshot
-from ifm_jax.runs.workdir import CHECKPOINTS, CONFIG, CONVERTED, DATA, locked
+from ifm_jax.runs.workdir import Workdir
 
 Answer = TypeVar("Answer")
 
@@ -57,8 +55,13 @@ class Start:
     weights: Snapshot | None
     said: list[str]
 
+    @property
+    def step(self) -> int:
+        """Updates done before."""
+        return 0 if self.state is None else int(self.state.step)
 
-def open_run(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
+
+def open_run(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
     """Returns the resolved config and the training images, the same on all hosts; JAX is configured.
 
     Raises:
@@ -67,47 +70,7 @@ def open_run(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> 
     return together(lambda: _open(config, workdir, mesh), lambda opened: _identity(*opened))
 
 
-@contextlib.contextmanager
-def held(directory: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
-    """Makes a directory and keeps others that write there out of it while the block runs; process 0 does so for all.
-
-    Args:
-      directory: of a run, or of an evaluation.
-      flag: that names another one, for the error.
-
-    Raises:
-      UsageError: if another process is in it, or it cannot be made.
-    """
-
-    def hold() -> None:
-        if jax.process_index() == 0:
-            with writing(directory, flag):
-                directory.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(directory, flag))
-
-    with contextlib.ExitStack() as stack:
-        together(hold)
-        yield
-
-
-@contextlib.contextmanager
-def writing(directory: pathlib.Path, flag: str = "--workdir") -> Iterator[None]:
-    """Turns what keeps its block from writing to a directory into a `UsageError`; arguments as for `held`."""
-    try:
-        yield
-    except OSError as error:
-        name = flag.lstrip("-")
-        raise UsageError(
-            f"{name} {directory} cannot be written to ({error.strerror}): pass the {flag} of a directory that can"
-        ) from None
-
-
-def set_aside(directory: pathlib.Path, damaged: Mapping[int, str]) -> list[str]:
-    """Moves damaged checkpoints of a workdir out of the way, process 0 for all; returns what the user is told."""
-    return together(lambda: checkpoint.set_aside(directory / CHECKPOINTS, damaged) if jax.process_index() == 0 else [])
-
-
-def open_workdir(config: Config, workdir: pathlib.Path, source: Source) -> Start:
+def open_workdir(config: Config, workdir: Workdir, source: Source) -> Start:
     """Looks at what the working directory holds; damaged checkpoints are moved out of the way.
 
     Args:
@@ -121,18 +84,40 @@ def open_workdir(config: Config, workdir: pathlib.Path, source: Source) -> Start
     together(lambda: _open_workdir(workdir, config, source))  # process 0 writes, then all look
     create = assembly.state_creator(config)
     (state, damaged), weights = together(lambda: _find(workdir, config, create), lambda found: _facts(*found))
-    said = set_aside(workdir, damaged)
+    said = workdir.set_aside(damaged)
     return Start(state, weights, said)
 
 
-def _open(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
+def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method) -> TrainState:
+    """Returns the state that a run goes on from, or starts with, on the devices; `begin` lets go of its arrays.
+
+    Args:
+      begin: what `open_workdir` found; what the user is told of the weights is added to it.
+      config: resolved.
+      mesh: the devices.
+      method: of the run.
+    """
+    placement = placements(mesh, method)
+    create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placement)
+    rng = sharding.place_key(mesh, assembly.initial_rngs(config)[0])
+    state, weights = begin.state, begin.weights
+    begin.state = begin.weights = None  # their memory
+    if weights is not None:
+        state, notes = started_with(weights, jax.device_get(create(rng)), config.method)
+        begin.said.append(f"Starting with {config.init_from}: {'; '.join([*notes, *weights.notes])}.")
+    if state is None:
+        return create(rng)
+    return jax.tree.map(lambda where, part: sharding.place(part, where), placement, state)
+
+
+def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
     """Returns the resolved config and the images; JAX is configured.
 
     Raises:
       UsageError: for a config that cannot be run.
     """
     configs.validate(config, devices=mesh.size)
-    config = assembly.resolve(config, assembly.find_config(workdir))
+    config = assembly.resolve(config, workdir.find_config())
     assembly.configure_jax(config.model.compute_dtype)
     assembly.make_augmentation(config)
     memory.check(config, mesh)
@@ -140,7 +125,7 @@ def _open(config: Config, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tup
     source = open_source(config.data, "train")
     size = min(config.data.limit or len(source), len(source))
     memory.check_steps(config, steps_per_epoch(size, config.batch_size))
-    if (workdir / CONVERTED).exists() and (missing := snapshot.read(workdir).missing):
+    if workdir.converted.exists() and (missing := snapshot.read(workdir.path).missing):
         raise UsageError(
             f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
             "expected a complete one (query and key encoder, queue)"
@@ -161,50 +146,8 @@ def _identity(config: Config, source: Source) -> dict[str, Any]:
     }
 
 
-def together(action: Callable[[], Answer], facts: Callable[[Answer], Mapping[str, Any]] = lambda _: {}) -> Answer:
-    """Does a part of the start on every host, and ends all of them if one cannot, or if they find different facts.
-
-    Args:
-      action: of this host.
-      facts: what its answer must have in common with the others', by name, as JSON.
-
-    Returns:
-      This host's answer.
-
-    Raises:
-      UsageError: this host's, or another's, or one that names the facts that differ.
-    """
-    if jax.process_count() == 1:
-        return action()
-    try:
-        answer = action()
-        mine = {"facts": dict(facts(answer))}
-    except (UsageError, OSError) as error:
-        mine = {"error": str(error)}
-    every = [json.loads(text) for text in sharding.gather_text(json.dumps(mine))]
-    if "error" in mine:
-        raise UsageError(mine["error"])
-    differing = []
-    for number, other in enumerate(every):
-        if "error" in other:
-            raise UsageError(f"process {number} cannot start: {other['error']}")
-        theirs, ours = other["facts"], every[0]["facts"]
-        differing += [
-            f"{name}: {ours.get(name)!r} on process 0, {theirs.get(name)!r} on process {number}"
-            for name in ours | theirs
-            if ours.get(name) != theirs.get(name)
-        ]
-    if differing:
-        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise UsageError(
-            f"the processes differ in {'; '.join(differing[:5])}{more}: start all of them with the same command, code "
-            "and images"
-        )
-    return answer
-
-
 def _find(
-    workdir: pathlib.Path, config: Config, create: Callable[[], TrainState]
+    workdir: Workdir, config: Config, create: Callable[[], TrainState]
 ) -> tuple[tuple[TrainState | None, dict[int, str]], Snapshot | None]:
     """Returns what the workdir holds, as `checkpoint.newest_whole`, and where that is nothing, what `init_from` does.
 
@@ -212,18 +155,16 @@ def _find(
       UsageError: if what is there cannot be read, or `init_from` is another network's.
     """
     deadline = time.monotonic() + _SHARED_WITHIN
-    while not (workdir / CONFIG).exists():
+    while not workdir.config.exists():
         if time.monotonic() > deadline:
             raise UsageError(
                 f"workdir {workdir} is not the one that process 0 has made: expected a directory on storage that all "
                 "processes share"
             )
         time.sleep(1.0)
-    stored, damaged = checkpoint.newest_whole(workdir / CHECKPOINTS, jax.eval_shape(create))
+    stored, damaged = checkpoint.newest_whole(workdir.checkpoints, jax.eval_shape(create))
     if stored is not None or not config.init_from:
         return (stored and stored.state, damaged), None
-    from ifm_jax.runs import snapshot
-
     given = snapshot.read(config.init_from)
     # Head and memory may be another's; they are made anew then.
     snapshot.check_config(config, given, config.init_from, backbone=True)
@@ -271,13 +212,13 @@ def started_with(given: Snapshot, fresh: TrainState, method: str) -> tuple[Train
     return fresh._replace(params=params, batch_stats=batch_stats, memory=memory), notes + of_memory
 
 
-def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None:
+def _open_workdir(workdir: Workdir, config: Config, source: Source) -> None:
     """Writes config.json and data.json, once they are known to be this run's.
 
     Raises:
       UsageError: if they cannot be written, or belong to a run with another config or on other images.
     """
-    known = assembly.find_config(workdir)
+    known = workdir.find_config()
     if known is not None:
         known = assembly.resolve(known, config)  # one that was converted leaves open what this run has settled
     if known is not None and (differing := configs.differences(config, known)):
@@ -286,7 +227,7 @@ def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None
             "pass another --workdir, or the config it was started with"
         )
     images = {"images": len(source), "fingerprint": source.fingerprint}
-    path = workdir / DATA
+    path = workdir.data
     noted = files.read_json(path, "remove it, and its images are not checked")
     earlier = [images | {"fingerprint": fingerprint} for fingerprint in source.earlier_fingerprints]
     if noted is not None and noted not in (images, *earlier):
@@ -303,8 +244,7 @@ def _open_workdir(workdir: pathlib.Path, config: Config, source: Source) -> None
         )
     if jax.process_index() > 0:
         return
-    with writing(workdir):
-        for leftover in workdir.glob("*.*.tmp"):  # of a process that died as it wrote one of these files
-            leftover.unlink(missing_ok=True)
-        files.write_json(workdir / CONFIG, configs.to_dict(config))
+    with workdir.writing():
+        workdir.remove_leftovers()
+        files.write_json(workdir.config, configs.to_dict(config))
         files.write_json(path, images)

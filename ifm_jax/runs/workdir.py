@@ -1,68 +1,199 @@
-"""The working directory of a run: what its files are called, and the lock that one process at a time holds on it."""
+"""The working directory of a run: the names of what lies in it, its lock, its config."""
 
 import contextlib
 import json
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import filelock
+import jax
 
+from ifm_jax import config as configs
+from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-
-CONFIG = "config.json"  # the resolved config
-DATA = "data.json"  # which images the run is on
-CHECKPOINTS = "checkpoints"  # Orbax, a folder a step
-DAMAGED = "damaged"  # checkpoints that could not be read
-CONVERTED = "converted.json"  # of a converted checkpoint: where it comes from
-METRICS = "metrics.jsonl"  # a line a logged step
-TENSORBOARD = "tensorboard"  # event files
-CURVES = "curves.png"
-RESULTS = "results.json"  # what evaluations have measured
-LOCK = ".lock"
+from ifm_jax.runs import checkpoint
+from ifm_jax.runs.hosts import together
 
 
-def bad_images(process: int = 0) -> str:
-    """Returns the name of the list of images that a process could not read; every process meets others."""
-    return f"bad_images.{process}.txt" if process else "bad_images.txt"
-
-
-@contextlib.contextmanager
-def locked(directory: str | os.PathLike, flag: str = "--workdir") -> Iterator[None]:
-    """Holds the lock of a directory, which exists, while the block runs.
-
-    The operating system lets go of it when the process ends, however it ends; so a dead process blocks nobody. The
-    file stays, since removing it would let two processes lock two files of one name.
+class Workdir:
+    """The directory of a run, or of an evaluation. It knows the names; what lies there is written and read by others.
 
     Args:
-      directory: of a run, or of an evaluation.
-      flag: that names another directory, for the error.
+      path: of the directory, which may not exist yet.
+      flag: that names another one, for errors.
 
-    Raises:
-      UsageError: if another process holds it; names that process.
-      OSError: if the file cannot be made.
+    Attributes:
+      path: absolute.
+      config: config.json, the resolved config.
+      data: data.json, which images the run is on.
+      evaluation: evaluation.json, which evaluation it is, in a directory of one.
+      checkpoints: checkpoints/, Orbax, a folder a step.
+      damaged: damaged/, checkpoints that could not be read.
+      converted: converted.json, where a converted checkpoint comes from.
+      metrics: metrics.jsonl, a line a logged step.
+      tensorboard: tensorboard/, event files.
+      curves: curves.png.
+      results: results.json, what evaluations have measured.
     """
-    path = pathlib.Path(directory) / LOCK
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise UsageError(
-            f"{directory} is in use by {_holder(path)}: wait for it, stop it, or pass another {flag}"
-        ) from None
-    try:
-        with contextlib.suppress(OSError):  # a full disk takes the name of the holder, not the lock
-            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
-        yield
-    finally:
-        lock.release()
 
+    def __init__(self, path: str | os.PathLike, flag: str = "--workdir"):
+        self.path, self.flag = pathlib.Path(path).absolute(), flag
+        self.config = self.path / "config.json"
+        self.data = self.path / "data.json"
+        self.evaluation = self.path / "evaluation.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.damaged = self.path / "damaged"
+        self.converted = self.path / "converted.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.curves = self.path / "curves.png"
+        self.results = self.path / "results.json"
+        self._lock = self.path / ".lock"
 
-def _holder(path: pathlib.Path) -> str:
-    """Says which process holds a lock, as far as the file tells."""
-    try:
-        holder = json.loads(path.read_text())
-        return f"process {int(holder['pid'])} on {holder['host']}"
-    except (OSError, ValueError, TypeError, KeyError):
-        return "another process"
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def bad_images(self) -> pathlib.Path:
+        """The list of the images that this process could not read; every process meets others."""
+        process = jax.process_index()
+        return self.path / (f"bad_images.{process}.txt" if process else "bad_images.txt")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the directory, and keeps others out of it while the block runs; process 0 does so for all.
+
+        Raises:
+          UsageError: if another process is in it, or it cannot be made.
+        """
+
+        def hold() -> None:
+            if jax.process_index() == 0:
+                with self.writing():
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(self.locked())
+
+        with contextlib.ExitStack() as stack:
+            together(hold)
+            yield
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the lock of the directory, which exists, while the block runs.
+
+        The operating system releases it when the process ends, however it ends; so a dead process blocks nobody. The
+        file stays, since removing it would let two processes lock two files of one name.
+
+        Raises:
+          UsageError: if another process holds it; names that process.
+          OSError: if the file cannot be made.
+        """
+        lock = filelock.FileLock(self._lock)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UsageError(
+                f"{self.path} is in use by {self._holder()}: wait for it, stop it, or pass another {self.flag}"
+            ) from None
+        try:
+            with contextlib.suppress(OSError):  # a full disk takes the name of the holder, not the lock
+                self._lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+            yield
+        finally:
+            lock.release()
+
+    def _holder(self) -> str:
+        """Says which process holds the lock, as far as the file tells."""
+        try:
+            holder = json.loads(self._lock.read_text())
+            return f"process {int(holder['pid'])} on {holder['host']}"
+        except (OSError, ValueError, TypeError, KeyError):
+            return "another process"
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns what keeps its block from writing to the directory into a `UsageError`."""
+        try:
+            yield
+        except OSError as error:
+            name = self.flag.lstrip("-")
+            raise UsageError(
+                f"{name} {self.path} cannot be written to ({error.strerror}): pass the {self.flag} of a directory that "
+                "can"
+            ) from None
+
+    def remove_leftovers(self) -> None:
+        """Removes the temporary files of a process that died as it wrote one of the files here."""
+        for leftover in self.path.glob("*.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def set_aside(self, damaged: Mapping[int, str]) -> list[str]:
+        """Moves damaged checkpoints out of the way, to `damaged/`; process 0 does so for all.
+
+        Args:
+          damaged: step -> what is wrong with its checkpoint.
+
+        Returns:
+          What the user is told.
+        """
+        return together(
+            lambda: [
+                f"The checkpoint of step {step} is damaged ({reason}): moved to {self._set_aside(step)}."
+                for step, reason in damaged.items()
+                if jax.process_index() == 0
+            ]
+        )
+
+    def _set_aside(self, step: int) -> pathlib.Path:
+        target = self.damaged / str(step)
+        self.damaged.mkdir(exist_ok=True)
+        number = 0
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}.{number}")
+        return (self.checkpoints / str(step)).rename(target)
+
+    def find_config(self) -> Config | None:
+        """Returns the config of the run here; None: there is no run.
+
+        It is that of its newest checkpoint, which nobody can change by hand, with the fields that are free on resuming
+        as config.json has them; config.json alone decides while there is no checkpoint.
+
+        Raises:
+          UsageError: if config.json is needed and cannot be read.
+        """
+        stored = self._stored_config()
+        try:
+            written = configs.from_json(self.config.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            written = None
+        except (OSError, ValueError) as error:  # UsageError is a ValueError
+            if stored is None:
+                raise UsageError(
+                    f"{self.config} cannot be read ({error}): expected the config of a training run"
+                ) from None
+            written = None
+        return stored if stored is not None and (written is None or configs.differences(stored, written)) else written
+
+    def _stored_config(self) -> Config | None:
+        """Returns the config in the newest checkpoint whose config can be read; None: there is none."""
+        for step in reversed(checkpoint.steps(self.checkpoints)):
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                stored = checkpoint.read_config(self.checkpoints / str(step))
+                break
+        else:
+            return None
+        return configs.from_dict(stored)
+
+    def read_config(self) -> Config:
+        """Returns the config of the run here; see `find_config`.
+
+        Raises:
+          UsageError: if there is none, or it cannot be read.
+        """
+        config = self.find_config()
+        if config is None:
+            raise UsageError(f"{self.config} is not there: expected the workdir of a training run")
+        return config

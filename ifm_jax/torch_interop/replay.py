@@ -128,8 +128,7 @@ def replay(
         rates = sharding.place_everywhere(mesh, np.concatenate([np.zeros(first_step), rates]).astype(dtype))
         rng = sharding.place_key(mesh, assembly.initial_rngs(config)[1])
         state = _place(start.state, optimizer, dtype, sharding.replicated(mesh))
-        names = [name for name in ("query", "key", "permutation") if name in views]
-        batches = ({name: _cast(views[name][step], dtype) for name in names} for step in range(steps))
+        batches = (_batch(views, step, dtype) for step in range(steps))
 
         embed = jax.jit(
             lambda params, stats, images: encoder(params, stats, images, train=True)[0],
@@ -140,7 +139,7 @@ def replay(
         for batch in batches:
             batch = sharding.put_batch(mesh, batch)
             if queries is None:
-                queries = np.asarray(embed(state.params, state.batch_stats, batch["query"]))
+                queries = np.asarray(embed(state.params, state.batch_stats, batch["views"][:, 0]))
                 pointer = int(state.memory.queue_ptr)
                 step_fn = step_fn.lower(state, batch, rng, rates).compile(compiler_options)
             state, metrics = step_fn(state, batch, rng, rates)
@@ -202,6 +201,14 @@ def _place(state: TrainState, optimizer, dtype: str, placement: jax.sharding.Sha
         ) from None
     state = state._replace(opt_state=opt_state)
     return jax.tree.map(lambda x: jax.device_put(_cast(np.asarray(x), dtype), placement), state)
+
+
+def _batch(views: dict[str, np.ndarray], step: int, dtype: str) -> dict[str, np.ndarray]:
+    """Returns the batch of a recorded step."""
+    batch = {"views": _cast(np.stack([views["query"][step], views["key"][step]], axis=1), dtype)}
+    if "permutation" in views:
+        batch["permutation"] = _cast(views["permutation"][step], dtype)
+    return batch
 
 
 def _cast(values: np.ndarray, dtype: str) -> np.ndarray:

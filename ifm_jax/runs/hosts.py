@@ -1,0 +1,54 @@
+"""What several hosts of a run do as one: all of them succeed in it, or all of them end."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from ifm_jax import sharding
+from ifm_jax.errors import UsageError
+
+Answer = TypeVar("Answer")
+
+
+def together(action: Callable[[], Answer], facts: Callable[[Answer], Mapping[str, Any]] = lambda _: {}) -> Answer:
+    """Does a part of the start on every host, and ends all of them if one cannot, or if they find different facts.
+
+    Args:
+      action: of this host.
+      facts: what its answer must have in common with the others', by name, as JSON.
+
+    Returns:
+      This host's answer.
+
+    Raises:
+      UsageError: this host's, or another's, or one that names the facts that differ.
+    """
+    if jax.process_count() == 1:
+        return action()
+    try:
+        answer = action()
+        mine = {"facts": dict(facts(answer))}
+    except (UsageError, OSError) as error:
+        mine = {"error": str(error)}
+    every = [json.loads(text) for text in sharding.gather_text(json.dumps(mine))]
+    if "error" in mine:
+        raise UsageError(mine["error"])
+    differing = []
+    for number, other in enumerate(every):
+        if "error" in other:
+            raise UsageError(f"process {number} cannot start: {other['error']}")
+        theirs, ours = other["facts"], every[0]["facts"]
+        differing += [
+            f"{name}: {ours.get(name)!r} on process 0, {theirs.get(name)!r} on process {number}"
+            for name in ours | theirs
+            if ours.get(name) != theirs.get(name)
+        ]
+    if differing:
+        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise UsageError(
+            f"the processes differ in {'; '.join(differing[:5])}{more}: start all of them with the same command, code "
+            "and images"
+        )
+    return answer

@@ -1,0 +1,163 @@
+"""What surrounds a loop in a working directory: checkpoints, metrics, progress, signals; for all loops alike."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from ifm_jax import config as configs
+from ifm_jax import sharding
+from ifm_jax.config import Config
+from ifm_jax.data import BadImages
+from ifm_jax.runs import loop
+from ifm_jax.runs.checkpoint import Checkpoints
+from ifm_jax.runs.curves import PRETRAINING, Panels
+from ifm_jax.runs.health import Health
+from ifm_jax.runs.loop import Call, Length, Outcome, Recorder, State, StopSignals
+from ifm_jax.runs.metrics_log import MetricsLog
+from ifm_jax.runs.progress import Progress, Silence
+from ifm_jax.runs.tensorboard import TensorBoardLog
+from ifm_jax.runs.workdir import Workdir
+
+
+class Session:
+    """One process's work on a loop, in a working directory that it holds.
+
+    On entering it, checkpoints, logs and progress are open; on leaving it, they are closed, and a checkpoint under way
+    is written. On several hosts only process 0 logs.
+
+    Args:
+      workdir: which exists and is held.
+      config: of the run.
+      length: of the loop.
+      keep: checkpoints to keep; 0: all.
+      best: the name of the measurement whose best checkpoint is kept too; empty: none.
+      full_step: the step at which MoCo's queue is full of real keys, for the progress line.
+      quiet: no progress on the terminal.
+
+    Attributes:
+      progress: shows lines, and how far the loop is.
+    """
+
+    def __init__(
+        self,
+        workdir: Workdir,
+        config: Config,
+        length: Length,
+        *,
+        keep: int,
+        best: str = "",
+        full_step: int = 0,
+        quiet: bool = False,
+    ):
+        self._workdir, self._config, self._length = workdir, config, length
+        self._keep, self._best, self._full_step, self._quiet = keep, best, full_step, quiet
+        self._stack = contextlib.ExitStack()
+        self._log: MetricsLog | None = None
+        self._tensorboard: TensorBoardLog | None = None
+        self.progress: Progress | Silence = Silence()
+
+    def __enter__(self) -> "Session":
+        with contextlib.ExitStack() as stack:
+            self._checkpoints = stack.enter_context(Checkpoints(self._workdir.checkpoints, self._keep, self._best))
+            if jax.process_index() == 0:
+                self._log = stack.enter_context(MetricsLog(self._workdir.metrics, self._length.first))
+                self._tensorboard = stack.enter_context(TensorBoardLog(self._workdir.tensorboard, self._length.first))
+                if not self._quiet:
+                    self.progress = Progress(
+                        self._length.last_step,
+                        epochs=self._length.epochs,
+                        start_step=self._length.first,
+                        steps_per_epoch=self._length.epoch_steps,
+                        full_step=self._full_step,
+                    )
+            stack.enter_context(self.progress)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._stack.__exit__(*exception)
+
+    def say(self, *lines: str) -> None:
+        """Shows lines to the user."""
+        for line in lines:
+            self.progress.message(line)
+
+    def bad_images(self, count: int) -> BadImages:
+        """Returns what takes note of unreadable images.
+
+        Args:
+          count: images of the data set.
+        """
+        return BadImages(count, self._config.data.max_bad, self._workdir.bad_images, self.progress.message)
+
+    def run(
+        self,
+        step_fn: Callable,
+        state: State,
+        calls: Iterator[Call],
+        mesh: jax.sharding.Mesh,
+        *,
+        evaluate: Callable[[State], Mapping[str, Any]] | None = None,
+        evaluate_every: int = 0,
+        measured: Callable[[State], Mapping[str, float] | None] = lambda state: None,
+        checkpoint_minutes: float = 0.0,
+        health: Health | None = None,
+        panels: Panels = PRETRAINING,
+        remedy: str = "A lower optim.lr, or a higher temperature, may help",
+    ) -> tuple[Outcome, State]:
+        """Runs the loop to its end, or until a signal stops it; what is saved is then written.
+
+        Args:
+          step_fn: `(state, batch) -> (state, metrics)`, compiled; see `loop.run`.
+          state: before the first step.
+          calls: what `step_fn` is called with; see `loop.run`.
+          mesh: the devices.
+          evaluate: what it returns is added to the metrics of its step.
+          evaluate_every: steps between two evaluations; 0: none.
+          measured: returns what an evaluation has measured of a state, for the best checkpoint.
+          checkpoint_minutes: most minutes between two checkpoints; 0: steps alone decide.
+          health: watches the metrics; None: nobody does.
+          panels: of curves.png.
+          remedy: what the user is told when a loss is not finite.
+
+        Returns:
+          How it ended, and the last state.
+
+        Raises:
+          RunError: if a loss is not finite, or a checkpoint cannot be written.
+        """
+        config, length = self._config, self._length
+        recorder = Recorder(
+            self._log,
+            self._tensorboard,
+            self.progress,
+            length.batch_size,
+            length.epoch_steps,
+            config.log_every,
+            self._workdir.curves,
+            panels,
+            remedy,
+            health,
+        )
+        with StopSignals(self.progress) as stop:
+            done, state = loop.run(
+                step_fn,
+                state,
+                calls,
+                first=length.first,
+                last_step=length.last_step,
+                recorder=recorder,
+                stop=stop,
+                save=lambda state: self._checkpoints.save(state, configs.to_dict(config), measured(state)),
+                checkpoint_every=config.checkpoint_every,
+                checkpoint_seconds=60.0 * checkpoint_minutes,
+                evaluate=evaluate,
+                evaluate_every=evaluate_every,
+                save_evaluated=bool(self._best),
+                check=self._checkpoints.check,
+                vote=sharding.maximum_over_hosts(mesh),
+            )
+            self._checkpoints.wait()
+        return Outcome(done, length.last_step, stop.signal if done < length.last_step else None), state
