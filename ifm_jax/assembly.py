@@ -1,5 +1,7 @@
 """From a config to the parts of a run: encoder, method, augmentation, optimizer, step, the state it starts with."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -101,7 +103,7 @@ def initial_rngs(config: Config) -> tuple[jax.Array, jax.Array]:
     return start, steps
 
 
-def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method:
+def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method[Any]:
     """Returns the method of a resolved config.
 
     Args:

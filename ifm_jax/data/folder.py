@@ -35,7 +35,7 @@ class Folder(EncodedImages):
 
     def __init__(
         self,
-        root: str | os.PathLike,
+        root: str | os.PathLike[str],
         paths: Sequence[str],
         image_size: int,
         class_names: Sequence[str] = (),

@@ -9,7 +9,8 @@ same boxes are cut, on the device (`OnDeviceStep`), from a copy of `data.cache_s
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from ifm_jax.data.order import EpochOrder, crop_uniforms
 from ifm_jax.data.pipeline import steps_per_epoch
 from ifm_jax.data.sources import Source, ViewSource
 from ifm_jax.errors import UsageError
-from ifm_jax.pretrain import PretrainStep, TrainState, placements
+from ifm_jax.pretrain import DeviceState, PretrainStep, placements
 
 _RUN = 256  # images of a task
 _SHARE = 0.8  # of a device's memory that images may take
@@ -159,6 +160,9 @@ def _boxes(copies: Copies, index: np.ndarray, seed: int, number: int) -> np.ndar
     return np.stack(boxes, axis=1) * to_copy[:, None]
 
 
+_Carried = tuple[DeviceState[Any], dict[str, jax.Array]]  # a state, and metrics
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnDeviceStep:
     """`(state, images, call, rng, learning_rates) -> (state, metrics)`: several steps of pre-training.
@@ -175,12 +179,12 @@ class OnDeviceStep:
 
     def __call__(
         self,
-        state: TrainState,
+        state: DeviceState[Any],
         images: jax.Array,
         call: dict[str, jax.Array],
         rng: jax.Array,
         learning_rates: jax.Array | None = None,
-    ):
+    ) -> _Carried:
         """Trains on some batches.
 
         Args:
@@ -196,7 +200,7 @@ class OnDeviceStep:
         """
         rows = {name: call[name] for name in ("index", "boxes") if name in call}
 
-        def one(state, number):
+        def one(state: DeviceState[Any], number: jax.Array | int) -> _Carried:
             batch = self.batch(images, {name: row[number] for name, row in rows.items()})
             return self.step(state, batch, rng, learning_rates)
 
@@ -204,7 +208,7 @@ class OnDeviceStep:
             state, metrics = one(state, 0)
             return state, {name: value[None] for name, value in metrics.items()}
 
-        def body(number, carried):
+        def body(number: jax.Array, carried: _Carried) -> _Carried:
             state, metrics = carried
             state, of_step = one(state, number)
             return state, {name: metrics[name].at[number].set(value) for name, value in of_step.items()}
@@ -228,12 +232,12 @@ class OnDeviceStep:
         boxes = split(row["boxes"])
         return {"views": jnp.stack([resized_crops(chosen, boxes[:, i], self.image_size) for i in range(2)], axis=1)}
 
-    def jit(self) -> Callable:
+    def jit(self) -> jax.stages.Wrapped:
         """Returns the compiled form; the state's memory is reused for the new state."""
-        if self.step.method.mesh is None:
+        method, mesh = self.step.method, self.step.method.mesh
+        if mesh is None:
             return jax.jit(self.__call__, donate_argnums=0)
-        method = self.step.method
-        whole, state = sharding.replicated(method.mesh), placements(method.mesh, method)
+        whole, state = sharding.replicated(mesh), placements(mesh, method)
         return jax.jit(
             self.__call__,
             donate_argnums=0,

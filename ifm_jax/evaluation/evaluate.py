@@ -51,9 +51,9 @@ class Wanted:
 
 
 def evaluate(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     config: Config,
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     wanted: Wanted = Wanted(),
     *,
     prefix: str = "",

@@ -11,7 +11,7 @@ from ifm_jax.errors import UsageError
 _MAP_IMAGES = 5000  # more take long, and hide each other
 
 
-def write(path: str | os.PathLike, features: np.ndarray, source: ViewSource) -> None:
+def write(path: str | os.PathLike[str], features: np.ndarray, source: ViewSource) -> None:
     """Writes the features of a source's images.
 
     `.npz`: `features` `(N, D)`, `names` text `(N,)`, and for each label int32 `label_<name>` `(N,)` with its classes,

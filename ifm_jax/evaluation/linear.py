@@ -111,7 +111,7 @@ def grid(config: configs.LinearConfig) -> list[tuple[float, float]]:
 
 def run(
     checkpoint: Pretrained,
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     *,
     fast: bool = False,
     devices: list[jax.Device] | None = None,

@@ -76,7 +76,7 @@ class Pretrained:
         return self._known[key]
 
 
-def load(path: str | os.PathLike, config: Config | None = None, prefix: str = "") -> Pretrained:
+def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str = "") -> Pretrained:
     """Reads what is to be evaluated.
 
     Args:

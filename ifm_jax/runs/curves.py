@@ -30,7 +30,7 @@ PROBE: Panels = (
 
 def draw_curves(
     records: Sequence[Mapping[str, Any]],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     panels: Panels = PRETRAINING,
     *,
     chance: float | None = None,

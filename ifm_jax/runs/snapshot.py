@@ -101,7 +101,7 @@ def structure(config: Config, backbone: bool = False) -> dict[str, Any]:
     return {name: flat[name] for name in names}
 
 
-def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike, backbone: bool = False) -> None:
+def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str], backbone: bool = False) -> None:
     """Checks that a config describes the tensors of a snapshot.
 
     Args:
@@ -127,7 +127,7 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike, ba
         )
 
 
-def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> Snapshot:
+def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
     """Returns what a checkpoint holds, whoever wrote it.
 
     Args:
@@ -151,7 +151,7 @@ def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> 
     return reading.read(path, step, prefix)
 
 
-def _read_run(path: str | os.PathLike) -> Snapshot:
+def _read_run(path: str | os.PathLike[str]) -> Snapshot:
     """Returns the newest state of a run's working directory that can be read, or the state in one of its checkpoints.
 
     Args:
@@ -235,7 +235,7 @@ def steps_in_epoch(epoch: int | None, step: int) -> int | None:
     return step // epoch if epoch and step and step % epoch == 0 else None
 
 
-def write(snapshot: Snapshot, directory: str | os.PathLike, overwrite: bool = False) -> None:
+def write(snapshot: Snapshot, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Writes a snapshot as the working directory of a run, under another name first.
 
     Args:

@@ -27,7 +27,7 @@ class TensorBoardLog:
         flush_every: seconds after which what was written is forced to disk with the next record.
     """
 
-    def __init__(self, directory: str | os.PathLike, last_step: int = 0, flush_every: float = 10.0):
+    def __init__(self, directory: str | os.PathLike[str], last_step: int = 0, flush_every: float = 10.0):
         with _without_torch():
             from tensorboardX import event_file_writer
             from tensorboardX.proto import event_pb2, summary_pb2

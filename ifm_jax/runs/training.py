@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config, workdir: str | os.PathLike, *, devices: list[jax.Device] | None = None, quiet: bool = False
+    config: Config, workdir: str | os.PathLike[str], *, devices: list[jax.Device] | None = None, quiet: bool = False
 ) -> Outcome:
     """Pre-trains, or goes on pre-training what the working directory holds.
 

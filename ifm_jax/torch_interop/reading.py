@@ -48,7 +48,7 @@ _PREFIXES = ("backbone.", "encoder.", "model.", "model.backbone.", "model.encode
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> Snapshot:
+def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
     """Returns what a PyTorch checkpoint holds.
 
     The arrays of a file in PyTorch's present (zip) format stay on disk until they are used.
@@ -404,8 +404,8 @@ def _abbreviate(names: list[str], most: int) -> str:
 
 
 def to_jax(
-    source: str | os.PathLike,
-    directory: str | os.PathLike,
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     *,
     config: Config | None = None,
     step: int | None = None,

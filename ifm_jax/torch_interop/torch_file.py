@@ -29,7 +29,7 @@ class Unusable(NamedTuple):
     what: str
 
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike[str]) -> Any:
     """Returns the content of a file.
 
     Arrays of a file in PyTorch's present (zip) format stay on disk until they are used. bfloat16 comes as JAX's.

@@ -57,8 +57,8 @@ def _counter(found: Snapshot, name: str) -> int:
 
 
 def to_torch(
-    source: str | os.PathLike,
-    path: str | os.PathLike,
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     target: Target = "moco",
     *,
     epoch: int | None = None,
