@@ -26,7 +26,7 @@ def configure_jax(compute_dtype: str = "float32") -> None:
     """
     if compute_dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyrefly: ignore[missing-attribute] (JAX adds its options later)
         jax.config.update("jax_compilation_cache_dir", str(files.cache_directory("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

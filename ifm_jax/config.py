@@ -89,6 +89,8 @@ class Group:
     """
 
     __slots__ = ()
+    if typing.TYPE_CHECKING:  # each of them is a dataclass
+        __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, list):

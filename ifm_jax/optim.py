@@ -19,7 +19,7 @@ Schedule = Literal["cosine", "step"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
-def sgd(momentum: float = 0.9, weight_decay: float = 0.0) -> optax.GradientTransformation:
+def sgd(momentum: float = 0.9, weight_decay: float | jax.Array = 0.0) -> optax.GradientTransformation:
     """torch.optim.SGD: `buffer = momentum * buffer + (gradient + weight_decay * p)`; the direction is the buffer.
 
     No dampening, no Nesterov; weight decay acts on every parameter, BatchNorm and biases too, as in the original.

@@ -1,7 +1,7 @@
 """One step of pre-training, whatever the method, and the state that it moves."""
 
 import dataclasses
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ class PretrainStep:
         metrics["grad_norm"] = optax.tree.norm(gradient)
         optimizer = optax.with_extra_args_support(self.optimizer)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **extra)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Tree, optax.apply_updates(state.params, updates))  # as they are before
         return TrainState(state.step + 1, params, outcome.batch_stats, opt_state, outcome.memory), metrics
 
     def jit(self, rates: bool = True) -> jax.stages.Wrapped:

@@ -87,7 +87,7 @@ def read_all(
     pixels, sizes = np.empty((size, side, side, 3), np.uint8), np.empty((size, 2), np.int32)
 
     def fill(places: range) -> list[tuple[int, str]]:
-        bad = []
+        bad: list[tuple[int, str]] = []
         for place in places:
             pixels[place], sizes[place] = _whole(source, place, size, side, bad if bad_images is not None else None)
         return bad
@@ -96,23 +96,26 @@ def read_all(
         runs = [range(first, min(first + _RUN, size)) for first in range(0, size, _RUN)]
         for bad in pool.map(fill, runs):
             for index, reason in bad:
+                assert bad_images is not None  # without it the first has ended the reading
                 bad_images.add(source.name(index), reason)
     return pixels, Copies(size, side, sizes, source.random_crops)
 
 
-def _whole(source: ViewSource, index: int, size: int, side: int, bad: list | None):
+def _whole(
+    source: ViewSource, index: int, size: int, side: int, bad: list[tuple[int, str]] | None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns an image, or its nearest readable neighbour; adds the unreadable ones met before."""
     from ifm_jax.data.images import UnreadableImageError
 
-    error = None
+    errors: list[UnreadableImageError] = []
     for taken in (index, *(neighbours(index, size) if bad is not None else ())):
         try:
             return source.whole(taken, side)
         except UnreadableImageError as unreadable:
-            error = error or unreadable
+            errors.append(unreadable)
             if bad is not None:
                 bad.append((taken, unreadable.reason))
-    raise error
+    raise errors[0]
 
 
 def on_device_batches(
@@ -136,7 +139,10 @@ def on_device_batches(
     order, epoch_steps = EpochOrder(copies.count, seed), steps_per_epoch(copies.count, batch_size)
     number = start
     for count in counts:
-        call = {"index": np.zeros((most, batch_size), np.int32), "steps": np.asarray(count, np.int32)}
+        call: dict[str, np.ndarray] = {
+            "index": np.zeros((most, batch_size), np.int32),
+            "steps": np.asarray(count, np.int32),
+        }
         if copies.random_crops is not None:
             call["boxes"] = np.ones((most, batch_size, copies.random_crops.count, 4), np.float32)
         for row in range(count):
@@ -144,14 +150,15 @@ def on_device_batches(
             index = order(epoch)[within * batch_size : (within + 1) * batch_size]
             call["index"][row] = index
             if copies.random_crops is not None:
-                call["boxes"][row] = _boxes(copies, index, seed, number)
+                call["boxes"][row] = _boxes(copies, copies.random_crops, index, seed, number)
             number += 1
         yield call, count
 
 
-def _boxes(copies: Copies, index: np.ndarray, seed: int, number: int) -> np.ndarray:
+def _boxes(copies: Copies, random_crops: crops.RandomCrops, index: np.ndarray, seed: int, number: int) -> np.ndarray:
     """Returns where the crops of a batch lie in the copies, `(N, crops, 4)`."""
-    random_crops, (heights, widths) = copies.random_crops, copies.sizes[index].T
+    assert copies.sizes is not None  # there are crops, which are of these
+    heights, widths = copies.sizes[index].T
     uniforms = crop_uniforms(seed, number, len(index), random_crops.draws).reshape(len(index), -1, crops.DRAWS)
     boxes = [
         crops.random_boxes(uniforms[:, view], heights, widths, random_crops.scale) for view in range(random_crops.count)

@@ -16,6 +16,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,7 +129,8 @@ class Tfds(EncodedImages):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
                 with os.fdopen(descriptor, "wb") as file:
-                    np.savez_compressed(file, **labels)
+                    arrays: dict[str, Any] = dict(labels)  # as savez is declared, one could be its own option
+                    np.savez_compressed(file, **arrays)
                 os.replace(temporary, path)
             except OSError:  # read-only or full: the next start reads them again
                 if temporary:
@@ -231,7 +233,7 @@ def open_tfds(
     return source
 
 
-def _tfds(said: str):
+def _tfds(said: str) -> types.ModuleType:
     try:
         import tensorflow_datasets
     except ImportError as error:
@@ -239,7 +241,7 @@ def _tfds(said: str):
     return tensorflow_datasets
 
 
-def _builder(tfds, name: str, said: str):
+def _builder(tfds: types.ModuleType, name: str, said: str) -> Any:
     """Returns the builder of a folder, or of a name."""
     try:
         folder = pathlib.Path(name).expanduser()
@@ -271,7 +273,7 @@ def _builder(tfds, name: str, said: str):
         ) from None
 
 
-def _features_of_name(tfds, name: str) -> list[pathlib.Path]:
+def _features_of_name(tfds: types.ModuleType, name: str) -> list[pathlib.Path]:
     """Returns the feature files of all versions of a data set that are prepared where one is looked for."""
     parts = [part for part in re.split("[:/]", name) if part not in ("", ".", "..")]
     roots = tfds.core.utils.file_utils.list_data_dirs()

@@ -20,7 +20,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -102,8 +101,6 @@ class Trifeature:
     texture_period: float = 0.2
     scale: tuple[float, float] = (0.7, 0.9)
     noise: float = 0.06
-
-    earlier_fingerprints: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "scale", tuple(self.scale))
@@ -193,6 +190,11 @@ class Trifeature:
     def __getstate__(self):
         """Only the fields: a worker process maps the cache file, or draws, itself."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What `fingerprint` was in earlier versions: nothing else."""
+        return ()
 
     @property
     def fingerprint(self) -> str:
@@ -447,7 +449,7 @@ def _texture_tile(image_size: int, period: float) -> np.ndarray:
 def _wrapped_blur(tile: np.ndarray, width: int) -> np.ndarray:
     """The mean over `width` x `width` samples, around the edges of the tile."""
     for axis in (0, 1):
-        tile = sum(np.roll(tile, shift - width // 2, axis) for shift in range(width)) / width
+        tile = np.asarray(sum(np.roll(tile, shift - width // 2, axis) for shift in range(width))) / width
     return tile
 
 
@@ -485,7 +487,7 @@ def _blobs(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     ]
     phases = (_mix(np.arange(1, len(waves) + 1, dtype=np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
     angles = [2 * np.pi * ((a * u + b * v) / 4 + p) for (a, b), p in zip(waves, phases, strict=True)]
-    return sum(np.cos(angle) for angle in angles) > 0
+    return np.asarray(sum(np.cos(angle) for angle in angles)) > 0
 
 
 def _triangles(u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ class MetricsLog:
 
     def __init__(self, path: str | os.PathLike[str], last_step: int = 0):
         self.path = pathlib.Path(path)
-        kept = []
+        kept: list[tuple[bytes, dict[str, Any]]] = []
         if self.path.exists():
             kept = [(line, record) for line, record in _parse(self.path) if record["step"] <= last_step]
             content = b"".join(line for line, _ in kept)

@@ -15,15 +15,21 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
+
 from ifm_jax import config as configs
 from ifm_jax import files
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import METHODS
+from ifm_jax.methods.method import Tree
 from ifm_jax.pretrain import TrainState
 from ifm_jax.runs import checkpoint, metrics_log
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.workdir import Workdir
+
+# NumPy arrays, the optimizer's part as nested dicts, which may be missing; so may parts of the memory.
+StateAtRest = TrainState[np.ndarray | np.generic, Tree, Tree | None, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Snapshot:
     """
 
     config: Config
-    state: TrainState
+    state: StateAtRest
     origin: Origin | None = None
     steps_per_epoch: int | None = None
     notes: tuple[str, ...] = ()
@@ -164,7 +170,7 @@ def _read_run(path: str | os.PathLike[str]) -> Snapshot:
       UsageError: if there is none, or none can be read.
     """
     path = pathlib.Path(path).absolute()
-    notes = []
+    notes: list[str] = []
     if _is_checkpoint(path):
         workdir = path.parent.parent
         try:
@@ -187,7 +193,7 @@ def _read_run(path: str | os.PathLike[str]) -> Snapshot:
     config = configs.from_dict(stored.config)
     memory = METHODS[config.method].memory
     try:
-        state = TrainState(**checkpoint.nested(stored.state, getattr(memory, "_fields", ())))
+        state: StateAtRest = TrainState(**checkpoint.nested(stored.state, getattr(memory, "_fields", ())))
         state = state._replace(memory=memory(**state.memory))
     except TypeError:
         raise UsageError(

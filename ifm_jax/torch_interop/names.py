@@ -7,13 +7,13 @@ import numpy as np
 
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.models import ARCHITECTURES, HCLHead
+from ifm_jax.models import ARCHITECTURES, HCLHead, Stem
 from ifm_jax.models.resnet import Architecture
 
 Tree = dict[str, Any]
 
 COUNTER = "num_batches_tracked"
-KERNEL_OF_STEM = {"imagenet": 7, "small": 3, "small_stride2": 5}
+KERNEL_OF_STEM: dict[Stem, int] = {"imagenet": 7, "small": 3, "small_stride2": 5}
 MOST_STEPS = np.iinfo(np.int32).max
 
 
@@ -59,7 +59,7 @@ def _layer(torch: str, path: str, kind: str, shape: tuple[int, ...]) -> Iterator
         )
 
 
-def backbone_table(architecture: Architecture, stem: str = "imagenet") -> list[Entry]:
+def backbone_table(architecture: Architecture, stem: Stem = "imagenet") -> list[Entry]:
     """Returns the entries of a ResNet without its head, in torchvision's order."""
     width, kernel = architecture.width, KERNEL_OF_STEM[stem]
     table = [*_layer("conv1", "conv1", "conv", (width, 3, kernel, kernel)), *_layer("bn1", "bn1", "norm", (width,))]
@@ -138,9 +138,10 @@ def to_torch_layout(values: np.ndarray, kind: str) -> np.ndarray:
 
 def get(tree: Tree, path: tuple[str, ...]) -> np.ndarray:
     """Returns the array of nested dicts that a path leads to."""
+    value: Any = tree
     for key in path:
-        tree = tree[key]
-    return tree
+        value = value[key]
+    return value
 
 
 def set_(tree: Tree, path: tuple[str, ...], value: Any) -> None:
