@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordinator's client, which nothing public gives
+from jax._src import distributed  # the coordinator's client, which nothing public gives (tests/test_private_apis.py)
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 

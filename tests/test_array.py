@@ -5,7 +5,7 @@ import pytest
 
 from ifm_jax.config import DataConfig
 from ifm_jax.data import ViewSource, open_source, training_batches
-from ifm_jax.data.array import open_array
+from ifm_jax.data.array import ArrayFile, open_array
 from ifm_jax.errors import UsageError
 
 
@@ -41,6 +41,12 @@ def test_a_config_opens_it(path):
     assert views["views"].shape == (8, 2, 32, 32, 3)
     assert train.fingerprint != test.fingerprint
     assert train.fingerprint == open_source(data, "train").fingerprint
+
+
+def test_names_of_classes_alone_are_no_labels():
+    found = ArrayFile(images(3, 32, 32, 3), 32, ("cat", "ant"))
+    assert (found.label_names, found.labels()) == ({}, {})
+    assert found.fingerprint == ArrayFile(images(3, 32, 32, 3), 32).fingerprint
 
 
 def test_chosen_classes_are_numbered_anew(path, tmp_path):

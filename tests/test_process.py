@@ -1,5 +1,7 @@
 """How processes begin and end: streams that are closed or full, signals, Ctrl-C while importing, the supervisor."""
 
+import codecs
+import io
 import os
 import pathlib
 import signal
@@ -54,6 +56,14 @@ def closed_pipe():
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
         yield stream
+
+
+def test_another_kind_of_standard_output_is_left_as_it_is(monkeypatch):
+    """One that is strict about letters, and cannot be told otherwise."""
+    stream = codecs.getwriter("ascii")(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", stream)
+    process.prepare_streams()
+    assert sys.stdout is stream
 
 
 def test_closed_streams_lead_nowhere_and_no_letter_is_refused(tmp_path):

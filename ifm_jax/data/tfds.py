@@ -276,7 +276,7 @@ def _builder(tfds: types.ModuleType, name: str, said: str) -> Any:
 def _features_of_name(tfds: types.ModuleType, name: str) -> list[pathlib.Path]:
     """Returns the feature files of all versions of a data set that are prepared where one is looked for."""
     parts = [part for part in re.split("[:/]", name) if part not in ("", ".", "..")]
-    roots = tfds.core.utils.file_utils.list_data_dirs()
+    roots = tfds.core.utils.file_utils.list_data_dirs()  # not documented (tests/test_private_apis.py)
     return [path for root in roots for part in parts for path in (pathlib.Path(root) / part).rglob(_FEATURES)]
 
 
