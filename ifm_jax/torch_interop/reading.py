@@ -76,6 +76,18 @@ def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> 
     return _Reader(path, torch_file.read(path), prefix).snapshot(step)
 
 
+def _alike(names: Iterable[str]) -> list[str]:
+    """Returns the architectures that have these blocks, by the names of their tensors."""
+    blocks = {tuple(name.split(".")[:2]) for name in names if name.startswith("layer")}
+    depths = tuple(sum(stage == f"layer{number}" for stage, _ in blocks) for number in range(1, 5))
+    bottleneck = any(name.endswith(".conv3.weight") for name in names)
+    return [
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if architecture.bottleneck == bottleneck and architecture.depths == depths[: len(architecture.depths)]
+    ]
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, np.ndarray | Unusable)
 
@@ -255,7 +267,7 @@ class _Reader:
             return len(wrong), name != self._arch
 
         # The nearest architecture; what it lacks or has too much is a problem to be reported later.
-        arch = min(ARCHITECTURES, key=distance)
+        arch = min(_alike(shapes) or ARCHITECTURES, key=distance)
         config.model.arch, config.model.stem = arch, stem
         config.model.width = 0 if width == ARCHITECTURES[arch].width else width
         if self._arch in ARCHITECTURES and self._arch != arch:
