@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ifm_jax import files
 from ifm_jax.errors import UsageError
 from ifm_jax.models import without_head
 from ifm_jax.runs import snapshot
@@ -199,16 +200,13 @@ def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.P
 
 def _write(path: pathlib.Path, save) -> None:
     """Saves under another name, then renames; who may read the file is as for any new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode & 0o777
-        save(temporary)
-        temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode & 0o777
+            save(temporary)
+            temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UsageError(f"{path} cannot be written ({reason}): name a file that can") from None
-    finally:
-        temporary.unlink(missing_ok=True)
