@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.txt
 
-.PHONY: demo test lint format lock clean
+.PHONY: demo test lint types format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
@@ -15,6 +15,9 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyrefly check
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,7 @@
 """From a config to the parts of a run: encoder, method, augmentation, optimizer, step, the state it starts with."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +26,7 @@ def configure_jax(compute_dtype: str = "float32") -> None:
     """
     if compute_dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyrefly: ignore[missing-attribute] (JAX adds its options later)
         jax.config.update("jax_compilation_cache_dir", str(files.cache_directory("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -101,7 +103,7 @@ def initial_rngs(config: Config) -> tuple[jax.Array, jax.Array]:
     return start, steps
 
 
-def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method:
+def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method[Any]:
     """Returns the method of a resolved config.
 
     Args:

@@ -134,7 +134,7 @@ def affine_warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
 
     # Each example reads its own pixels only, so a sharded batch stays where it is.
     @jax.vmap
-    def pixels(image, rows, columns):
+    def pixels(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         return image.at[rows, columns].get(mode="promise_in_bounds").astype(dtype)
 
     upper = pixels(images, top, left) * (1 - to_right) + pixels(images, top, right) * to_right
@@ -157,7 +157,7 @@ def resized_crops(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
         uint8 `(N, size, size, C)`; within 1 of PIL's for boxes of whole pixels.
     """
 
-    def weights(first, length, pixels):
+    def weights(first: jax.Array, length: jax.Array, pixels: int) -> jax.Array:
         """Returns `(N, size, pixels)`: what each pixel of the image weighs in each one of the result."""
         place = jnp.arange(pixels, dtype=jnp.float32)[None, None, :] + 0.5
         first, length = first[:, None, None], length[:, None, None]
@@ -168,7 +168,7 @@ def resized_crops(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
         triangle = jnp.where(inside, triangle, 0)
         return triangle / jnp.maximum(triangle.sum(axis=2, keepdims=True), 1e-6)
 
-    def product(pattern, weights, values):
+    def product(pattern: str, weights: jax.Array, values: jax.Array) -> jax.Array:
         # Whole values of eight bits: more than bfloat16 has, in which some devices would multiply.
         total = jnp.einsum(pattern, weights, values.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         return jnp.clip(jnp.floor(total + 0.5), 0, 255)
@@ -281,7 +281,7 @@ def color_jitter(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax
     hue_place = jnp.argmax(order == 3, axis=1)
     one, zero = jnp.ones((), images.dtype), jnp.zeros((), images.dtype)
 
-    def blend(images, place, used):
+    def blend(images: jax.Array, place: int, used: jax.Array) -> jax.Array:
         factor = jnp.where(used, ordered[:, place], one)[:, None, None, None]
         which = order[:, place, None, None, None]
         grey = luma(images)
@@ -351,7 +351,7 @@ def _blur_axis(rows: jax.Array, weights: jax.Array, axis: int, step: int) -> jax
     inner, border = _three_averages(weights), _border_matrices(weights, size)
     radius = inner.shape[1] // 2
 
-    def product(matrices, part):
+    def product(matrices: jax.Array, part: jax.Array) -> jax.Array:
         if axis == 1:
             return _batch_product("nab,nbc->nac", matrices, part)
         pixels = part.reshape(*part.shape[:2], -1, step)
@@ -401,7 +401,8 @@ def _three_averages(weights: jax.Array) -> jax.Array:
     taps = weights.shape[1]
     result = weights
     for _ in range(2):
-        result = sum(jnp.pad(result * weights[:, tap, None], ((0, 0), (tap, taps - 1 - tap))) for tap in range(taps))
+        shifted = (jnp.pad(result * weights[:, tap, None], ((0, 0), (tap, taps - 1 - tap))) for tap in range(taps))
+        result = jnp.asarray(sum(shifted))
     return result
 
 
@@ -420,10 +421,11 @@ def _border_matrices(weights: jax.Array, size: int) -> jax.Array:
     radius = 3 * half
     whole = min(size, 2 * radius)
     place = jnp.arange(whole)
-    average = sum(
+    shares = (
         jnp.where((jnp.clip(place + tap - half, 0, whole - 1)[:, None] == place[None, :])[None], weight, 0)
         for tap, weight in enumerate(weights.T[:, :, None, None])
     )
+    average = jnp.asarray(sum(shares))
     thrice = _batch_product("nab,nbc->nac", average, _batch_product("nab,nbc->nac", average, average))
     # What the end of these 2 * radius pixels has changed, the end of a longer row does not.
     return thrice if size <= 2 * radius else thrice[:, :radius]
@@ -461,8 +463,8 @@ def normalize(
     Returns:
         `(N, H, W, C)` of the same dtype.
     """
-    mean, std = (jnp.asarray(values, images.dtype)[None, None, None, :] for values in (mean, std))
-    return (images - mean) / std
+    means, stds = (jnp.asarray(values, images.dtype)[None, None, None, :] for values in (mean, std))
+    return (images - means) / stds
 
 
 # The 24 orders of four operations.

@@ -15,7 +15,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ifm_jax import methods, models, optim
@@ -68,7 +68,7 @@ class Declared:
     formerly: Mapping[str, Mapping[Any, Any]] = dataclasses.field(default_factory=dict)
 
 
-def field(default: Any, meaning: str, **declared) -> Any:
+def field(default: Any, meaning: str, **declared: Any) -> Any:
     """Declares a field of a config group.
 
     Args:
@@ -89,6 +89,8 @@ class Group:
     """
 
     __slots__ = ()
+    if typing.TYPE_CHECKING:  # each of them is a dataclass
+        __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, list):
@@ -119,7 +121,7 @@ class ModelConfig(Group):
     """Query and key encoder."""
 
     arch: str = field("resnet50", "the network (-a)", choices=tuple(models.ARCHITECTURES))
-    stem: str = field(
+    stem: models.Stem = field(
         "imagenet",
         "imagenet, small (3x3, no pooling: 32 to 64 px) or small_stride2 (5x5 stride 2, no pooling)",
         choices=models.STEMS,
@@ -130,7 +132,7 @@ class ModelConfig(Group):
         "BatchNorm groups a batch is split into; 0: the method's own, 8 for moco (the original's GPUs), 1 for simclr",
         least=0,
     )
-    running_stats: str = field(
+    running_stats: models.RunningStats = field(
         "first_group",
         "which groups the running averages follow: first_group (the original) or mean",
         choices=("first_group", "mean"),
@@ -168,7 +170,7 @@ class SimCLRConfig(Group):
 
     dim: int = field(128, "length of an embedding", least=1, limit=65536)
     temperature: float = field(0.5, "tau", above=0, hint="SimCLR: 0.1 to 0.5")
-    head: str = field(
+    head: typing.Literal["simclr", "hcl"] = field(
         "simclr",
         "projection head: simclr (linear, ReLU, linear) or hcl (linear to 512 without bias, BatchNorm, ReLU, linear)",
         choices=("simclr", "hcl"),
@@ -189,7 +191,7 @@ class HardConfig(Group):
 class IFMConfig(Group):
     """Implicit feature modification."""
 
-    objective: str = field(
+    objective: methods.Kind = field(
         "ifm",
         "infonce, ifm (mean of InfoNCE and the shifted loss) or ifm_only (--method)",
         choices=methods.OBJECTIVES,
@@ -214,11 +216,11 @@ class IFMConfig(Group):
 class OptimConfig(Group):
     """Optimiser and learning rate."""
 
-    name: str = field("sgd", "sgd, adam (as PyTorch's), lars or adamw", choices=optim.OPTIMIZERS)
+    name: optim.Optimizer = field("sgd", "sgd, adam (as PyTorch's), lars or adamw", choices=optim.OPTIMIZERS)
     lr: float = field(0.03, "base learning rate, for the global batch (--lr)", above=0)
     momentum: float = field(0.9, "of SGD and LARS (--momentum)", least=0, below=1)
     weight_decay: float = field(1e-4, "on all parameters with SGD and AdamW (--wd)", least=0)
-    schedule: str = field("cosine", "cosine or step (--cos)", choices=optim.SCHEDULES)
+    schedule: optim.Schedule = field("cosine", "cosine or step (--cos)", choices=optim.SCHEDULES)
     milestones: tuple[int, ...] = field(
         (120, 160),
         "epochs at which step divides by ten (--schedule)",
@@ -581,6 +583,7 @@ def _fields(group: type[Group], prefix: str, free: bool) -> Iterator[Field]:
     annotations = typing.get_type_hints(group)
     for each in dataclasses.fields(group):
         declared, kind = each.metadata["declared"], annotations[each.name]
+        kind = str if typing.get_origin(kind) is typing.Literal else kind  # of its choices
         parts = [part for part in typing.get_args(kind) if part not in (Ellipsis, types.NoneType)]
         many, optional = typing.get_origin(kind) is tuple, types.NoneType in typing.get_args(kind)
         free_too = free or declared.free_on_resume
@@ -679,7 +682,7 @@ def from_json(text: str | bytes) -> Config:
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns nested dicts as one, `{"moco.dim": 128, ...}`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
@@ -720,7 +723,7 @@ def validate(config: Config, devices: int = 1) -> None:
     check_fields(config)
     moco, data, best = config.moco, config.data, config.checkpoint_best
 
-    def check(good, name, value, expected):
+    def check(good: Any, name: str, value: Any, expected: str) -> None:
         if not good:
             raise UsageError(f"{name}={value!r}: expected {expected}")
 
@@ -770,7 +773,7 @@ def validate(config: Config, devices: int = 1) -> None:
     _validate_data(data, check)
 
 
-def _validate_data(data: DataConfig, check) -> None:
+def _validate_data(data: DataConfig, check: Callable[[Any, str, Any, str], None]) -> None:
     """Checks the data source's own fields."""
     kind, _, rest = data.source.partition(":")
     if data.source == "folder:":
@@ -791,10 +794,11 @@ def bn_groups(config: Config) -> int:
     return config.model.bn_groups or {"moco": 8, "simclr": 1}[config.method]
 
 
-def head(config: Config) -> tuple[int, str]:
+def head(config: Config) -> tuple[int, models.Head]:
     """Returns the length of an embedding, and which of `models.heads` makes it."""
     if config.method == "simclr":
-        return config.simclr.dim, {"simclr": "mlp", "hcl": "hcl"}[config.simclr.head]
+        heads: dict[str, models.Head] = {"simclr": "mlp", "hcl": "hcl"}
+        return config.simclr.dim, heads[config.simclr.head]
     return config.moco.dim, "mlp" if config.moco.mlp else "linear"
 
 

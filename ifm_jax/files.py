@@ -11,7 +11,7 @@ from ifm_jax.errors import UsageError
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary name beside `path`, which takes its place once the block has ended without an error.
 
     Two threads of a process must not replace the same file at once.
@@ -28,7 +28,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Writes a JSON object in place of what is there.
 
     Raises:
@@ -38,7 +38,7 @@ def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def read_json(path: str | os.PathLike, remedy: str) -> dict[str, Any] | None:
+def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
     """Returns the JSON object that a file holds; None where there is no file.
 
     Args:

@@ -7,17 +7,19 @@ changing it acts at once.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 import optax
 
-OPTIMIZERS = ("sgd", "lars", "adamw", "adam")
-SCHEDULES = ("cosine", "step")
+Optimizer = Literal["sgd", "lars", "adamw", "adam"]
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+Schedule = Literal["cosine", "step"]
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 
-def sgd(momentum: float = 0.9, weight_decay: float = 0.0) -> optax.GradientTransformation:
+def sgd(momentum: float = 0.9, weight_decay: float | jax.Array = 0.0) -> optax.GradientTransformation:
     """torch.optim.SGD: `buffer = momentum * buffer + (gradient + weight_decay * p)`; the direction is the buffer.
 
     No dampening, no Nesterov; weight decay acts on every parameter, BatchNorm and biases too, as in the original.
@@ -34,7 +36,7 @@ def lars(
     BatchNorm and biases; then momentum as in SGD.
     """
 
-    def matrices(params):
+    def matrices(params: optax.Params) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
 
     return optax.chain(
@@ -54,9 +56,7 @@ def adam(weight_decay: float = 0.0) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.scale_by_adam())
 
 
-def make(
-    name: Literal["sgd", "lars", "adamw", "adam"], momentum: float, weight_decay: float
-) -> optax.GradientTransformationExtraArgs:
+def make(name: Optimizer, momentum: float, weight_decay: float) -> optax.GradientTransformationExtraArgs:
     """Returns the named optimizer; its `update` takes `learning_rate`, a scalar.
 
     Args:
@@ -84,18 +84,26 @@ def descending(direction: optax.GradientTransformation) -> optax.GradientTransfo
     Not `optax.chain(direction, ...)`, whose state would have one more part than checkpoints hold.
     """
 
-    def update(gradient, state, params=None, *, learning_rate, **extra_args):
+    def update(
+        gradient: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        learning_rate: jax.Array,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         steps, state = direction.update(gradient, state, params)
         return jax.tree.map(lambda d, p: -learning_rate.astype(p.dtype) * d.astype(p.dtype), steps, params), state
 
-    return optax.GradientTransformationExtraArgs(direction.init, update)
+    # optax has no type for an extra argument that must be given.
+    return optax.GradientTransformationExtraArgs(direction.init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def learning_rates(
     lr: float,
     *,
-    schedule: Literal["cosine", "step"],
+    schedule: Schedule,
     epochs: int,
     steps_per_epoch: int,
     milestones: tuple[int, ...] = (),
@@ -137,6 +145,6 @@ def scaled_learning_rate(lr: float, batch_size: int, reference_batch_size: int =
     return lr * batch_size / reference_batch_size
 
 
-def descend(params, direction, lr: jax.Array):
+def descend(params: optax.Params, direction: optax.Updates, lr: jax.Array) -> Any:
     """Returns `params - lr * direction`, each parameter in its own dtype."""
     return jax.tree.map(lambda p, d: p - lr.astype(p.dtype) * d.astype(p.dtype), params, direction)

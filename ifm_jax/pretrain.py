@@ -1,18 +1,21 @@
 """One step of pre-training, whatever the method, and the state that it moves."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from ifm_jax import sharding
-from ifm_jax.methods.method import Augment, Memory, Method, Tree, Views
+from ifm_jax.methods.method import Augment, Leaf, Memory, Method, Outcome, Part, Tree, Views
+
+OptState = TypeVar("OptState")
 
 
-class TrainState(NamedTuple, Generic[Memory]):
+class TrainState(NamedTuple, Generic[Leaf, Part, OptState, Memory]):
     """The whole state of a run: with the config and the data it determines everything that follows.
 
     Attributes:
@@ -24,14 +27,21 @@ class TrainState(NamedTuple, Generic[Memory]):
         holds its fields beside the others.
     """
 
-    step: jax.Array
-    params: Tree
-    batch_stats: Tree
-    opt_state: optax.OptState
+    step: Leaf
+    params: Part
+    batch_stats: Part
+    opt_state: OptState
     memory: Memory
 
 
-def create(rng: jax.Array, method: Method, optimizer: optax.GradientTransformation) -> TrainState:
+# A state in each of its places: on the devices; on the host, as a run goes on from it; where it lies, a sharding
+# standing for all arrays of a field. `runs.snapshot` has one at rest, of which parts may be missing.
+DeviceState = TrainState[jax.Array, Tree, optax.OptState, Memory]
+HostState = TrainState[np.ndarray, Tree, optax.OptState, Any]
+Placements = TrainState[NamedSharding, NamedSharding, NamedSharding, Any]
+
+
+def create(rng: jax.Array, method: Method[Memory], optimizer: optax.GradientTransformation) -> DeviceState[Memory]:
     """Returns a fresh state.
 
     Args:
@@ -50,7 +60,7 @@ def create(rng: jax.Array, method: Method, optimizer: optax.GradientTransformati
     )
 
 
-def placements(mesh: jax.sharding.Mesh, method: Method) -> TrainState:
+def placements(mesh: jax.sharding.Mesh, method: Method[Any]) -> Placements:
     """Returns where a state lies on the devices: a sharding for each field, standing for all arrays in it."""
     whole = sharding.replicated(mesh)
     return TrainState(whole, whole, whole, whole, method.placements(mesh))
@@ -67,17 +77,17 @@ class PretrainStep:
       augment: makes a view of every image; applied to the two views with different randomness.
     """
 
-    method: Method
+    method: Method[Any]
     optimizer: optax.GradientTransformation
     augment: Augment
 
     def __call__(
         self,
-        state: TrainState,
+        state: DeviceState[Any],
         batch: dict[str, jax.Array],
         rng: jax.Array,
         learning_rates: jax.Array | None = None,
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[DeviceState[Any], dict[str, jax.Array]]:
         """Trains on one batch.
 
         Args:
@@ -92,24 +102,25 @@ class PretrainStep:
         Returns:
           The state after the step, and scalars: the method's metrics, `lr` where there are rates, `grad_norm`.
         """
-        *view_rngs, own_rng = jax.random.split(jax.random.fold_in(rng, state.step), 3)
+        first_rng, second_rng, own_rng = jax.random.split(jax.random.fold_in(rng, state.step), 3)
         images = batch["views"][:, 0], batch["views"][:, -1]
-        views = Views(images, tuple(view_rngs), self.augment, batch.get("permutation"), self.method.mesh)
+        views = Views(images, (first_rng, second_rng), self.augment, batch.get("permutation"), self.method.mesh)
 
-        def loss_fn(params):
+        def loss_fn(params: Tree) -> tuple[jax.Array, Outcome[Any]]:
             return self.method.loss(params, state.batch_stats, state.memory, views, own_rng)
 
         (_, outcome), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        metrics, extra = dict(outcome.metrics), {}
+        metrics: dict[str, jax.Array] = dict(outcome.metrics)
+        extra: dict[str, jax.Array] = {}
         if learning_rates is not None:
             extra["learning_rate"] = metrics["lr"] = learning_rates[state.step]
         metrics["grad_norm"] = optax.tree.norm(gradient)
         optimizer = optax.with_extra_args_support(self.optimizer)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **extra)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Tree, optax.apply_updates(state.params, updates))  # as they are before
         return TrainState(state.step + 1, params, outcome.batch_stats, opt_state, outcome.memory), metrics
 
-    def jit(self, rates: bool = True) -> Callable:
+    def jit(self, rates: bool = True) -> jax.stages.Wrapped:
         """Returns the compiled form, placed on the method's mesh; the state's memory is reused for the new state.
 
         Args:

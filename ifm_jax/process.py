@@ -15,7 +15,7 @@ import sys
 TYPE_CHECKING = False  # as typing has it, which takes its time
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TextIO
+    from typing import IO, Any
 
 INTERRUPTED = "interrupted; what was saved is intact"
 PEER_ENDED = (
@@ -61,8 +61,10 @@ def prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 (until the process ends)
-    if getattr(sys.stdout, "errors", None) == "strict":  # as stderr is from the start
-        sys.stdout.reconfigure(errors="backslashreplace")
+    # As stderr is from the start. Whoever has put another kind of stream there has decided about its letters.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None and getattr(sys.stdout, "errors", None) == "strict":
+        reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:
@@ -108,7 +110,7 @@ class Output:
       failure: the first of another kind; later lines may be written again.
     """
 
-    def __init__(self, stream: TextIO, strict: bool = False, on_failure: Callable[[OSError], None] = lambda _: None):
+    def __init__(self, stream: IO[str], strict: bool = False, on_failure: Callable[[OSError], object] = lambda _: None):
         self._stream, self._strict, self._on_failure = stream, strict, on_failure
         self.closed_by_reader = False
         self.failure: OSError | None = None
@@ -122,7 +124,7 @@ class Output:
         """Flushes, or takes note."""
         self._try(self._stream.flush)
 
-    def _try(self, action: Callable, *arguments) -> None:
+    def _try(self, action: Callable[..., object], *arguments: str) -> None:
         try:
             if not self.closed_by_reader:
                 action(*arguments)
@@ -137,7 +139,7 @@ class Output:
         if self.closed_by_reader and self._strict:
             raise OutputClosedError
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
@@ -159,9 +161,10 @@ def _supervise() -> None:
     import subprocess
     import threading
 
-    child, early = None, []
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
 
-    def forward(number, _) -> None:
+    def forward(number: int, _: object) -> None:
         if child is None:
             early.append(number)
         else:
@@ -180,10 +183,11 @@ def _supervise() -> None:
     for number in early:
         child.send_signal(number)
 
-    said = bytearray()
+    said, stderr = bytearray(), child.stderr
+    assert stderr is not None  # a pipe, as asked for
 
     def copy() -> None:
-        while chunk := os.read(child.stderr.fileno(), 1 << 16):
+        while chunk := os.read(stderr.fileno(), 1 << 16):
             said.extend(chunk)
             del said[: -(1 << 17)]
             with contextlib.suppress(OSError):

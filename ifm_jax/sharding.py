@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
             f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: "
             "give all three or none of them"
         )
-    if all(given):
+    if coordinator is not None and num_processes is not None and process_id is not None:
         _check(coordinator, num_processes, process_id)
         listen = _bind_address(coordinator) if process_id == 0 and _BIND not in os.environ else None
         _join(
@@ -72,7 +73,7 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         return
     # JAX notes a SIGTERM for whoever asks it, which before the loop nobody does; the loop has a way of its own.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if all(given):
+    if num_processes is not None:
         _compare_num_processes(num_processes)
 
 
@@ -90,13 +91,13 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
         raise ValueError(f"process_id={process_id}: expected 0 to {num_processes - 1}, num_processes={num_processes}")
 
 
-def _join(seconds: float, **options) -> None:
+def _join(seconds: float, **options: Any) -> None:
     """Joins the other processes, or raises a `TimeoutError`.
 
     JAX's own time limit is longer: it does not raise at its end but aborts, and while it waits for the others it hears
     no signal. So it waits in a thread.
     """
-    failures = []
+    failures: list[Exception] = []
 
     def join() -> None:
         try:
@@ -139,7 +140,7 @@ def _bind_address(coordinator: str) -> str | None:
     except OSError:
         return None
     for family, _, _, _, address in found:
-        if not loopback and ipaddress.ip_address(address[0].partition("%")[0]).is_loopback:
+        if not loopback and ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
             continue
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -157,6 +158,7 @@ def _bind_address(coordinator: str) -> str | None:
 def _compare_num_processes(num_processes: int) -> None:
     """Raises a `ValueError`, on all processes, where they were given different numbers; process 0's have come."""
     client, folder = distributed.global_state.client, "ifm_jax/num_processes/"
+    assert client is not None  # the processes have joined
     client.key_value_set(f"{folder}{process_index()}", str(num_processes))
     client.wait_at_barrier("ifm_jax/num_processes", 60_000)
     given = {int(key.rpartition("/")[2]): int(value) for key, value in client.key_value_dir_get(folder)}
@@ -281,7 +283,7 @@ def maximum_over_hosts(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
     return vote
 
 
-def place(tree, placement: NamedSharding):
+def place(tree: Any, placement: NamedSharding) -> Any:
     """Returns host arrays, the same on every process, as global arrays of that placement; not a collective."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placement, lambda index, x=x: x[index]), tree)
 
@@ -291,7 +293,7 @@ def place_key(mesh: Mesh, rng: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(place_everywhere(mesh, np.asarray(jax.random.key_data(rng))))
 
 
-def place_everywhere(mesh: Mesh, tree):
+def place_everywhere(mesh: Mesh, tree: Any) -> Any:
     """Returns host arrays, the same on every process, as global arrays that are whole on every device."""
     placement = replicated(mesh)
     return jax.device_put(tree, placement) if jax.process_count() == 1 else place(tree, placement)

@@ -46,12 +46,12 @@ class ArrayFile(PixelImages):
           images: uint8 `(N, H, W, 3)`, or `(N, H, W)`: grey.
           image_size: side of a view in pixels.
           class_names: of all classes; empty: there are none.
-          classes: of each image, int32 `(N,)`, an index of `class_names`.
+          classes: of each image, int32 `(N,)`, an index of `class_names`; None: there are none.
           random_crops: what `views` cuts.
         """
-        super().__init__(image_size, random_crops, {"class": class_names} if class_names else {})
+        self._labels = {} if classes is None or not class_names else {"class": classes}
+        super().__init__(image_size, random_crops, {"class": class_names} if self._labels else {})
         self.images = images
-        self._labels = {"class": classes} if class_names else {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,7 +70,7 @@ class ArrayFile(PixelImages):
         return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
     def _fingerprint(self) -> list[str | bytes]:
-        pixels = hashlib.sha256(np.ascontiguousarray(self.images)).digest()
+        pixels = hashlib.sha256(np.ascontiguousarray(self.images).data).digest()
         return [repr(self.images.shape), pixels, *(labels.tobytes() for labels in self._labels.values())]
 
 
@@ -174,8 +174,8 @@ def _read(path: pathlib.Path, split: str, said: str) -> dict[str, np.ndarray | N
     try:
         with Npz(path) as file:
             found = {kind: next((name for name in each if name in file), None) for kind, each in names.items()}
-            arrays = {name: file[name] for name in set(found.values()) - {None}}
-            return {kind: arrays.get(name) for kind, name in found.items()}
+            arrays = {name: file[name] for name in set(found.values()) if name is not None}
+            return {kind: None if name is None else arrays[name] for kind, name in found.items()}
     except FileNotFoundError:
         raise UsageError(f"{said}: {path} is not there; expected a .npz file with train_images") from None
     except NpzError as error:

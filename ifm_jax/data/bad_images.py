@@ -32,7 +32,7 @@ class BadImages:
         try:
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
-            lines = []
+            lines: list[str] = []
         except OSError as error:
             raise UsageError(
                 f"{self._path} cannot be read ({error.strerror}): expected the list of unreadable images; remove it, "

@@ -35,7 +35,7 @@ class Folder(EncodedImages):
 
     def __init__(
         self,
-        root: str | os.PathLike,
+        root: str | os.PathLike[str],
         paths: Sequence[str],
         image_size: int,
         class_names: Sequence[str] = (),
@@ -176,7 +176,14 @@ def _parts(path: str) -> dict[str, pathlib.Path]:
     return parts
 
 
-def _open_part(path, parts, split, image_size, classes, random_crops) -> Folder:
+def _open_part(
+    path: str,
+    parts: dict[str, pathlib.Path],
+    split: str,
+    image_size: int,
+    classes: str,
+    random_crops: crops.RandomCrops,
+) -> Folder:
     trees = {name: scan.tree(parts[name]) for name in {"train", split}}
     found = _class_folders(trees["train"])
     if not found:
@@ -201,7 +208,8 @@ def _open_part(path, parts, split, image_size, classes, random_crops) -> Folder:
                 "classes in both"
             )
         found = _class_folders(trees["test"])
-    paths, labels = [], []
+    paths: list[str] = []
+    labels: list[int] = []
     for label, name in enumerate(names):
         if name not in found:
             continue  # no held-out images of this class

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -18,6 +18,9 @@ import simplejpeg
 from ifm_jax.data import crops
 from ifm_jax.data.opencv import MOST_PIXELS, cv2
 from ifm_jax.errors import RunError
+
+if TYPE_CHECKING:
+    from ifm_jax.data.trifeature import Trifeature
 
 # A large JPEG is decoded at a half, a quarter or an eighth, which takes a third of the time, if that still leaves so
 # many pixels to one of the view. It is no further from PIL's result than decoding the whole and shrinking that.
@@ -56,8 +59,6 @@ class Images(abc.ABC):
       label_names: the classes of each label; empty without labels.
       earlier_fingerprints: what `fingerprint` was in earlier versions, so that their runs may go on.
     """
-
-    earlier_fingerprints: tuple[str, ...] = ()
 
     def __init__(self, image_size: int, random_crops: crops.RandomCrops, label_names: dict[str, tuple[str, ...]]):
         self.image_size, self.random_crops, self.label_names = image_size, random_crops, label_names
@@ -105,6 +106,11 @@ class Images(abc.ABC):
           UnreadableImageError: if it cannot be read.
         """
 
+    @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What `fingerprint` was in earlier versions: nothing else."""
+        return ()
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of which images these are, in which order; the same wherever they lie."""
@@ -150,9 +156,11 @@ class EncodedImages(Images):
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""
         encoded = self.encoded(index)
-        size = jpeg_size(encoded)
-        image = None if size else decode(self.name(index), encoded)
-        boxes = self.random_crops.boxes(uniforms, *(size or image.shape[:2]))
+        size, image = jpeg_size(encoded), None
+        if size is None:
+            image = decode(self.name(index), encoded)
+            size = image.shape[0], image.shape[1]
+        boxes = self.random_crops.boxes(uniforms, *size)
         if image is None:
             reduction = _reduction(min(min(height, width) for _, _, height, width in boxes) / self.image_size)
             image = decode(self.name(index), encoded, reduction)
@@ -206,7 +214,7 @@ class Cropped(PixelImages):
       random_crops: what `views` cuts.
     """
 
-    def __init__(self, source, random_crops: crops.RandomCrops):
+    def __init__(self, source: "Trifeature", random_crops: crops.RandomCrops):
         super().__init__(source.image_size, random_crops, source.label_names)
         self.source = source
 
@@ -246,7 +254,7 @@ class _JpegHeader(NamedTuple):
 
 
 def _jpeg_header(encoded: np.ndarray) -> _JpegHeader | None:
-    data = memoryview(encoded)
+    data = encoded.data
     if data[:2] != b"\xff\xd8":
         return None
     place = 2
@@ -269,7 +277,7 @@ def jpeg_size(encoded: np.ndarray) -> tuple[int, int] | None:
       encoded: the file's bytes, uint8 `(N,)`.
     """
     header = _jpeg_header(encoded)
-    return header and header[:2]
+    return None if header is None else (header.height, header.width)
 
 
 def _reduction(shrink: float) -> int:
@@ -340,7 +348,7 @@ def _decode_jpeg(encoded: np.ndarray, reduction: int) -> np.ndarray:
         raise ValueError
     # The least size asked for says by how much to reduce.
     least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
-    options = {"strict": False} | (least if reduction > 1 else {})
+    options: dict[str, Any] = {"strict": False} | (least if reduction > 1 else {})
     if header.channels != 4:
         return simplejpeg.decode_jpeg(encoded, "BGR", **options)
     inks = simplejpeg.decode_jpeg(encoded, "CMYK", **options)  # inverted, as everyone writes them

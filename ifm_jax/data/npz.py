@@ -30,7 +30,7 @@ class Npz(Mapping[str, np.ndarray]):
       NpzError: if it is no .npz.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self._left = memory()
         try:
             self._file = zipfile.ZipFile(path)

@@ -9,7 +9,8 @@ same boxes are cut, on the device (`OnDeviceStep`), from a copy of `data.cache_s
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from ifm_jax.data.order import EpochOrder, crop_uniforms
 from ifm_jax.data.pipeline import steps_per_epoch
 from ifm_jax.data.sources import Source, ViewSource
 from ifm_jax.errors import UsageError
-from ifm_jax.pretrain import PretrainStep, TrainState, placements
+from ifm_jax.pretrain import DeviceState, PretrainStep, placements
 
 _RUN = 256  # images of a task
 _SHARE = 0.8  # of a device's memory that images may take
@@ -86,7 +87,7 @@ def read_all(
     pixels, sizes = np.empty((size, side, side, 3), np.uint8), np.empty((size, 2), np.int32)
 
     def fill(places: range) -> list[tuple[int, str]]:
-        bad = []
+        bad: list[tuple[int, str]] = []
         for place in places:
             pixels[place], sizes[place] = _whole(source, place, size, side, bad if bad_images is not None else None)
         return bad
@@ -95,23 +96,26 @@ def read_all(
         runs = [range(first, min(first + _RUN, size)) for first in range(0, size, _RUN)]
         for bad in pool.map(fill, runs):
             for index, reason in bad:
+                assert bad_images is not None  # without it the first has ended the reading
                 bad_images.add(source.name(index), reason)
     return pixels, Copies(size, side, sizes, source.random_crops)
 
 
-def _whole(source: ViewSource, index: int, size: int, side: int, bad: list | None):
+def _whole(
+    source: ViewSource, index: int, size: int, side: int, bad: list[tuple[int, str]] | None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns an image, or its nearest readable neighbour; adds the unreadable ones met before."""
     from ifm_jax.data.images import UnreadableImageError
 
-    error = None
+    errors: list[UnreadableImageError] = []
     for taken in (index, *(neighbours(index, size) if bad is not None else ())):
         try:
             return source.whole(taken, side)
         except UnreadableImageError as unreadable:
-            error = error or unreadable
+            errors.append(unreadable)
             if bad is not None:
                 bad.append((taken, unreadable.reason))
-    raise error
+    raise errors[0]
 
 
 def on_device_batches(
@@ -135,7 +139,10 @@ def on_device_batches(
     order, epoch_steps = EpochOrder(copies.count, seed), steps_per_epoch(copies.count, batch_size)
     number = start
     for count in counts:
-        call = {"index": np.zeros((most, batch_size), np.int32), "steps": np.asarray(count, np.int32)}
+        call: dict[str, np.ndarray] = {
+            "index": np.zeros((most, batch_size), np.int32),
+            "steps": np.asarray(count, np.int32),
+        }
         if copies.random_crops is not None:
             call["boxes"] = np.ones((most, batch_size, copies.random_crops.count, 4), np.float32)
         for row in range(count):
@@ -143,20 +150,24 @@ def on_device_batches(
             index = order(epoch)[within * batch_size : (within + 1) * batch_size]
             call["index"][row] = index
             if copies.random_crops is not None:
-                call["boxes"][row] = _boxes(copies, index, seed, number)
+                call["boxes"][row] = _boxes(copies, copies.random_crops, index, seed, number)
             number += 1
         yield call, count
 
 
-def _boxes(copies: Copies, index: np.ndarray, seed: int, number: int) -> np.ndarray:
+def _boxes(copies: Copies, random_crops: crops.RandomCrops, index: np.ndarray, seed: int, number: int) -> np.ndarray:
     """Returns where the crops of a batch lie in the copies, `(N, crops, 4)`."""
-    random_crops, (heights, widths) = copies.random_crops, copies.sizes[index].T
+    assert copies.sizes is not None  # there are crops, which are of these
+    heights, widths = copies.sizes[index].T
     uniforms = crop_uniforms(seed, number, len(index), random_crops.draws).reshape(len(index), -1, crops.DRAWS)
     boxes = [
         crops.random_boxes(uniforms[:, view], heights, widths, random_crops.scale) for view in range(random_crops.count)
     ]
     to_copy = copies.side / np.stack([heights, widths, heights, widths], axis=1)
     return np.stack(boxes, axis=1) * to_copy[:, None]
+
+
+_Carried = tuple[DeviceState[Any], dict[str, jax.Array]]  # a state, and metrics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,12 +186,12 @@ class OnDeviceStep:
 
     def __call__(
         self,
-        state: TrainState,
+        state: DeviceState[Any],
         images: jax.Array,
         call: dict[str, jax.Array],
         rng: jax.Array,
         learning_rates: jax.Array | None = None,
-    ):
+    ) -> _Carried:
         """Trains on some batches.
 
         Args:
@@ -196,7 +207,7 @@ class OnDeviceStep:
         """
         rows = {name: call[name] for name in ("index", "boxes") if name in call}
 
-        def one(state, number):
+        def one(state: DeviceState[Any], number: jax.Array | int) -> _Carried:
             batch = self.batch(images, {name: row[number] for name, row in rows.items()})
             return self.step(state, batch, rng, learning_rates)
 
@@ -204,7 +215,7 @@ class OnDeviceStep:
             state, metrics = one(state, 0)
             return state, {name: value[None] for name, value in metrics.items()}
 
-        def body(number, carried):
+        def body(number: jax.Array, carried: _Carried) -> _Carried:
             state, metrics = carried
             state, of_step = one(state, number)
             return state, {name: metrics[name].at[number].set(value) for name, value in of_step.items()}
@@ -228,12 +239,12 @@ class OnDeviceStep:
         boxes = split(row["boxes"])
         return {"views": jnp.stack([resized_crops(chosen, boxes[:, i], self.image_size) for i in range(2)], axis=1)}
 
-    def jit(self) -> Callable:
+    def jit(self) -> jax.stages.Wrapped:
         """Returns the compiled form; the state's memory is reused for the new state."""
-        if self.step.method.mesh is None:
+        method, mesh = self.step.method, self.step.method.mesh
+        if mesh is None:
             return jax.jit(self.__call__, donate_argnums=0)
-        method = self.step.method
-        whole, state = sharding.replicated(method.mesh), placements(method.mesh, method)
+        whole, state = sharding.replicated(mesh), placements(mesh, method)
         return jax.jit(
             self.__call__,
             donate_argnums=0,

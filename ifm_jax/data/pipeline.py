@@ -8,7 +8,7 @@ hosts changes nothing either; nor does the number of threads or processes that r
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grain
@@ -17,7 +17,7 @@ from absl import flags
 
 from ifm_jax.data.bad_images import BadImages, neighbours
 from ifm_jax.data.order import EpochOrder, crop_uniforms
-from ifm_jax.data.sources import Source, ViewSource
+from ifm_jax.data.sources import Images, ViewSource
 from ifm_jax.errors import UsageError
 
 _ENDLESS = 2**62  # batches
@@ -43,7 +43,7 @@ def steps_per_epoch(size: int, batch_size: int, *, remainder: bool = False) -> i
 
 
 def training_batches(
-    source: Source,
+    source: Images,
     batch_size: int,
     *,
     seed: int,
@@ -56,7 +56,7 @@ def training_batches(
     bad_images: BadImages | None = None,
     indices: bool = False,
     remainder: bool = False,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Yields the batches of an endless training run, or this host's part of them.
 
     Args:
@@ -105,10 +105,14 @@ def training_batches(
     return _checked(iter(batches), source, bad_images)
 
 
-def _checked(batches: Iterator[dict[str, Any]], source: Source, bad_images: BadImages | None):
+def _checked(
+    batches: Iterator[dict[str, Any]], source: Images, bad_images: BadImages | None
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Yields batches without what they say of unreadable images, which is noted."""
     for batch in batches:
         for index, reason in batch.pop(_BAD, ()):
+            assert bad_images is not None  # no other batches
+            assert isinstance(source, ViewSource)  # speak of any
             bad_images.add(source.name(index), reason)
         yield batch
 
@@ -165,7 +169,7 @@ class _Piece:
 class _LookUp:
     """From the numbers of images to a batch of them."""
 
-    def __init__(self, source: Source, indices: bool):
+    def __init__(self, source: Images, indices: bool):
         self._source, self._indices = source, indices
 
     def __call__(self, part: _Part) -> dict[str, np.ndarray]:
@@ -180,7 +184,7 @@ class _Cutter:
     ):
         self._source, self._size, self._batch_size, self._seed = source, size, batch_size, seed
         self._threads, self._replace, self._indices = threads, replace, indices
-        self._pool = None
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def __getstate__(self):
         return self.__dict__ | {"_pool": None}
@@ -193,7 +197,8 @@ class _Cutter:
         uniforms = crop_uniforms(self._seed, part.number, self._batch_size, crops.draws)
         uniforms = uniforms[part.first : part.first + count].tolist()
         views = np.empty((count, crops.count, side, side, 3), np.uint8)
-        images, bad = part.images.copy(), []
+        images = part.images.copy()
+        bad: list[tuple[int, str]] = []
 
         def cut(places: range) -> None:
             for place in places:
@@ -208,18 +213,20 @@ class _Cutter:
         part.images = images
         return part.finished({"views": views, _BAD: sorted(bad)}, self._indices)
 
-    def _views(self, index: int, uniforms: list[float], bad: list) -> tuple[int, tuple[np.ndarray, ...]]:
+    def _views(
+        self, index: int, uniforms: list[float], bad: list[tuple[int, str]]
+    ) -> tuple[int, tuple[np.ndarray, ...]]:
         """Returns the image taken and its views; adds the unreadable ones met before, with what is wrong with them."""
         from ifm_jax.data.images import UnreadableImageError
 
-        error = None
+        errors: list[UnreadableImageError] = []
         for taken in (index, *(neighbours(index, self._size) if self._replace else ())):
             try:
                 return taken, self._source.views(taken, uniforms)
             except UnreadableImageError as unreadable:
                 bad.append((taken, unreadable.reason))
-                error = error or unreadable
-        raise error
+                errors.append(unreadable)
+        raise errors[0]
 
 
 def _processors() -> int:

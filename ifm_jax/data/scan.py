@@ -10,11 +10,17 @@ import os
 import pathlib
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 THREADS = 32  # they wait for the disk, or the network, most of the time
 _SAY_AFTER = 2.0  # seconds
+
+_Above = frozenset[tuple[int, int]]  # device and number of each folder that one lies in
 
 
 @dataclasses.dataclass
@@ -50,7 +56,8 @@ class Tree:
 
         That is the order of the folders' whole paths, as text.
         """
-        pending, folders = [folder], []
+        pending = [folder]
+        folders: list[str] = []
         while pending:
             folders.append(pending.pop())
             pending += [os.path.join(folders[-1], name) for name in self.listings[folders[-1]].folders]
@@ -78,9 +85,10 @@ def is_image(name: str) -> bool:
 def _scan(root: pathlib.Path, pool: concurrent.futures.Executor) -> dict[str, Listing]:
     """Reads all folders, those of one depth at once."""
     progress, begun = _Progress(root), time.monotonic()
-    listings, level = {}, {"": frozenset()}  # with the folders that each lies in, whatever their paths
+    listings: dict[str, Listing] = {}
+    level: dict[str, _Above] = {"": frozenset()}  # with the folders that each lies in, whatever their paths
     while level:
-        following = {}
+        following: dict[str, _Above] = {}
         futures = [pool.submit(_list, root / path, above) for path, above in level.items()]
         for (path, above), future in zip(level.items(), futures, strict=True):
             listing, identity = future.result()
@@ -96,13 +104,14 @@ def _scan(root: pathlib.Path, pool: concurrent.futures.Executor) -> dict[str, Li
     return listings
 
 
-def _list(folder: pathlib.Path, above: frozenset[tuple[int, int]]) -> tuple[Listing | None, tuple[int, int]]:
+def _list(folder: pathlib.Path, above: _Above) -> tuple[Listing | None, tuple[int, int]]:
     """Returns what is in a folder, None if it lies in itself; and its device and number."""
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
     if identity in above:
         return None, identity
-    folders, images = [], []
+    folders: list[str] = []
+    images: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             # Files that start with a dot are other programs' (such as ._photo.jpg beside photo.jpg on some disks).
@@ -125,7 +134,8 @@ class _Progress:
 
     def __init__(self, root: pathlib.Path):
         self._root, self._folders, self._images, self._said = root, 0, 0, time.monotonic()
-        self._bar = self._task = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
 
     def add(self, images: int) -> None:
         """Notes that one more folder has been read."""
@@ -143,7 +153,7 @@ class _Progress:
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task("")
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=self._text())
         else:
             print(self._text(), file=sys.stderr, flush=True)

@@ -1,8 +1,8 @@
-"""Where images come from: two small protocols, and the source a config names."""
+"""Where images come from: small protocols, and the source a config names."""
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 
@@ -19,7 +19,17 @@ SPLITS = ("train", "test")
 _LEAST_AREA = {"moco_v1": 0.2, "moco_v2": 0.2, "moco_cifar": 0.08}
 
 
-class Source(Protocol):
+class Images(Protocol):
+    """Random access to images."""
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+
+    def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns `image`, uint8 `(N, H, W, 3)`, and int32 `(N,)` for each label; as they are evaluated."""
+
+
+class Source(Images, Protocol):
     """Random access to images and their labels.
 
     Attributes:
@@ -28,16 +38,16 @@ class Source(Protocol):
       earlier_fingerprints: what it was in earlier versions, so that their runs may go on; empty: the same.
     """
 
-    label_names: dict[str, tuple[str, ...]]
+    @property
+    def label_names(self) -> dict[str, tuple[str, ...]]: ...  # noqa: D102 (an attribute)
+
     if TYPE_CHECKING:  # not looked for by isinstance(), which would compute it on Python 3.11
-        fingerprint: str
-        earlier_fingerprints: tuple[str, ...]
 
-    def __len__(self) -> int:
-        """Returns the number of images."""
+        @property
+        def fingerprint(self) -> str: ...  # noqa: D102
 
-    def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns `image`, uint8 `(N, H, W, 3)`, and int32 `(N,)` for each label; as they are evaluated."""
+        @property
+        def earlier_fingerprints(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def labels(self) -> dict[str, np.ndarray]:
         """Returns int32 `(len(self),)` for each label; -1 where an image has none."""
@@ -154,7 +164,10 @@ def _open_trifeature(data: DataConfig, split: str) -> Trifeature:
     return source
 
 
-class Subset:
+Of = TypeVar("Of", bound=Source)
+
+
+class Subset(Generic[Of]):
     """Some of a source's images; `subset` makes one.
 
     Attributes:
@@ -164,7 +177,7 @@ class Subset:
 
     earlier_fingerprints: tuple[str, ...] = ()
 
-    def __init__(self, source: Source, indices: np.ndarray):
+    def __init__(self, source: Of, indices: np.ndarray):
         self.source, self.indices, self.label_names = source, np.asarray(indices), source.label_names
 
     def __len__(self) -> int:
@@ -184,10 +197,8 @@ class Subset:
         return {name: values[self.indices] for name, values in self.source.labels().items()}
 
 
-class ViewSubset(Subset):
+class ViewSubset(Subset[ViewSource]):
     """Some of the images of a `ViewSource`, and one itself."""
-
-    source: ViewSource
 
     def __init__(self, source: ViewSource, indices: np.ndarray):
         super().__init__(source, indices)
@@ -206,14 +217,18 @@ class ViewSubset(Subset):
         return self.source.name(int(self.indices[index]))
 
 
-def subset(source: Source, indices: np.ndarray) -> Subset:
+@overload
+def subset(source: ViewSource, indices: np.ndarray) -> ViewSubset: ...
+@overload
+def subset(source: Source, indices: np.ndarray) -> Subset[Source]: ...
+def subset(source: Source, indices: np.ndarray) -> Subset[Source] | ViewSubset:
     """Returns some of a source's images: a `ViewSource` if that is one.
 
     Args:
       source: of all of them.
       indices: int `(N,)`, which ones, in this order.
     """
-    return (ViewSubset if isinstance(source, ViewSource) else Subset)(source, indices)
+    return ViewSubset(source, indices) if isinstance(source, ViewSource) else Subset(source, indices)
 
 
 def drawn(source: Source, count: int, seed: int) -> Source:

@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +126,8 @@ class Tfds(EncodedImages):
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with files.replacing(path) as temporary, temporary.open("wb") as file:
-                    np.savez_compressed(file, **labels)
+                    arrays: dict[str, Any] = dict(labels)  # as savez is declared, one could be its own option
+                    np.savez_compressed(file, **arrays)
         return labels
 
     def _read_labels(self) -> dict[str, np.ndarray]:
@@ -224,7 +226,7 @@ def open_tfds(
     return source
 
 
-def _tfds(said: str):
+def _tfds(said: str) -> types.ModuleType:
     try:
         import tensorflow_datasets
     except ImportError as error:
@@ -232,7 +234,7 @@ def _tfds(said: str):
     return tensorflow_datasets
 
 
-def _builder(tfds, name: str, said: str):
+def _builder(tfds: types.ModuleType, name: str, said: str) -> Any:
     """Returns the builder of a folder, or of a name."""
     try:
         folder = pathlib.Path(name).expanduser()
@@ -264,7 +266,7 @@ def _builder(tfds, name: str, said: str):
         ) from None
 
 
-def _features_of_name(tfds, name: str) -> list[pathlib.Path]:
+def _features_of_name(tfds: types.ModuleType, name: str) -> list[pathlib.Path]:
     """Returns the feature files of all versions of a data set that are prepared where one is looked for."""
     parts = [part for part in re.split("[:/]", name) if part not in ("", ".", "..")]
     roots = tfds.core.utils.file_utils.list_data_dirs()

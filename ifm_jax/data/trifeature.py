@@ -17,9 +17,10 @@ import functools
 import hashlib
 import json
 import pathlib
-from typing import ClassVar
+from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 SHAPES = ("circle", "triangle", "plus", "ring", "star", "square", "hourglass", "tee", "crescent", "rhombus")
 TEXTURES = ("stripes", "dots", "grid", "checker", "speckle", "blobs", "zigzag", "targets", "triangles", "bricks")
@@ -98,8 +99,6 @@ class Trifeature:
     texture_period: float = 0.2
     scale: tuple[float, float] = (0.7, 0.9)
     noise: float = 0.06
-
-    earlier_fingerprints: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "scale", tuple(self.scale))
@@ -189,6 +188,11 @@ class Trifeature:
     def __getstate__(self):
         """Only the fields: a worker process maps the cache file, or draws, itself."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def earlier_fingerprints(self) -> tuple[str, ...]:
+        """What `fingerprint` was in earlier versions: nothing else."""
+        return ()
 
     @property
     def fingerprint(self) -> str:
@@ -331,7 +335,9 @@ def _per_image(values: np.ndarray) -> np.ndarray:
     return values[:, None, None]
 
 
-def _rotated_grid(size, center_x, center_y, angle, zoom) -> tuple[np.ndarray, np.ndarray]:
+def _rotated_grid(
+    size: int, center_x: np.ndarray, center_y: np.ndarray, angle: np.ndarray, zoom: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The pixel centres in a frame at `center`, turned by `angle` and magnified by `zoom`: two float32 `(N, H, W)`."""
     place = (np.arange(size) + 0.5) / size
     x, y = place[None, :] - center_x[:, None], place[None, :] - center_y[:, None]
@@ -352,56 +358,56 @@ def _shape_table(image_size: int) -> np.ndarray:
     return np.stack([globals()[f"_{name}"](x, y) for name in SHAPES]).astype(np.float32)
 
 
-def _circle(x, y):
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(x * x + y * y) - 0.86
 
 
-def _triangle(x, y):
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _polygon(x, y, [(0, -1), (0.866, 0.5), (-0.866, 0.5)])
 
 
-def _plus(x, y):
+def _plus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(_box(x, y, 0.3, 0.95), _box(x, y, 0.95, 0.3))
 
 
-def _ring(x, y):
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.abs(np.sqrt(x * x + y * y) - 0.71) - 0.25
 
 
-def _star(x, y):
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     turns = np.arange(10) / 10 * 2 * np.pi
     radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.48)
     return _polygon(x, y, np.stack([radii * np.sin(turns), -radii * np.cos(turns)], 1))
 
 
-def _square(x, y):
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _box(x, y, 0.7, 0.7)
 
 
-def _hourglass(x, y):
+def _hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _polygon(x, y, [(-0.62, -0.78), (0.62, -0.78), (0.16, 0), (0.62, 0.78), (-0.62, 0.78), (-0.16, 0)])
 
 
-def _tee(x, y):
+def _tee(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(_box(x, y + 0.37, 0.78, 0.25), _box(x, y - 0.165, 0.27, 0.785))
 
 
-def _crescent(x, y):
+def _crescent(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     bite = np.sqrt((x - 0.52) ** 2 + y * y) - 0.68
     return np.maximum(np.sqrt(x * x + y * y) - 0.95, -bite)
 
 
-def _rhombus(x, y):
+def _rhombus(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _polygon(x, y, [(0, -1), (0.6, 0), (0, 1), (-0.6, 0)])
 
 
-def _box(x, y, half_width, half_height):
+def _box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
     """Signed distance to a rectangle around the origin."""
     right, down = np.abs(x) - half_width, np.abs(y) - half_height
     return np.sqrt(np.maximum(right, 0) ** 2 + np.maximum(down, 0) ** 2) + np.minimum(np.maximum(right, down), 0)
 
 
-def _polygon(x, y, corners):
+def _polygon(x: np.ndarray, y: np.ndarray, corners: ArrayLike) -> np.ndarray:
     """Signed distance to a simple polygon: the nearest edge, with the sign from the parity of crossings."""
     corners = np.asarray(corners, float)
     nearest = np.full(x.shape, np.inf)
@@ -434,67 +440,73 @@ def _texture_tile(image_size: int, period: float) -> np.ndarray:
     return np.stack(tiles).astype(np.float32)
 
 
-def _wrapped_blur(tile, width):
+def _wrapped_blur(tile: np.ndarray, width: int) -> np.ndarray:
     """The mean over `width` x `width` samples, around the edges of the tile."""
     for axis in (0, 1):
-        tile = sum(np.roll(tile, shift - width // 2, axis) for shift in range(width)) / width
+        tile = np.asarray(sum(np.roll(tile, shift - width // 2, axis) for shift in range(width))) / width
     return tile
 
 
-def _stripes(u, v):
+def _stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return u % 1 < 0.5
 
 
-def _checker(u, v):
+def _checker(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (np.floor(u) + np.floor(v)) % 2 == 0
 
 
-def _dots(u, v):
+def _dots(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _staggered(u, v, 4 / 3, 1.0, lambda x, y: x * x + y * y < 0.4**2)
 
 
-def _zigzag(u, v):
+def _zigzag(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (0.75 * v + 0.75 * np.abs(u % 2 - 1)) % 1 < 0.5
 
 
-def _grid(u, v):
+def _grid(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (u % (4 / 3) < 0.38) | (v % (4 / 3) < 0.38)
 
 
-def _speckle(u, v):
+def _speckle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """A random choice in each cell of a fine lattice, drawn once for all."""
     cells = 3 * _TILE_PERIODS
     bits = _mix(np.arange(1, cells * cells + 1, dtype=np.uint64) * _GOLDEN).reshape(cells, cells)
     return (bits[np.floor(3 * v).astype(int), np.floor(3 * u).astype(int)] >> np.uint64(63)) == 1
 
 
-def _blobs(u, v):
+def _blobs(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """The positive part of a sum of waves of about two periods, in directions and phases drawn once for all."""
     waves = [
         (a, b) for a in range(-2, 3) for b in range(3) if 1.4 <= np.sqrt(a * a + b * b) <= 2.3 and (b > 0 or a > 0)
     ]
     phases = (_mix(np.arange(1, len(waves) + 1, dtype=np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
     angles = [2 * np.pi * ((a * u + b * v) / 4 + p) for (a, b), p in zip(waves, phases, strict=True)]
-    return sum(np.cos(angle) for angle in angles) > 0
+    return np.asarray(sum(np.cos(angle) for angle in angles)) > 0
 
 
-def _triangles(u, v):
+def _triangles(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return _staggered(u, v, 4 / 3, 1.0, lambda x, y: np.abs(x) < (y + 0.5) * 2 / 3)
 
 
-def _targets(u, v):
+def _targets(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Dots with a ring around each."""
     radius = np.sqrt((u % 2 - 1) ** 2 + (v % 2 - 1) ** 2)
     return (radius < 0.32) | (np.abs(radius - 0.85) < 0.19)
 
 
-def _bricks(u, v):
+def _bricks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Light bricks, dark mortar."""
     row = np.floor(v)
     return (v % 1 > 0.3) & ((u + row % 2) % 2 > 0.3)
 
 
-def _staggered(u, v, width, height, motif):
+def _staggered(
+    u: np.ndarray,
+    v: np.ndarray,
+    width: float,
+    height: float,
+    motif: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
     """A motif in the cells of a `width` x `height` lattice, every other row shifted by half a cell."""
     row = np.floor(v / height)
     return motif((u + row % 2 * width / 2) % width - width / 2, v % height - height / 2)

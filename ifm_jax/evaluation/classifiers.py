@@ -7,7 +7,7 @@ the same (on a CPU bit for bit) whichever other heads are trained beside it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,10 +102,10 @@ def update(
     share = jnp.ones(labels.shape, dtype) if mask is None else mask.astype(dtype)
     share = share / jnp.sum(share)
 
-    def update_one(head):
+    def update_one(head: tuple[dict[str, jax.Array], optax.OptState, jax.Array, jax.Array]) -> Any:
         params, opt_state, lr, weight_decay = head
 
-        def loss_fn(params):
+        def loss_fn(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             logits = _logits(params, features)
             return jnp.sum(share * _cross_entropy(logits, labels)), _rank(logits, labels)
 
@@ -143,7 +143,7 @@ def evaluate(
     features = features.astype(dtype)
     counts = jnp.ones(labels.shape, bool) if mask is None else mask
 
-    def evaluate_one(params):
+    def evaluate_one(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         logits = _logits(params, features)
         rank = _rank(logits, labels)
         # Not a product: what fills the batch up may be anything, and 0 times infinity is no number.

@@ -5,6 +5,7 @@ Pairs are gone through in blocks, so that N examples need no (N, N) matrix.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from ifm_jax.errors import RunError, UsageError
 
 
-def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: int = 1024) -> dict:
+def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: int = 1024) -> dict[str, Any]:
     """Returns all diagnostics of the embeddings of two views of the same images.
 
     Args:
@@ -99,7 +100,9 @@ def effective_rank(features: np.ndarray, epsilon: float = 1e-7) -> float:
     return float(np.exp(-np.sum(share * np.log(share))))
 
 
-def similarity_histograms(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: int = 1024) -> dict:
+def similarity_histograms(
+    first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: int = 1024
+) -> dict[str, Any]:
     """Counts cosine similarities of positives (row i with row i) and of negatives (row i with row j, j not i).
 
     Args:
@@ -163,7 +166,9 @@ def _bin(similarity: jax.Array, bins: int) -> jax.Array:
     return jnp.clip(jnp.floor((similarity + 1) * (bins / 2)), 0, bins - 1).astype(jnp.int32)
 
 
-def _blocks(first, second, i, j, chunk):
+def _blocks(
+    first: np.ndarray, second: np.ndarray, i: int, j: int, chunk: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns rows from i of `first` and from j of `second`, filled up, and which of their pairs are distinct and real.
 
     Filled up to `chunk` (or all rows, if they are fewer), so that one program serves all blocks.

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,11 +19,15 @@ from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import diagnostics, export, knn, linear, pretrained, readout, report
 from ifm_jax.evaluation.features import extract
 from ifm_jax.evaluation.pretrained import Pretrained
+from ifm_jax.models.encoder import Tree
 from ifm_jax.runs.loop import Outcome
 from ifm_jax.runs.tensorboard import TensorBoardLog
 from ifm_jax.runs.workdir import Workdir
 
 _READOUT_LIMIT = 2e10  # images x features x classes, up to which logistic regression takes minutes
+
+_Devices = list[jax.Device] | None
+_Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +56,9 @@ class Wanted:
 
 
 def evaluate(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     config: Config,
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     wanted: Wanted = Wanted(),
     *,
     prefix: str = "",
@@ -122,7 +127,7 @@ def add_result(output: pathlib.Path, of: Pretrained, name: str, found: dict[str,
         raise UsageError(f"{path} cannot be written ({error.strerror}): pass another --output") from None
 
 
-def _readouts(of: Pretrained, output: pathlib.Path, devices, say) -> None:
+def _readouts(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> None:
     train, test = of.features("train", devices), of.features("test", devices)
     train_source, test_source = of.images("train"), of.images("test")
     found = {}
@@ -138,7 +143,7 @@ def _readouts(of: Pretrained, output: pathlib.Path, devices, say) -> None:
     add_result(output, of, "logistic_regression", found)
 
 
-def _knn(of: Pretrained, output: pathlib.Path, devices, say) -> None:
+def _knn(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> None:
     settings = of.config.eval
     train, test = of.features("train", devices), of.features("test", devices)
     train_source, test_source = of.images("train"), of.images("test")
@@ -169,7 +174,7 @@ def _knn(of: Pretrained, output: pathlib.Path, devices, say) -> None:
     add_result(output, of, "knn", found)
 
 
-def _diagnostics(of: Pretrained, output: pathlib.Path, devices, say) -> None:
+def _diagnostics(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> None:
     found = diagnose(of, devices)
     say(
         f"Alignment {found['alignment']:.3f}, uniformity {found['uniformity']:.3f}; cosine similarity of positives "
@@ -209,7 +214,7 @@ def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[st
     augment = assembly.make_augmentation(config)
     whole, split = sharding.replicated(embed.mesh), sharding.split(embed.mesh)
 
-    def embeddings(weights, batch, number):
+    def embeddings(weights: tuple[Tree, Tree], batch: dict[str, jax.Array], number: jax.Array) -> list[jax.Array]:
         place = jnp.arange(batch["views"].shape[0], dtype=jnp.int32)
         rngs = jax.random.split(jax.random.fold_in(jax.random.key(config.linear.seed), number))
         images = batch["views"][:, 0], batch["views"][:, -1]
@@ -248,7 +253,7 @@ def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[st
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
 
 
-def _export(of: Pretrained, wanted: Wanted, devices, say) -> None:
+def _export(of: Pretrained, wanted: Wanted, devices: _Devices, say: _Say) -> None:
     for path, suffixes, flag in (
         (wanted.features, (".npz", ".array_record"), "--features"),
         (wanted.map, (".png",), "--map"),

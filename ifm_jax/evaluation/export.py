@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from ifm_jax.errors import UsageError
 _MAP_IMAGES = 5000  # more take long, and hide each other
 
 
-def write(path: str | os.PathLike, features: np.ndarray, source: ViewSource) -> None:
+def write(path: str | os.PathLike[str], features: np.ndarray, source: ViewSource) -> None:
     """Writes the features of a source's images.
 
     `.npz`: `features` `(N, D)`, `names` text `(N,)`, and for each label int32 `label_<name>` `(N,)` with its classes,
@@ -36,7 +37,8 @@ def write(path: str | os.PathLike, features: np.ndarray, source: ViewSource) -> 
             if path.suffix == ".npz":
                 classes = {f"classes_{name}": np.array(each) for name, each in source.label_names.items()}
                 with temporary.open("wb") as file:
-                    np.savez(file, features=features, names=np.array(names), **labels, **classes)
+                    arrays: dict[str, Any] = labels | classes  # as savez is declared, one could be its own option
+                    np.savez(file, features=features, names=np.array(names), **arrays)
             else:
                 _write_records(temporary, features, names, labels)
     except OSError as error:
@@ -45,7 +47,7 @@ def write(path: str | os.PathLike, features: np.ndarray, source: ViewSource) -> 
         ) from None
 
 
-def _write_records(path: pathlib.Path, features, names, labels) -> None:
+def _write_records(path: pathlib.Path, features: np.ndarray, names: list[str], labels: dict[str, np.ndarray]) -> None:
     from array_record.python import array_record_module
     from flax import serialization
 
@@ -87,7 +89,7 @@ def two_dimensions(features: np.ndarray, method: str = "tsne", seed: int = 0) ->
     chosen = features[shown]
     if method == "umap":
         try:
-            import umap
+            import umap  # pyrefly: ignore[missing-import] (where it is not installed)
         except ImportError:
             raise UsageError("--map_method=umap needs umap-learn: pip install 'ifm_jax[umap]', or take tsne") from None
         return shown, umap.UMAP(metric="cosine", random_state=seed).fit_transform(chosen)

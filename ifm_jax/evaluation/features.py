@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ifm_jax import sharding
 from ifm_jax.augment import normalize
@@ -60,8 +61,8 @@ class FrozenEncoder:
         whole = sharding.replicated(self.mesh)
         self._of_images = jax.jit(self._features, in_shardings=(whole, sharding.split(self.mesh)), out_shardings=whole)
 
-    def _place(self, value) -> jax.Array:
-        value = np.asarray(value)
+    def _place(self, array: ArrayLike) -> jax.Array:
+        value = np.asarray(array)
         placement = sharding.replicated(self.mesh)
         return jax.make_array_from_callback(value.shape, placement, lambda index: value[index])
 
@@ -90,7 +91,7 @@ class FrozenEncoder:
         features = self._encoder.bind(*weights)(views, train=False)
         return features.astype(np.promote_types(features.dtype, jnp.float32))
 
-    def _features(self, weights, images):
+    def _features(self, weights: tuple[Tree, Tree], images: jax.Array) -> jax.Array:
         dtype = jnp.float64 if self._encoder.compute_dtype == "float64" else jnp.float32
         return self.apply(weights, normalize(images.astype(dtype) / 255))
 
@@ -104,7 +105,7 @@ class FrozenEncoder:
         for path, value in jax.tree_util.tree_leaves_with_path(self.weights):
             value = np.asarray(value)
             digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
-            digest.update(np.ascontiguousarray(value))
+            digest.update(np.ascontiguousarray(value).data)
         return digest.hexdigest()[:24]
 
 
@@ -156,4 +157,5 @@ def extract(
                 if progress is not None:
                     progress(min(done + batch_size, count))
             pending = computing
+    assert result is not None  # there are images, or range() had refused steps of 0
     return result

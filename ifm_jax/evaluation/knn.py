@@ -175,7 +175,8 @@ def _vote(similarity: np.ndarray, labels: np.ndarray, num_classes: int, temperat
     cell = np.arange(len(labels))[:, None] * num_classes + labels
     votes = np.bincount(cell.ravel(), weight.ravel(), minlength=len(labels) * num_classes).reshape(-1, num_classes)
     share = votes / votes.sum(axis=1, keepdims=True)
-    classes, scores = [], []
+    classes: list[np.ndarray] = []
+    scores: list[np.ndarray] = []
     for _ in range(min(5, num_classes)):
         best = np.argmax(share, axis=1)
         score = np.take_along_axis(share, best[:, None], axis=1)[:, 0]
@@ -185,7 +186,16 @@ def _vote(similarity: np.ndarray, labels: np.ndarray, num_classes: int, temperat
     return Votes(np.stack(classes, axis=1).astype(np.int32), np.stack(scores, axis=1))
 
 
-def _check(bank, bank_labels, queries, num_classes, k, temperature, query_chunk, bank_chunk) -> None:
+def _check(
+    bank: np.ndarray,
+    bank_labels: np.ndarray,
+    queries: np.ndarray,
+    num_classes: int,
+    k: int,
+    temperature: float,
+    query_chunk: int,
+    bank_chunk: int,
+) -> None:
     """Raises UsageError where `classify` says so."""
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise UsageError(f"bank {bank.shape} and queries {queries.shape}: expected features (M, D) and (N, D)")

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +22,13 @@ import numpy as np
 from ifm_jax import config as configs
 from ifm_jax import files, sharding
 from ifm_jax.augment import ProbeAugmentation, example_rngs
-from ifm_jax.data import steps_per_epoch, training_batches
-from ifm_jax.data.sources import ViewSource, subset
+from ifm_jax.data import BadImages, steps_per_epoch, training_batches
+from ifm_jax.data.sources import Images, Source, ViewSource, subset
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.evaluation import classifiers
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.pretrained import Pretrained, chosen_labels
+from ifm_jax.models.encoder import Tree
 from ifm_jax.runs import checkpoint as checkpoints
 from ifm_jax.runs import metrics_log
 from ifm_jax.runs.curves import PROBE
@@ -47,6 +48,12 @@ class ProbeState(NamedTuple):
 
     step: jax.Array
     heads: dict[str, classifiers.HeadsState]
+
+
+_Batch = dict[str, jax.Array]
+_Features = Callable[[tuple[Tree, Tree], _Batch], jax.Array]  # of the backbone's weights and a batch
+_Step = Callable[[ProbeState, tuple[Tree, Tree], _Batch], tuple[ProbeState, dict[str, jax.Array]]]
+_HostBatches = Generator[dict[str, np.ndarray], None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,7 @@ def grid(config: configs.LinearConfig) -> list[tuple[float, float]]:
 
 def run(
     checkpoint: Pretrained,
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     *,
     fast: bool = False,
     devices: list[jax.Device] | None = None,
@@ -280,7 +287,7 @@ class _Probe:
             return jax.jit(create, out_shardings=placement)()
         return sharding.place(checkpoints.fitted(stored.state, jax.eval_shape(create)), placement)
 
-    def training(self, first: int, session: Session) -> tuple[Callable, Iterator[dict[str, np.ndarray]]]:
+    def training(self, first: int, session: Session) -> tuple[_Step, _HostBatches]:
         """Returns the compiled step, `(state, weights, batch) -> (state, metrics)`, and its batches.
 
         Args:
@@ -334,7 +341,7 @@ class _Held:
             )
         whole = sharding.replicated(self._mesh)
 
-        def count(params, batch):
+        def count(params: dict[str, dict[str, jax.Array]], batch: _Batch) -> dict[str, dict[str, jax.Array]]:
             return {
                 name: classifiers.evaluate(params[name], batch["features"], batch[f"label/{name}"], batch["mask"])
                 for name in names
@@ -356,13 +363,15 @@ class _Held:
 class _Views:
     """The training batches: crops of the frozen backbone's images, or their features."""
 
-    def __init__(self, frozen: FrozenEncoder, config: configs.Config, source: ViewSource, names, bad_images):
+    def __init__(
+        self, frozen: FrozenEncoder, config: configs.Config, source: ViewSource, names: list[str], bad_images: BadImages
+    ):
         self._frozen, self._config, self._source, self._bad_images = frozen, config, source, bad_images
         self._labels = {name: source.labels()[name] for name in names}
         dtype = jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
         self._augment = ProbeAugmentation(dtype=dtype)
 
-    def _batches(self, source, start: int, bad_images=None) -> Iterator[dict[str, np.ndarray]]:
+    def _batches(self, source: Images, start: int, bad_images: BadImages | None = None) -> _HostBatches:
         linear = self._config.linear
         return training_batches(
             source,
@@ -384,20 +393,18 @@ class _Views:
             f"label/{name}": values[index] for name, values in self._labels.items()
         }
 
-    def fresh(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def fresh(self, start: int) -> _HostBatches:
         """Yields crops with labels and weights, new ones in every epoch."""
         for number, batch in enumerate(self._batches(self._source, start, self._bad_images), start):
             yield self._with_labels(batch) | {"number": np.full(len(batch["views"]), number, np.int32)}
 
-    def features(self, weights, batch: dict[str, jax.Array]) -> jax.Array:
+    def features(self, weights: tuple[Tree, Tree], batch: _Batch) -> jax.Array:
         """Returns the features of a batch of crops; part of the compiled step."""
         rng = jax.random.fold_in(jax.random.key(self._config.linear.seed), batch["number"][0])
         place = jnp.arange(batch["views"].shape[0], dtype=jnp.int32)
         return self._frozen.apply(weights, self._augment(example_rngs(rng, place), batch["views"][:, 0]))
 
-    def kept(
-        self, start: int, say: Callable[[str], None], features: np.ndarray | None
-    ) -> Iterator[dict[str, np.ndarray]]:
+    def kept(self, start: int, say: Callable[[str], None], features: np.ndarray | None) -> _HostBatches:
         """Yields features with labels and weights: those of the first epochs' crops, computed now, in turn.
 
         Args:
@@ -410,8 +417,8 @@ class _Views:
         steps = steps_per_epoch(count, self._config.linear.batch_size, remainder=True)
         order = self._batches(_Order(count), start)
         for number, batch in enumerate(order, start):
-            features = stored[number // steps % len(stored), batch["index"]]
-            yield self._with_labels({"features": features, "index": batch["index"], "weight": batch["weight"]})
+            of_batch = stored[number // steps % len(stored), batch["index"]]
+            yield self._with_labels({"features": of_batch, "index": batch["index"], "weight": batch["weight"]})
 
     def _compute(self, views: int, say: Callable[[str], None]) -> np.ndarray:
         """Returns the features of every image's first views, `(views, N, D)`."""
@@ -438,6 +445,7 @@ class _Views:
                 stored = np.empty((views, count, features.shape[1]), features.dtype)
             stored[number // steps, index[index >= 0]] = features[index >= 0]
         batches.close()
+        assert stored is not None  # there is a view at least, of an image at least
         return stored
 
 
@@ -457,7 +465,9 @@ class _Order:
         return {"image": np.empty((len(indices), 0), np.uint8)}
 
 
-def _step(config: configs.Config, names: list[str], epoch_steps: int, mesh, features):
+def _step(
+    config: configs.Config, names: list[str], epoch_steps: int, mesh: jax.sharding.Mesh, features: _Features
+) -> _Step:
     """Returns the compiled step, `(state, weights, batch) -> (state, metrics)`."""
     linear = config.linear
     combinations = grid(linear)
@@ -469,12 +479,13 @@ def _step(config: configs.Config, names: list[str], epoch_steps: int, mesh, feat
     )
     decay = [weight_decay for _, weight_decay in combinations]
 
-    def step(state: ProbeState, weights, batch):
+    def step(state: ProbeState, weights: tuple[Tree, Tree], batch: _Batch) -> tuple[ProbeState, dict[str, jax.Array]]:
         of_images = features(weights, batch)
-        new, found = {}, {}
+        new: dict[str, classifiers.HeadsState] = {}
+        found: dict[str, dict[str, jax.Array]] = {}
+        dtype = state.heads[names[0]].params["weight"].dtype  # the features', as all heads'
+        lr = jnp.asarray(table, dtype)[state.step]
         for name in names:
-            dtype = state.heads[name].params["weight"].dtype
-            lr = jnp.asarray(table, dtype)[state.step]
             new[name], found[name] = classifiers.update(
                 state.heads[name],
                 of_images,
@@ -508,7 +519,14 @@ def _summary(found: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, A
     return record | {"heads": found}
 
 
-def _result(label, protocol, combinations, history, source, test) -> Result:
+def _result(
+    label: str,
+    protocol: str,
+    combinations: Sequence[tuple[float, float]],
+    history: list[dict[str, Any]],
+    source: Source,
+    test: Source,
+) -> Result:
     """Puts together what was logged after each epoch."""
     top1 = np.array([record["test"][label]["top1"] for record in history])  # (epochs, heads)
     last = history[-1]

@@ -3,6 +3,8 @@
 Nothing is trained along with the encoder, so that the steps in between cost nothing more and no gradient reaches it.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from sklearn.linear_model import RidgeClassifier
@@ -15,7 +17,7 @@ from ifm_jax.data.sources import drawn
 from ifm_jax.evaluation import diagnostics, knn
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.pretrained import chosen_labels, labelled
-from ifm_jax.pretrain import TrainState
+from ifm_jax.pretrain import DeviceState
 
 
 class OnlineEvaluation:
@@ -30,7 +32,8 @@ class OnlineEvaluation:
     """
 
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
-        self._config, self._mesh, self._frozen = config, mesh, None
+        self._config, self._mesh = config, mesh
+        self._frozen: FrozenEncoder | None = None
         self._sources = [drawn(labelled(config, split), config.eval.images, config.seed) for split in ("train", "test")]
         self._labels = chosen_labels(config, self._sources[0])
 
@@ -40,7 +43,7 @@ class OnlineEvaluation:
         single = [f"{kind}/{label}" for label in self._labels for kind in ("knn", "linear")]
         return ("knn", "linear", *(single if len(self._labels) > 1 else ()), "effective_rank")
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
+    def __call__(self, state: DeviceState[Any]) -> dict[str, float]:
         """Evaluates the query encoder.
 
         Args:
@@ -56,7 +59,7 @@ class OnlineEvaluation:
             self._frozen = FrozenEncoder(encoder, state.params, state.batch_stats, mesh=self._mesh)
         frozen = self._frozen.holding(state.params, state.batch_stats)
         train, test = (extract(frozen, source) for source in self._sources)
-        record = {}
+        record: dict[str, float] = {}
         for label in self._labels:
             of_train, of_test = (source.labels()[label] for source in self._sources)
             votes = knn.classify(

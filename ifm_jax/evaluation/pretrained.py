@@ -11,7 +11,7 @@ import numpy as np
 from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.data.sources import SPLITS, ViewSource, open_views, subset
+from ifm_jax.data.sources import SPLITS, Source, ViewSource, open_views, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.runs import snapshot
@@ -76,7 +76,7 @@ class Pretrained:
         return self._known[key]
 
 
-def load(path: str | os.PathLike, config: Config | None = None, prefix: str = "") -> Pretrained:
+def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str = "") -> Pretrained:
     """Reads what is to be evaluated.
 
     Args:
@@ -132,7 +132,7 @@ def labelled(config: Config, split: str, count: int = 1, least_area: float = PRO
     return source if known.all() else subset(source, np.flatnonzero(known))
 
 
-def chosen_labels(config: Config, source: ViewSource) -> list[str]:
+def chosen_labels(config: Config, source: Source) -> list[str]:
     """Returns the names of the labels that the evaluation is about.
 
     Raises:

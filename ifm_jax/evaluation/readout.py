@@ -6,6 +6,7 @@ colour on the features before the projection head, accuracy on held-out images.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -39,7 +40,7 @@ class Readouts:
         """The label read out worst."""
         return min(self.accuracy.values())
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Returns the fields and the two summaries, for JSON."""
         return dataclasses.asdict(self) | {"mean": self.mean, "worst": self.worst}
 

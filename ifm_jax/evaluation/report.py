@@ -47,7 +47,7 @@ def print_linear(results: Sequence[Result], console: rich.console.Console | None
         console.print(table)
 
 
-def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike) -> None:
+def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Draws the histograms of the cosine similarities of positives and of negatives.
 
     Args:
@@ -71,7 +71,7 @@ def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike) -> None
 
 
 def draw_map(
-    points: np.ndarray, labels: Mapping[str, tuple[np.ndarray, Sequence[str]]], path: str | os.PathLike
+    points: np.ndarray, labels: Mapping[str, tuple[np.ndarray, Sequence[str]]], path: str | os.PathLike[str]
 ) -> None:
     """Draws images as points, once for each label, in the colours of its classes.
 
@@ -105,7 +105,7 @@ def _figure(width: float, height: float, columns: int = 1):
 
 def draw_readouts(
     rows: Sequence[Readouts],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     chance: dict[str, float] | None = None,
     errors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
@@ -152,7 +152,7 @@ def draw_readouts(
     figure.savefig(path, dpi=150)
 
 
-def draw_samples(images: np.ndarray, views: Sequence[np.ndarray], path: str | os.PathLike) -> None:
+def draw_samples(images: np.ndarray, views: Sequence[np.ndarray], path: str | os.PathLike[str]) -> None:
     """Draws images above the views made of them, one image a column.
 
     Args:

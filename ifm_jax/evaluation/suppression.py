@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,7 @@ def read_out_untrained(config: Config) -> Readouts:
     return read_out("untrained", config, frozen, 0)
 
 
-def read_out_workdir(workdir: str | os.PathLike, name: str | None = None) -> Readouts:
+def read_out_workdir(workdir: str | os.PathLike[str], name: str | None = None) -> Readouts:
     """Reads out the newest checkpoint of a run.
 
     Args:
@@ -91,7 +92,7 @@ def method_name(config: Config) -> str:
     return f"{name}{hard}{debiased}, T = {configs.temperature(config):g}"
 
 
-def grouped(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[str | os.PathLike]]:
+def grouped(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, list[str | os.PathLike[str]]]:
     """Returns the runs of each method, which differ in nothing but their seed, in the order given.
 
     Methods whose names agree get what tells them apart in addition.
@@ -99,7 +100,7 @@ def grouped(workdirs: Sequence[str | os.PathLike]) -> dict[str, list[str | os.Pa
     Raises:
       UsageError: if a workdir is no run, or two runs of a method have the same seed.
     """
-    groups: list[tuple[Config, list]] = []
+    groups: list[tuple[Config, list[str | os.PathLike[str]]]] = []
     for workdir in workdirs:
         config = Workdir(workdir).read_config()
         alike = configs.from_dict(configs.to_dict(config))
@@ -173,7 +174,7 @@ def _standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def summary(results: dict[str, list[Readouts]]) -> dict:
+def summary(results: dict[str, list[Readouts]]) -> dict[str, Any]:
     """Returns all that a report says, for JSON: runs, means, standard errors, differences from the first method."""
     names = [name for name in results if name != "untrained"]
     return {
@@ -209,7 +210,7 @@ def markdown(results: dict[str, list[Readouts]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(results: dict[str, list[Readouts]], directory: str | os.PathLike) -> None:
+def write(results: dict[str, list[Readouts]], directory: str | os.PathLike[str]) -> None:
     """Writes suppression.json, suppression.md and suppression.png.
 
     Args:
@@ -233,7 +234,7 @@ def write(results: dict[str, list[Readouts]], directory: str | os.PathLike) -> N
         raise UsageError(f"{directory} cannot be written to ({error.strerror}): pass an --output that can") from None
 
 
-def compare(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike) -> dict[str, list[Readouts]]:
+def compare(workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> dict[str, list[Readouts]]:
     """Reads out runs, method by method, prints the table and writes the report.
 
     Args:

@@ -19,6 +19,8 @@ from ifm_jax.models import Encoder
 
 Tree = dict[str, Any]
 Memory = TypeVar("Memory")
+Leaf = TypeVar("Leaf")  # an array, or what stands in its place: a sharding; None, where it may be missing
+Part = TypeVar("Part")  # nested dicts of arrays, or what stands in their place
 
 # (a random key for each example (N,), images (N, H, W, 3)) -> views (N, h, w, 3), float, normalized.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
@@ -68,10 +70,11 @@ class Views:
           number: 0 or 1, which view.
           order: int32 `(N,)`; place i of the result holds the view of image `order[i]`. None: as they are.
         """
-        images, place = self.images[number], order
+        images = self.images[number]
         if order is None:
             place = jnp.arange(self.count, dtype=jnp.int32)
         else:
+            place = order
             # Shuffled while they are smallest; without the constraint every device would make all views.
             images = sharding.split_rows(images[order], self.mesh)
         return sharding.split_rows(self.augment(example_rngs(self.rngs[number], place), images), self.mesh)
@@ -128,18 +131,16 @@ class Method(Protocol[Memory]):
         """Returns the step after which all negatives are of real images; 0: from the start."""
 
     @staticmethod
-    def missing(memory: Memory) -> list[str]:
+    def missing(memory: Any) -> list[str]:
         """Returns the parts of a memory that are not there (`None`, as from an incomplete checkpoint), in words."""
 
     @staticmethod
-    def inherit(
-        given: Any, fresh: Memory, params: Tree, batch_stats: Tree, same_head: bool
-    ) -> tuple[Memory, list[str]]:
+    def inherit(given: Any, fresh: Any, params: Tree, batch_stats: Tree, same_head: bool) -> tuple[Any, list[str]]:
         """Returns the memory of a new run that starts with the weights of another, and what it is made of, in words.
 
         Args:
           given: the other run's memory, perhaps of another method, or with parts missing; NumPy arrays.
-          fresh: that of a new run, NumPy arrays.
+          fresh: that of a new run, NumPy arrays, as what is returned.
           params: of the network that the new run starts with.
           batch_stats: likewise.
           same_head: the other run's projection head is the new one's too.

@@ -1,20 +1,21 @@
 """MoCo: negatives from a queue of earlier batches' keys (He et al. 2020, algorithm 1), as IFM's original has it."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ifm_jax import sharding
 from ifm_jax.methods import losses, queue
-from ifm_jax.methods.method import Objective, Outcome, Tree, Views
+from ifm_jax.methods.method import Leaf, Objective, Outcome, Part, Tree, Views
 from ifm_jax.models import Encoder
 
 
-class MoCoMemory(NamedTuple):
-    """What MoCo carries from step to step.
+class MoCoMemory(NamedTuple, Generic[Leaf, Part]):
+    """What MoCo carries from step to step: arrays, or as in `pretrain.TrainState` what stands in their place.
 
     Attributes:
       key_params: of the key encoder, the momentum average of the query encoder's.
@@ -23,10 +24,14 @@ class MoCoMemory(NamedTuple):
       queue_ptr: int32 scalar.
     """
 
-    key_params: Tree
-    key_batch_stats: Tree
-    queue: jax.Array
-    queue_ptr: jax.Array
+    key_params: Part
+    key_batch_stats: Part
+    queue: Leaf
+    queue_ptr: Leaf
+
+
+_Carried = MoCoMemory[jax.Array, Tree]
+_AtRest = MoCoMemory[np.ndarray, Tree]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,20 +59,21 @@ class MoCo:
     memory = MoCoMemory
     trained_views = 1
 
-    def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> MoCoMemory:
+    def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> _Carried:
         """Returns the memory a run starts with: a copy of the query encoder, a queue of random unit vectors."""
         keys = queue.create(rng, self.queue_size, self.encoder.dim, jnp.dtype(self.encoder.param_dtype))
         # Copies, not the same arrays: the step gives its state's memory away.
-        return MoCoMemory(*jax.tree.map(jnp.copy, (params, batch_stats)), keys, jnp.zeros((), jnp.int32))
+        key_params, key_batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
+        return MoCoMemory(key_params, key_batch_stats, keys, jnp.zeros((), jnp.int32))
 
-    def placements(self, mesh: jax.sharding.Mesh) -> MoCoMemory:
+    def placements(self, mesh: jax.sharding.Mesh) -> MoCoMemory[NamedSharding, NamedSharding]:
         """Returns where the memory lies: everything on every device, but for a queue that is split."""
-        everywhere = MoCoMemory(*[sharding.replicated(mesh)] * 4)
-        return everywhere._replace(queue=sharding.split(mesh)) if self.queue_sharded else everywhere
+        whole = sharding.replicated(mesh)
+        return MoCoMemory(whole, whole, sharding.split(mesh) if self.queue_sharded else whole, whole)
 
     def loss(
-        self, params: Tree, batch_stats: Tree, memory: MoCoMemory, views: Views, rng: jax.Array
-    ) -> tuple[jax.Array, Outcome[MoCoMemory]]:
+        self, params: Tree, batch_stats: Tree, memory: _Carried, views: Views, rng: jax.Array
+    ) -> tuple[jax.Array, Outcome[_Carried]]:
         """Returns the loss of a batch and what it leaves; see `Method`. The order is the original's."""
         # 1. The key encoder follows the query encoder as it was before this step; parameters only, not statistics.
         m, now = self.momentum, jax.lax.stop_gradient(params)
@@ -118,17 +124,17 @@ class MoCo:
 
     @staticmethod
     def inherit(
-        given: Any, fresh: MoCoMemory, params: Tree, batch_stats: Tree, same_head: bool
-    ) -> tuple[MoCoMemory, list[str]]:
+        given: Any, fresh: _AtRest, params: Tree, batch_stats: Tree, same_head: bool
+    ) -> tuple[_AtRest, list[str]]:
         """Returns the memory of a run that starts with the weights of another, and in words; see `Method`."""
         lacks = MoCo.missing(given) if same_head else ["key encoder", "queue"]
 
-        def cast(tree, like):
+        def cast(tree: Any, like: Any) -> Any:
             return jax.tree.map(lambda x, y: np.asarray(x, y.dtype), tree, like)
 
         if "key encoder" in lacks:
-            memory, notes = fresh._replace(key_params=params, key_batch_stats=batch_stats), []
-            notes.append("key encoder (a copy of the query encoder)")
+            memory = fresh._replace(key_params=params, key_batch_stats=batch_stats)
+            notes = ["key encoder (a copy of the query encoder)"]
         else:
             memory = fresh._replace(
                 key_params=cast(given.key_params, fresh.key_params),

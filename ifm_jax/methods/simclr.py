@@ -33,17 +33,17 @@ class SimCLR:
     memory = tuple
     trained_views = 2
 
-    def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> tuple:
+    def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> tuple[()]:
         """Returns the memory a run starts with: none."""
         return ()
 
-    def placements(self, mesh: jax.sharding.Mesh) -> tuple:
+    def placements(self, mesh: jax.sharding.Mesh) -> tuple[()]:
         """Returns where the memory lies: nowhere."""
         return ()
 
     def loss(
-        self, params: Tree, batch_stats: Tree, memory: tuple, views: Views, rng: jax.Array
-    ) -> tuple[jax.Array, Outcome[tuple]]:
+        self, params: Tree, batch_stats: Tree, memory: tuple[()], views: Views, rng: jax.Array
+    ) -> tuple[jax.Array, Outcome[tuple[()]]]:
         """Returns the loss of a batch and what it leaves; see `Method`."""
         # Both views of an image side by side: they share a device and a BatchNorm group, and nothing is exchanged.
         both = jnp.stack([views(0), views(1)], axis=1)
@@ -73,6 +73,8 @@ class SimCLR:
         return []
 
     @staticmethod
-    def inherit(given: Any, fresh: tuple, params: Tree, batch_stats: Tree, same_head: bool) -> tuple[tuple, list[str]]:
+    def inherit(
+        given: Any, fresh: tuple[()], params: Tree, batch_stats: Tree, same_head: bool
+    ) -> tuple[tuple[()], list[str]]:
         """Returns the memory of a run that starts with the weights of another: none; see `Method`."""
         return (), []

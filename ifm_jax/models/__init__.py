@@ -1,12 +1,13 @@
 """Networks: the ResNet family as torchvision's, grouped BatchNorm, projection heads."""
 
-from ifm_jax.models.batch_norm import BatchNorm
+from ifm_jax.models.batch_norm import BatchNorm, RunningStats
 from ifm_jax.models.encoder import Encoder, only_head, without_head
-from ifm_jax.models.heads import HEADS, HCLHead, MLPHead
+from ifm_jax.models.heads import HEADS, HCLHead, Head, MLPHead
 from ifm_jax.models.resnet import (
     ARCHITECTURES,
     STEMS,
     ResNet,
+    Stem,
     create,
     resnet8,
     resnet18,
@@ -28,8 +29,11 @@ __all__ = [
     "BatchNorm",
     "Encoder",
     "HCLHead",
+    "Head",
     "MLPHead",
     "ResNet",
+    "RunningStats",
+    "Stem",
     "create",
     "only_head",
     "resnet8",

@@ -13,7 +13,7 @@ the platform that the program is *compiled* for: elsewhere than on CPUs it is XL
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ import numpy as np
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
+Shape = tuple[int, ...]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def conv_general_dilated(
-    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` for `nnx.Conv`, which passes NHWC images and HWIO kernels.
 
@@ -48,12 +49,15 @@ def conv_general_dilated(
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
-def _is_plain(options: dict) -> bool:
+def _is_plain(options: dict[str, Any]) -> bool:
     """Whether no option but the layout differs from its default."""
     ones = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
     return all(
         name == "dimension_numbers" or value is None or value == ones.get(name) for name, value in options.items()
     )
+
+
+_Saved = tuple[jax.Array, jax.Array]  # input and kernel
 
 
 class _Choice(NamedTuple):
@@ -64,7 +68,7 @@ class _Choice(NamedTuple):
     kernel_gradient: bool
 
 
-def _choose(x: tuple, kernel: tuple, strides: tuple, padding: Padding) -> _Choice:
+def _choose(x: Shape, kernel: Shape, strides: Shape, padding: Padding) -> _Choice:
     """Chooses by shape: as measured on one core of an x86 CPU with AVX2, float32."""
     side = max(_output_sizes(x, kernel, strides, padding))
     if kernel[:2] == (1, 1):
@@ -79,24 +83,24 @@ def _choose(x: tuple, kernel: tuple, strides: tuple, padding: Padding) -> _Choic
     return _Choice(False, False, _is_large_stem(kernel))
 
 
-def _is_large_stem(kernel: tuple) -> bool:
+def _is_large_stem(kernel: Shape) -> bool:
     """Whether the kernel is that of ResNet's first convolution: large, on the few channels of an image."""
     return kernel[0] >= 7 and kernel[2] <= 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolution(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Padding) -> jax.Array:
+def _convolution(x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding) -> jax.Array:
     """The convolution, each computation in the form that `_choose` names."""
     if not _choose(x.shape, kernel.shape, strides, padding).output:
         return _output(x, kernel, strides=strides, padding=padding)
     return _on_cpu(_output_by_taps, _output, x, kernel, strides=strides, padding=padding)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Padding) -> tuple[jax.Array, tuple]:
+def _forward(x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding) -> tuple[jax.Array, _Saved]:
     return _convolution(x, kernel, strides, padding), (x, kernel)
 
 
-def _backward(strides: tuple, padding: Padding, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(strides: Shape, padding: Padding, saved: _Saved, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     choice = _choose(x.shape, kernel.shape, strides, padding)
     of_input = _input_gradient_by_taps if choice.input_gradient else _input_gradient_in_order
@@ -113,7 +117,9 @@ def _backward(strides: tuple, padding: Padding, saved: tuple, gradient: jax.Arra
 _convolution.defvjp(_forward, _backward)
 
 
-def _on_cpu(special: Callable, general: Callable, *operands: jax.Array, **options) -> jax.Array:
+def _on_cpu(
+    special: Callable[..., jax.Array], general: Callable[..., jax.Array], *operands: jax.Array, **options: Any
+) -> jax.Array:
     """Returns `special`'s result if the program is compiled for a CPU, else `general`'s."""
     # Not jax.default_backend(): a program may be compiled for a TPU that is not there (benchmarks/tpu_plan.py).
     return jax.lax.platform_dependent(
@@ -121,24 +127,24 @@ def _on_cpu(special: Callable, general: Callable, *operands: jax.Array, **option
     )
 
 
-def _output(x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding) -> jax.Array:
+def _output(x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
 
 
 def _input_gradient(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     return jax.vjp(lambda x: _output(x, kernel, strides=strides, padding=padding), x)[1](gradient)[0]
 
 
 def _kernel_gradient(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     return jax.vjp(lambda kernel: _output(x, kernel, strides=strides, padding=padding), kernel)[1](gradient)[0]
 
 
 def _input_gradient_in_order(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     """A convolution of the gradient, zeros between its values where there is a stride, with the kernel turned round."""
     around = []
@@ -153,7 +159,7 @@ def _input_gradient_in_order(
 
 
 def _kernel_gradient_in_order(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     """A convolution of the input with the gradient: channels stand for images, images for channels."""
     around = []
@@ -169,7 +175,7 @@ def _kernel_gradient_in_order(
     return found.transpose(1, 2, 0, 3)
 
 
-def _output_by_taps(x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding) -> jax.Array:
+def _output_by_taps(x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding) -> jax.Array:
     height, width = _output_sizes(x.shape, kernel.shape, strides, padding)
     total = jnp.zeros((), _sum_dtype(x))
     for i, rows in _taps(x.shape[1], height, kernel.shape[0], strides[0], padding[0][0]):
@@ -180,7 +186,7 @@ def _output_by_taps(x: jax.Array, kernel: jax.Array, *, strides: tuple, padding:
 
 
 def _input_gradient_by_taps(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     total = jnp.zeros((), _sum_dtype(x))
     for i, rows in _taps(x.shape[1], gradient.shape[1], kernel.shape[0], strides[0], padding[0][0]):
@@ -191,7 +197,7 @@ def _input_gradient_by_taps(
 
 
 def _kernel_gradient_by_taps(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     # A tap that never lies within the map has no gradient.
     taps = [[jnp.zeros(kernel.shape[2:], _sum_dtype(x))] * kernel.shape[1] for _ in range(kernel.shape[0])]
@@ -203,7 +209,7 @@ def _kernel_gradient_by_taps(
 
 
 def _kernel_gradient_by_rows(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: tuple, padding: Padding
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     """The taps of a kernel's row as one matrix product: with few channels, one tap's would be too narrow."""
     height, width = gradient.shape[1:3]
@@ -245,7 +251,7 @@ def _place(product: jax.Array, places: tuple[slice, slice], sizes: Sequence[int]
     return jax.lax.pad(product, jnp.zeros((), product.dtype), [(0, 0, 0), *between, (0, 0, 0)])
 
 
-def _contract(a: jax.Array, b: jax.Array, axes: tuple[tuple, tuple]) -> jax.Array:
+def _contract(a: jax.Array, b: jax.Array, axes: tuple[Shape, Shape]) -> jax.Array:
     return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=_sum_dtype(a))
 
 
@@ -254,7 +260,7 @@ def _sum_dtype(x: jax.Array) -> np.dtype:
     return np.promote_types(x.dtype, jnp.float32)
 
 
-def _output_sizes(x: tuple, kernel: tuple, strides: tuple, padding: Padding) -> tuple[int, int]:
+def _output_sizes(x: Shape, kernel: Shape, strides: Shape, padding: Padding) -> tuple[int, int]:
     """Returns the height and width of the convolution's result."""
     height, width = (
         (size + sum(pad) - taps) // stride + 1

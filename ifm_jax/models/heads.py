@@ -1,7 +1,7 @@
 """What stands on the pooled features: a linear layer, or a projection head of two."""
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def linear(
 ) -> nnx.Linear:
     """Returns a linear layer that starts as PyTorch's: weight and bias uniform in +-1/sqrt(in_features)."""
 
-    def init(rng, shape, dtype, out_sharding=None):
+    def init(rng: jax.Array, shape: Sequence[int], dtype: Any, out_sharding: Any = None) -> jax.Array:
         del out_sharding
         bound = in_features**-0.5
         return jax.random.uniform(rng, shape, dtype, -bound, bound)
@@ -99,7 +99,7 @@ class HCLHead(nnx.Module):
 
 
 def create(
-    head: Head, in_features: int, out_features: int, *, norm: Callable[[int], BatchNorm], **options
+    head: Head, in_features: int, out_features: int, *, norm: Callable[[int], BatchNorm], **options: Any
 ) -> nnx.Linear | MLPHead | HCLHead:
     """Builds a head by name.
 

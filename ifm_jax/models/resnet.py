@@ -9,7 +9,7 @@ Sources: He et al. 2016; torchvision.models.resnet; Xie et al. 2017 (ResNeXt); Z
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from ifm_jax.models import convolution, heads
 from ifm_jax.models.batch_norm import BatchNorm, RunningStats
 
 Stem = Literal["imagenet", "small", "small_stride2"]
-STEMS = ("imagenet", "small", "small_stride2")
+STEMS: tuple[str, ...] = get_args(Stem)
 
 
 class Architecture(NamedTuple):
@@ -61,7 +61,9 @@ ARCHITECTURES = {
 _kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _conv(in_features: int, out_features: int, kernel: int, *, stride: int = 1, groups: int = 1, **options) -> nnx.Conv:
+def _conv(
+    in_features: int, out_features: int, kernel: int, *, stride: int = 1, groups: int = 1, **options: Any
+) -> nnx.Conv:
     """A convolution without bias, padded by (kernel - 1) / 2 on every side as PyTorch's."""
     pad = (kernel - 1) // 2
     return nnx.Conv(
@@ -96,7 +98,14 @@ class BasicBlock(nnx.Module):
     expansion = 1
 
     def __init__(
-        self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable
+        self,
+        in_features: int,
+        features: int,
+        *,
+        stride: int,
+        arch: Architecture,
+        conv: Callable[..., nnx.Conv],
+        norm: Callable[[int], BatchNorm],
     ):
         if arch.groups != 1 or arch.width_per_group != 64:
             raise ValueError("a basic block has one group and width_per_group 64; take a bottleneck for others")
@@ -122,7 +131,14 @@ class Bottleneck(nnx.Module):
     expansion = 4
 
     def __init__(
-        self, in_features: int, features: int, *, stride: int, arch: Architecture, conv: Callable, norm: Callable
+        self,
+        in_features: int,
+        features: int,
+        *,
+        stride: int,
+        arch: Architecture,
+        conv: Callable[..., nnx.Conv],
+        norm: Callable[[int], BatchNorm],
     ):
         width = features * arch.width_per_group // 64 * arch.groups
         out_features = features * self.expansion
@@ -197,7 +213,7 @@ class ResNet(nnx.Module):
         in_features = arch.width
         for stage, depth in enumerate(arch.depths):
             features = arch.width * 2**stage
-            blocks = {}
+            blocks: dict[str, BasicBlock | Bottleneck] = {}
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 blocks[str(i)] = block(in_features, features, stride=stride, arch=arch, conv=conv, norm=norm)
@@ -233,7 +249,7 @@ class ResNet(nnx.Module):
         return self.fc(x, train=train) if isinstance(self.fc, heads.HCLHead) else self.fc(x)
 
 
-def create(arch: str, *, width: int = 0, **options) -> ResNet:
+def create(arch: str, *, width: int = 0, **options: Any) -> ResNet:
     """Builds a ResNet by name.
 
     Args:
@@ -253,7 +269,7 @@ def create(arch: str, *, width: int = 0, **options) -> ResNet:
 def _factory(name: str) -> Callable[..., ResNet]:
     """The named architecture as a function of `ResNet`'s options, as in torchvision.models."""
 
-    def build(**options) -> ResNet:
+    def build(**options: Any) -> ResNet:
         return create(name, **options)
 
     build.__name__ = build.__qualname__ = name

@@ -64,13 +64,14 @@ class Checkpoints:
     def __init__(self, directory: str | pathlib.Path, keep: int = 3, best: str = ""):
         self.directory = pathlib.Path(directory).absolute()
         self._best = best
-        policies: list = [checkpoint_managers.LatestN(keep)]
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        value = None  # without it Orbax writes no metrics
         if best:
             value = lambda metrics: metrics.get(best, -np.inf)  # noqa: E731
             policies.append(checkpoint_managers.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=value if best else None,  # without it Orbax writes no metrics
+            best_fn=value,
             cleanup_tmp_directories=True,
         )
         self._failed = False
@@ -155,7 +156,7 @@ class Checkpoints:
         self._settle = self._silence.__enter__()
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
             if error is None:
                 return self.close()
@@ -189,16 +190,19 @@ def read(step_dir: pathlib.Path) -> Stored:
       Exception: whatever a damaged checkpoint makes Orbax raise; ValueError where a checksum does not agree.
     """
     handler = ocp.PyTreeCheckpointHandler()
-    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(step_dir / "state").tree)
-    tree = handler.restore(step_dir / "state", args=ocp.args.PyTreeRestore(restore_args=wanted))
+    state: Any = step_dir / "state"  # Orbax asks for the Path of another package, and takes any
+    wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree)
+    tree = handler.restore(state, args=ocp.args.PyTreeRestore(restore_args=wanted))
     config = read_config(step_dir)
     known = _read_checksums(step_dir)
+    if known is None:
+        return Stored(tree, config)
     found = {name: _describe(value) for name, value in _arrays(tree)}
-    if known is not None and known.keys() != found.keys() | {_CONFIG}:
+    if known.keys() != found.keys() | {_CONFIG}:
         raise ValueError(
             f"it holds other arrays than were saved ({', '.join(sorted(known.keys() ^ found.keys())[:3])})"
         )
-    for name, value in _arrays(tree) if known is not None else ():
+    for name, value in _arrays(tree):
         expected = known[name]
         for start, stop, crc in expected["crc"] if isinstance(expected["crc"], list) else [(0, None, expected["crc"])]:
             if expected["array"] != found[name] or _crc(value[start:stop] if value.ndim else value) != crc:
@@ -335,7 +339,7 @@ def _describe(value: Any) -> str:
 
 def _crc(value: np.ndarray) -> int:
     # Of every flipped bit, and of every burst of up to 32, CRC-32 is certain; it runs at 3 to 4 GB a second.
-    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
 def _crc_of_json(values: Any) -> int:
@@ -367,7 +371,7 @@ def _abandoned_work_is_silent() -> Iterator[Callable[[], None]]:
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     heard = time.monotonic()
 
-    def of_others(unraisable) -> None:
+    def of_others(unraisable: "sys.UnraisableHookArgs") -> None:
         nonlocal heard
         if isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value):
             heard = time.monotonic()
@@ -402,7 +406,7 @@ def nested(tree: Tree, memory: Sequence[str]) -> Tree:
     return rest | {"memory": {name: tree.get(name) for name in memory}}
 
 
-def _check_array(expected, found) -> None:
+def _check_array(expected: Any, found: Any) -> None:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         raise ValueError(f"expected {expected.dtype}{list(expected.shape)}, there {found.dtype}{list(found.shape)}")
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ifm_jax import files
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MAX_POINTS = 2000
 BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"  # told apart by all eyes (Okabe and Ito)
@@ -30,7 +33,7 @@ PROBE: Panels = (
 
 def draw_curves(
     records: Sequence[Mapping[str, Any]],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     panels: Panels = PRETRAINING,
     *,
     chance: float | None = None,
@@ -121,7 +124,7 @@ def _latest(name: str, value: float) -> str:
     return f"{value:.3g}" if name == "lr" else f"{value:.4f}"
 
 
-def _running_mean(values, window: int):
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Returns the mean of up to `window` values before and after each value, over fewer of them at the ends."""
     import numpy as np
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 import jax
@@ -30,7 +30,7 @@ class Feed(Protocol):
     def step(self, step: PretrainStep) -> PretrainStep | OnDeviceStep:
         """Returns the step that takes this feed's batches."""
 
-    def calls(self, length: Length, session: Session) -> Iterator[Call]:
+    def calls(self, length: Length, session: Session) -> Generator[Call, None, None]:
         """Returns what the step is called with, one after another; close it at the end.
 
         Args:
@@ -66,7 +66,7 @@ class HostFeed:
         """Returns the step as it is."""
         return step
 
-    def calls(self, length: Length, session: Session) -> Iterator[Call]:
+    def calls(self, length: Length, session: Session) -> Generator[Call, None, None]:
         """Yields the batches; see `Feed`."""
         batches = training_batches(
             self._source,
@@ -103,7 +103,7 @@ class DeviceFeed:
         """Returns the step that takes its batch from the images on the devices, several in one call."""
         return OnDeviceStep(step, self._config.data.image_size, self._config.steps_per_call)
 
-    def calls(self, length: Length, session: Session) -> Iterator[Call]:
+    def calls(self, length: Length, session: Session) -> Generator[Call, None, None]:
         """Reads all images, and returns which of them the next batches are; see `Feed`."""
         session.say(f"Reading {self._size:,} images of {self._side} px, to be held on the devices")
         begun = time.perf_counter()
@@ -118,7 +118,7 @@ class DeviceFeed:
         self.images = (sharding.place_everywhere(self._mesh, pixels),)
         return self._numbers(copies, length)
 
-    def _numbers(self, copies: Copies, length: Length) -> Iterator[Call]:
+    def _numbers(self, copies: Copies, length: Length) -> Generator[Call, None, None]:
         config, most = self._config, self._config.steps_per_call
         evaluate_every = config.eval.every * steps_per_epoch(copies.count, config.batch_size)
         counts = loop.counts(length.first, length.last_step, most, config.checkpoint_every, evaluate_every)

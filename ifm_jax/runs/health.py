@@ -33,7 +33,7 @@ class Health:
         self._warned: set[str] = set()
 
     @classmethod
-    def of(cls, method: Method, batch_size: int, images: int, window: int) -> "Health":
+    def of(cls, method: Method[Any], batch_size: int, images: int, window: int) -> "Health":
         """Returns the watch over a run of a method.
 
         Args:

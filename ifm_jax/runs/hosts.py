@@ -31,11 +31,10 @@ def together(action: Callable[[], Answer], facts: Callable[[Answer], Mapping[str
         answer = action()
         mine = {"facts": dict(facts(answer))}
     except (UsageError, OSError) as error:
-        mine = {"error": str(error)}
+        sharding.gather_text(json.dumps({"error": str(error)}))  # for the others
+        raise UsageError(str(error)) from None
     every = [json.loads(text) for text in sharding.gather_text(json.dumps(mine))]
-    if "error" in mine:
-        raise UsageError(mine["error"])
-    differing = []
+    differing: list[str] = []
     for number, other in enumerate(every):
         if "error" in other:
             raise UsageError(f"process {number} cannot start: {other['error']}")

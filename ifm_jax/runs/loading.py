@@ -11,7 +11,7 @@ from ifm_jax.models.resnet import ResNet
 from ifm_jax.runs import snapshot
 
 
-def load(path: str | os.PathLike, *, dtype: str = "float32", prefix: str = "") -> ResNet:
+def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = "") -> ResNet:
     """Returns the backbone of the query encoder, without its head, as a live Flax NNX module in evaluation mode.
 
     Its running averages normalise and are not moved; nothing about it trains unless you make it.

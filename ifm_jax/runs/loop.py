@@ -7,6 +7,7 @@ import math
 import pathlib
 import signal
 import time
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -99,7 +100,7 @@ def counts(first: int, last_step: int, most: int, *stops: int) -> Iterator[int]:
 
 
 def run(
-    step_fn: Callable,
+    step_fn: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
     state: State,
     calls: Iterator[Call],
     *,
@@ -156,7 +157,7 @@ def run(
             with recorder.waiting():
                 call = next(calls)  # while the device computes
         found = None
-        if evaluate_every and step % evaluate_every == 0:
+        if evaluate is not None and evaluate_every and step % evaluate_every == 0:
             recorder.flush()
             with recorder.pausing():
                 found = evaluate(state)
@@ -251,7 +252,8 @@ class Recorder:
         self._due: list[tuple[int, dict[str, Any]]] = []  # checked, to be written
         self._is_due = False
         self._last: tuple[int, dict[str, Any]] | None = None
-        self._timed_step, self._timed_at = None, time.perf_counter()
+        self._timed_step: int | None = None
+        self._timed_at = time.perf_counter()
         self._waited = self._paused = 0.0  # seconds since then, for images and for what is no training
         self._drawn_at = time.perf_counter()
 
@@ -319,10 +321,11 @@ class Recorder:
             self.progress.update(self._step)
             return
         self.flush()
-        if last and self._due[-1:] != [self._last]:
+        if last and self._last is not None and self._due[-1:] != [self._last]:
             self._due.append(self._last)
         now = time.perf_counter()
         seconds = max(now - self._timed_at - self._paused, 1e-9)
+        assert self._timed_step is not None  # a line is due, so something was taken in
         speed = {
             "images_per_sec": (self._step - self._timed_step) * self._batch_size / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
@@ -339,7 +342,7 @@ class Recorder:
     def _write(self, step: int, values: dict[str, Any], extra: Mapping[str, Any]) -> None:
         record = {"step": step, "epoch": step / self._epoch_steps}
         record |= {name: float(value) for name, value in values.items()} | dict(extra)
-        if self._log is not None:
+        if self._log is not None and self._tensorboard is not None:
             self._log.write(record)
             self._tensorboard.write(step, record)
         self.progress.update(step, record)
@@ -366,7 +369,7 @@ class StopSignals:
     def __init__(self, progress: Progress | Silence):
         self.signal: signal.Signals | None = None
         self._progress = progress
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
         self._received_at: float | None = None
         self._said = False
 
@@ -385,11 +388,11 @@ class StopSignals:
         """Looks at the output, and says what has been received; to be called between two steps."""
         if self.signal is None and self._progress.closed:
             self.signal = signal.SIGPIPE
-        if self._received_at is not None and not self._said:
+        if self._received_at is not None and self.signal is not None and not self._said:
             self._said = True
             self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
 
-    def _handle(self, number, frame):
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
         # Notes alone: it may run in the middle of a print, which allows no other.
         now = time.monotonic()
         if self._received_at is None:

@@ -21,6 +21,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +159,7 @@ def _bytes_per_image(encoder: Encoder, size: int) -> float:
     return sum(aval.size * aval.dtype.itemsize for aval in held.values()) / batch
 
 
-def _convolved(jaxpr: core.Jaxpr) -> Iterator:
+def _convolved(jaxpr: core.Jaxpr) -> Iterator[Any]:
     """Yields the input and the output of each convolution."""
     for equation in jaxpr.eqns:
         if _has_convolution(equation):
@@ -166,7 +167,7 @@ def _convolved(jaxpr: core.Jaxpr) -> Iterator:
             yield equation.outvars[0]
 
 
-def _has_convolution(equation) -> bool:
+def _has_convolution(equation: core.JaxprEqn) -> bool:
     """Whether an equation is a convolution, in whatever form (`models.convolution`)."""
     if equation.primitive.name == "conv_general_dilated":
         return True
@@ -177,5 +178,5 @@ def _has_convolution(equation) -> bool:
     return any(_has_convolution(each) for jaxpr in inner for each in jaxpr.eqns)
 
 
-def _bytes(tree) -> int:
+def _bytes(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -38,9 +38,9 @@ class MetricsLog:
         UsageError: if a line in the middle of the file is not a record.
     """
 
-    def __init__(self, path: str | os.PathLike, last_step: int = 0):
+    def __init__(self, path: str | os.PathLike[str], last_step: int = 0):
         self.path = pathlib.Path(path)
-        kept = []
+        kept: list[tuple[bytes, dict[str, Any]]] = []
         if self.path.exists():
             kept = [(line, record) for line, record in _parse(self.path) if record["step"] <= last_step]
             content = b"".join(line for line, _ in kept)
@@ -91,7 +91,7 @@ class MetricsLog:
         self.close()
 
 
-def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads `metrics.jsonl`: one dict a record, in the order of the file.
 
     The last line may be half-written (by a run that goes on, or that was killed); it is left out then.

@@ -14,6 +14,7 @@ from ifm_jax.process import Output
 
 if TYPE_CHECKING:
     import rich.console
+    import rich.live
     import rich.table
     import rich.text
 
@@ -69,7 +70,7 @@ class Progress:
         self._began = clock()
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one a second
         self._ends: float | None = None  # by the clock
-        self._live = None
+        self._live: rich.live.Live | None = None
 
     @property
     def closed(self) -> bool:
@@ -80,7 +81,8 @@ class Progress:
         if self._console is None and _is_terminal(self._file):
             import rich.console
 
-            self._console = rich.console.Console(file=self._file)
+            # Output has no base, but all that its stream has.
+            self._console = rich.console.Console(file=self._file)  # pyrefly: ignore[bad-argument-type]
         if self._console is not None and self._console.is_interactive:
             from rich.live import Live
 
@@ -121,7 +123,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Prints a line: above the bar on a terminal, elsewhere between the plain lines."""
-        if self._live is not None:
+        if self._live is not None and self._console is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self._file, flush=True)
@@ -172,6 +174,7 @@ class Progress:
             fields.setdefault("left", ("left", "-:--:--"))
 
         order = [name for name in ("step", "loss", "acc1", "queue", "lr", "rate", "elapsed", "left") if name in fields]
+        assert self._console is not None  # on which the line is drawn
         available = self._console.width
 
         def width() -> int:
@@ -216,7 +219,7 @@ class Silence:
         """Does nothing."""
 
 
-def _is_terminal(file: TextIO) -> bool:
+def _is_terminal(file: Output) -> bool:
     return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 

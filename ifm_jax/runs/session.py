@@ -94,7 +94,7 @@ class Session:
 
     def run(
         self,
-        step_fn: Callable,
+        step_fn: Callable[[State, Any], tuple[State, dict[str, jax.Array]]],
         state: State,
         calls: Iterator[Call],
         mesh: jax.sharding.Mesh,

@@ -15,15 +15,21 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
+
 from ifm_jax import config as configs
 from ifm_jax import files
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import METHODS
+from ifm_jax.methods.method import Tree
 from ifm_jax.pretrain import TrainState
 from ifm_jax.runs import checkpoint, metrics_log
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.workdir import Workdir
+
+# NumPy arrays, the optimizer's part as nested dicts, which may be missing; so may parts of the memory.
+StateAtRest = TrainState[np.ndarray | np.generic, Tree, Tree | None, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Snapshot:
     """
 
     config: Config
-    state: TrainState
+    state: StateAtRest
     origin: Origin | None = None
     steps_per_epoch: int | None = None
     notes: tuple[str, ...] = ()
@@ -101,7 +107,7 @@ def structure(config: Config, backbone: bool = False) -> dict[str, Any]:
     return {name: flat[name] for name in names}
 
 
-def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike, backbone: bool = False) -> None:
+def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str], backbone: bool = False) -> None:
     """Checks that a config describes the tensors of a snapshot.
 
     Args:
@@ -127,7 +133,7 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike, ba
         )
 
 
-def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> Snapshot:
+def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
     """Returns what a checkpoint holds, whoever wrote it.
 
     Args:
@@ -151,7 +157,7 @@ def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> 
     return reading.read(path, step, prefix)
 
 
-def _read_run(path: str | os.PathLike) -> Snapshot:
+def _read_run(path: str | os.PathLike[str]) -> Snapshot:
     """Returns the newest state of a run's working directory that can be read, or the state in one of its checkpoints.
 
     Args:
@@ -164,7 +170,7 @@ def _read_run(path: str | os.PathLike) -> Snapshot:
       UsageError: if there is none, or none can be read.
     """
     path = pathlib.Path(path).absolute()
-    notes = []
+    notes: list[str] = []
     if _is_checkpoint(path):
         workdir = path.parent.parent
         try:
@@ -187,7 +193,7 @@ def _read_run(path: str | os.PathLike) -> Snapshot:
     config = configs.from_dict(stored.config)
     memory = METHODS[config.method].memory
     try:
-        state = TrainState(**checkpoint.nested(stored.state, getattr(memory, "_fields", ())))
+        state: StateAtRest = TrainState(**checkpoint.nested(stored.state, getattr(memory, "_fields", ())))
         state = state._replace(memory=memory(**state.memory))
     except TypeError:
         raise UsageError(
@@ -235,7 +241,7 @@ def steps_in_epoch(epoch: int | None, step: int) -> int | None:
     return step // epoch if epoch and step and step % epoch == 0 else None
 
 
-def write(snapshot: Snapshot, directory: str | os.PathLike, overwrite: bool = False) -> None:
+def write(snapshot: Snapshot, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Writes a snapshot as the working directory of a run, under another name first.
 
     Args:

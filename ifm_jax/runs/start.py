@@ -26,8 +26,9 @@ from ifm_jax.config import Config
 from ifm_jax.data import Source, open_source, steps_per_epoch
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import METHODS, Method
+from ifm_jax.methods.method import Tree
 from ifm_jax.models import only_head, without_head
-from ifm_jax.pretrain import TrainState, placements
+from ifm_jax.pretrain import DeviceState, HostState, placements
 from ifm_jax.runs import checkpoint, memory, snapshot
 from ifm_jax.runs.hosts import together
 from ifm_jax.runs.snapshot import Snapshot
@@ -51,7 +52,7 @@ class Start:
       said: what the user is told.
     """
 
-    state: TrainState | None
+    state: HostState | None
     weights: Snapshot | None
     said: list[str]
 
@@ -88,7 +89,7 @@ def open_workdir(config: Config, workdir: Workdir, source: Source) -> Start:
     return Start(state, weights, said)
 
 
-def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method) -> TrainState:
+def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method[Any]) -> DeviceState[Any]:
     """Returns the state that a run goes on from, or starts with, on the devices; `begin` lets go of its arrays.
 
     Args:
@@ -147,8 +148,8 @@ def _identity(config: Config, source: Source) -> dict[str, Any]:
 
 
 def _find(
-    workdir: Workdir, config: Config, create: Callable[[], TrainState]
-) -> tuple[tuple[TrainState | None, dict[int, str]], Snapshot | None]:
+    workdir: Workdir, config: Config, create: Callable[[], DeviceState[Any]]
+) -> tuple[tuple[HostState | None, dict[int, str]], Snapshot | None]:
     """Returns what the workdir holds, as `checkpoint.newest_whole`, and where that is nothing, what `init_from` does.
 
     Raises:
@@ -164,14 +165,14 @@ def _find(
         time.sleep(1.0)
     stored, damaged = checkpoint.newest_whole(workdir.checkpoints, jax.eval_shape(create))
     if stored is not None or not config.init_from:
-        return (stored and stored.state, damaged), None
+        return (None if stored is None else stored.state, damaged), None
     given = snapshot.read(config.init_from)
     # Head and memory may be another's; they are made anew then.
     snapshot.check_config(config, given, config.init_from, backbone=True)
     return (None, damaged), given
 
 
-def _facts(stored: tuple[TrainState | None, dict[int, str]], given: Snapshot | None) -> dict[str, Any]:
+def _facts(stored: tuple[HostState | None, dict[int, str]], given: Snapshot | None) -> dict[str, Any]:
     """Returns what all hosts must have found in the workdir."""
     state, damaged = stored
     return {
@@ -181,7 +182,7 @@ def _facts(stored: tuple[TrainState | None, dict[int, str]], given: Snapshot | N
     }
 
 
-def started_with(given: Snapshot, fresh: TrainState, method: str) -> tuple[TrainState, list[str]]:
+def started_with(given: Snapshot, fresh: HostState, method: str) -> tuple[HostState, list[str]]:
     """Returns the state that a new run starts with the weights of another in, and in words what of them it uses.
 
     Args:
@@ -190,7 +191,7 @@ def started_with(given: Snapshot, fresh: TrainState, method: str) -> tuple[Train
       method: the new run's, one of `methods.METHODS`.
     """
 
-    def shapes(tree):
+    def shapes(tree: Tree) -> Any:
         return jax.tree.map(np.shape, tree)
 
     state, notes = given.state, ["query encoder"]

@@ -9,7 +9,12 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_Numbers: TypeAlias = "Sequence[float] | np.ndarray"
 
 
 class TensorBoardLog:
@@ -27,17 +32,20 @@ class TensorBoardLog:
         flush_every: seconds after which what was written is forced to disk with the next record.
     """
 
-    def __init__(self, directory: str | os.PathLike, last_step: int = 0, flush_every: float = 10.0):
+    def __init__(self, directory: str | os.PathLike[str], last_step: int = 0, flush_every: float = 10.0):
         with _without_torch():
+            # Not of its documented interface (tests/test_private_apis.py): the classes that its own writer uses.
             from tensorboardX import event_file_writer
             from tensorboardX.proto import event_pb2, summary_pb2
-        self._event, self._summary, self._histogram = event_pb2.Event, summary_pb2.Summary, summary_pb2.HistogramProto
+        events: Any = event_pb2  # protobuf makes the classes in them while they are imported
+        summaries: Any = summary_pb2
+        self._event, self._summary, self._histogram = events.Event, summaries.Summary, summaries.HistogramProto
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         # Named by the second, and opened by overwriting: the number saves the file before from a restart that quick.
         number = len(list(directory.glob("events.out.tfevents.*")))
         self._writer = event_file_writer.EventsWriter(str(directory / "events"), filename_suffix=f".{number}")
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = events.SessionLog(status=events.SessionLog.START)
         self._writer.write_event(self._event(wall_time=time.time(), step=last_step + 1, session_log=start))
         self._writer.flush()
         self._flush_every, self._flushed, self._closed = flush_every, time.monotonic(), False
@@ -59,7 +67,7 @@ class TensorBoardLog:
                 values.append(self._summary.Value(tag=tag, simple_value=value))
         self._write(step, values)
 
-    def write_histograms(self, step: int, histograms: Mapping[str, tuple[Sequence[float], Sequence[int]]]) -> None:
+    def write_histograms(self, step: int, histograms: Mapping[str, tuple[_Numbers, _Numbers]]) -> None:
         """Adds histograms of that step.
 
         Args:
@@ -82,7 +90,7 @@ class TensorBoardLog:
             values.append(self._summary.Value(tag=name, histo=histo))
         self._write(step, values)
 
-    def _write(self, step: int, values: list) -> None:
+    def _write(self, step: int, values: list[Any]) -> None:
         summary = self._summary(value=values)
         self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed >= self._flush_every:
@@ -107,7 +115,8 @@ def _without_torch() -> Iterator[None]:
     """Hides torch while tensorboardX is imported: it loads torch wherever it is installed, for seconds, for nothing."""
     hidden = "torch" not in sys.modules
     if hidden:
-        sys.modules["torch"] = None
+        # Python's way of saying that there is no such module; its type does not have it.
+        sys.modules["torch"] = None  # pyrefly: ignore[unsupported-operation]
     try:
         yield
     finally:

@@ -5,8 +5,8 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -14,7 +14,7 @@ from ifm_jax import assembly, sharding
 from ifm_jax.config import Config
 from ifm_jax.data import steps_per_epoch
 from ifm_jax.errors import RunError, UsageError, name_too_long
-from ifm_jax.pretrain import TrainState
+from ifm_jax.pretrain import DeviceState
 from ifm_jax.runs import start
 from ifm_jax.runs.feed import make_feed
 from ifm_jax.runs.health import Health
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config, workdir: str | os.PathLike, *, devices: list[jax.Device] | None = None, quiet: bool = False
+    config: Config, workdir: str | os.PathLike[str], *, devices: list[jax.Device] | None = None, quiet: bool = False
 ) -> Outcome:
     """Pre-trains, or goes on pre-training what the working directory holds.
 
@@ -113,7 +113,7 @@ def _make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> "_Evaluation | 
     return _Evaluation(OnlineEvaluation(config, mesh), config.checkpoint_best)
 
 
-def _compile(lowered: jax.stages.Lowered, session: Session) -> Callable:
+def _compile(lowered: jax.stages.Lowered, session: Session) -> jax.stages.Compiled:
     """Returns the compiled step; says how long it took. All hosts leave this together."""
     begun = time.perf_counter()
     program = lowered.compile()
@@ -141,13 +141,15 @@ class _Evaluation:
         if best and best not in evaluate.measures:
             raise UsageError(f"checkpoint_best={best!r}: expected one of {', '.join(evaluate.measures)}")
         self._evaluate = evaluate
-        self._step, self._found = None, None
+        self._step: int | None = None
+        self._found: Mapping[str, float] | None = None
 
-    def __call__(self, state: TrainState) -> Mapping[str, float]:
-        self._step, self._found = int(state.step), self._evaluate(state)
-        return self._found
+    def __call__(self, state: DeviceState[Any]) -> Mapping[str, float]:
+        self._step, found = int(state.step), self._evaluate(state)
+        self._found = found
+        return found
 
-    def found_at(self, state: TrainState) -> Mapping[str, float] | None:
+    def found_at(self, state: DeviceState[Any]) -> Mapping[str, float] | None:
         """Returns what was measured of that state; None: nothing."""
         return self._found if int(state.step) == self._step else None
 

@@ -38,7 +38,7 @@ class Workdir:
       results: results.json, what evaluations have measured.
     """
 
-    def __init__(self, path: str | os.PathLike, flag: str = "--workdir"):
+    def __init__(self, path: str | os.PathLike[str], flag: str = "--workdir"):
         self.path, self.flag = pathlib.Path(path).absolute(), flag
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"

@@ -8,9 +8,11 @@ import numpy as np
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.methods import MoCoMemory
-from ifm_jax.pretrain import TrainState
-from ifm_jax.runs.snapshot import Snapshot
+from ifm_jax.runs.snapshot import Snapshot, StateAtRest
 from ifm_jax.torch_interop.names import Tree, architecture_of, num_features
+
+# Parts of it may be missing.
+MemoryAtRest = MoCoMemory[np.ndarray | np.generic | None, Tree | None]
 
 
 def describe(found: Snapshot) -> dict[str, str]:
@@ -48,13 +50,13 @@ def describe(found: Snapshot) -> dict[str, str]:
     }
     if found.origin and found.origin.kind == "torchvision":
         del rows["epoch"], rows["step"]
-    if memory.queue is not None:
+    if memory.queue is not None and memory.queue_ptr is not None:
         rows["dim"], rows["K"] = str(memory.queue.shape[1]), str(memory.queue.shape[0])
         rows["queue_ptr"] = str(int(memory.queue_ptr))
     return rows
 
 
-def momentum_of(state: TrainState) -> Tree:
+def momentum_of(state: StateAtRest) -> Tree:
     """Returns SGD's momentum buffers: zeros, where none have been set yet."""
     return flax.serialization.to_state_dict(state.opt_state)["1"]["trace"]
 
@@ -79,6 +81,6 @@ def leaves(tree: Tree) -> Iterator[np.ndarray]:
         yield from leaves(value) if isinstance(value, dict) else (value,)
 
 
-def moco_memory(state: TrainState) -> MoCoMemory:
+def moco_memory(state: StateAtRest) -> MemoryAtRest:
     """Returns MoCo's part of a state; of another method's, one without any of its parts."""
     return state.memory if isinstance(state.memory, MoCoMemory) else MoCoMemory(None, None, None, None)

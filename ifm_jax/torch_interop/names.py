@@ -19,7 +19,7 @@ from ifm_jax.models.resnet import Architecture, Downsample, ResNet, Stem
 Tree = dict[str, Any]
 
 COUNTER = "num_batches_tracked"
-KERNEL_OF_STEM = {"imagenet": 7, "small": 3, "small_stride2": 5}
+KERNEL_OF_STEM: dict[Stem, int] = {"imagenet": 7, "small": 3, "small_stride2": 5}
 MOST_STEPS = np.iinfo(np.int32).max
 
 
@@ -61,7 +61,7 @@ _TO_TORCH = {"conv": (3, 2, 0, 1), "linear": (1, 0)}
 
 
 # The places of a module's layers in the `nn.Sequential` that they are in PyTorch; other layers keep their names.
-_PLACES = {
+_PLACES: dict[type[nnx.Module], dict[str, str]] = {
     Downsample: {"conv": "0", "norm": "1"},
     MLPHead: {"hidden": "0", "output": "2"},
     HCLHead: {"hidden": "0", "norm": "1", "output": "3"},
@@ -108,7 +108,7 @@ def backbone_table(architecture: Architecture, stem: Stem = "imagenet") -> tuple
     """Returns the entries of a ResNet without its head, in torchvision's order."""
     # All blocks of a stage but the first are alike: two of each are traced, in a fraction of the time.
     short = architecture._replace(depths=tuple(min(depth, 2) for depth in architecture.depths))
-    table = []
+    table: list[Entry] = []
     for stage, entries in itertools.groupby(
         _traced(lambda rngs: ResNet(short, num_classes=0, stem=stem, rngs=rngs)), lambda entry: entry.path[0]
     ):
@@ -168,7 +168,7 @@ def to_torch_layout(values: np.ndarray, kind: str) -> np.ndarray:
     return values.transpose(_TO_TORCH[kind]) if values.ndim > 1 else values
 
 
-def get(tree: Tree, path: tuple[str, ...]) -> np.ndarray:
+def get(tree: Tree, path: tuple[str, ...]) -> Any:
     """Returns the array of nested dicts that a path leads to."""
     for key in path:
         tree = tree[key]

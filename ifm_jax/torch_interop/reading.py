@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.serialization
@@ -22,11 +22,12 @@ import optax
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import MoCoMemory
-from ifm_jax.models import ARCHITECTURES
+from ifm_jax.models import ARCHITECTURES, Stem
 from ifm_jax.pretrain import TrainState
 from ifm_jax.runs import snapshot
 from ifm_jax.runs.snapshot import Origin, Snapshot
 from ifm_jax.torch_interop import torch_file
+from ifm_jax.torch_interop.description import MemoryAtRest
 from ifm_jax.torch_interop.names import (
     COUNTER,
     KERNEL_OF_STEM,
@@ -48,7 +49,7 @@ _PREFIXES = ("backbone.", "encoder.", "model.", "model.backbone.", "model.encode
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-def read(path: str | os.PathLike, step: int | None = None, prefix: str = "") -> Snapshot:
+def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
     """Returns what a PyTorch checkpoint holds.
 
     The arrays of a file in PyTorch's present (zip) format stay on disk until they are used.
@@ -94,7 +95,8 @@ def _is_tensor(value: Any) -> bool:
 
 def _networks(names: Iterable[str]) -> dict[str, bool]:
     """Returns the prefixes under which a state dict holds a ResNet, each with whether that is an `nn.Sequential`."""
-    names, found = set(names), {}
+    names = set(names)
+    found: dict[str, bool] = {}
     layouts = (("layer1.0.conv1.weight", "conv1.weight", False), ("4.0.conv1.weight", "0.weight", True))
     for block, stem, numbered in layouts:
         for name in names:
@@ -205,7 +207,9 @@ class _Reader:
         return inside
 
     def snapshot(self, step: int | None) -> Snapshot:
-        query, key, rest = self._tensors, {}, {}
+        query = self._tensors
+        key: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
         if self.kind == "moco":
             query, key, rest = self._part("encoder_q."), self._part("encoder_k."), self._others()
         if not query:
@@ -232,8 +236,8 @@ class _Reader:
         opt_state = trace and flax.serialization.to_state_dict((optax.EmptyState(), optax.TraceState(trace)))
         if params["conv1"]["kernel"].dtype == np.float64:
             config.model.compute_dtype = "float64"
-        memory = MoCoMemory(key_params, key_batch_stats, queue, queue_ptr)
-        state = TrainState(np.int32(step), params, batch_stats, opt_state, memory)
+        memory: MemoryAtRest = MoCoMemory(key_params, key_batch_stats, queue, queue_ptr)
+        state: snapshot.StateAtRest = TrainState(np.int32(step), params, batch_stats, opt_state, memory)
         origin = Origin(self.path.name, self.kind, epoch, step, _number(self._group().get("lr")), self._counters)
         steps_per_epoch = snapshot.steps_in_epoch(epoch, step)
         return Snapshot(config, state, origin, steps_per_epoch, tuple(self.notes))
@@ -256,7 +260,7 @@ class _Reader:
             )
         width = int(first.shape[0])
         stems = [stem for stem, size in KERNEL_OF_STEM.items() if size == first.shape[-1]]
-        stem = stems[0] if stems else "imagenet"
+        stem: Stem = stems[0] if stems else "imagenet"
         shapes = {name: getattr(value, "shape", None) for name, value in query.items() if not name.startswith("fc.")}
 
         def distance(name: str) -> tuple[int, bool]:
@@ -317,7 +321,7 @@ class _Reader:
             self.notes.append(f"{name} holds {what}: whatever is computed with it will not be finite")
         return values
 
-    def _queue(self, config: Config, rest: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _queue(self, config: Config, rest: dict[str, Any]) -> tuple[np.ndarray | None, np.int32 | None]:
         if "queue" not in rest:
             self._problems["missing"] += ["queue"] if "queue_ptr" in rest else []
             return None, None
@@ -346,9 +350,10 @@ class _Reader:
             return None
         parameters = [entry for entry in table if entry.collection == "params"]
         groups, states = self._content["optimizer"]["param_groups"], self._content["optimizer"].get("state", {})
-        numbers = group.get("params", [])
-        if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
-            numbers = []
+        numbers: list[int] = []
+        given = group.get("params")
+        if isinstance(given, list) and all(isinstance(number, int) for number in given):
+            numbers = given
         if len(groups) > 1 or len(numbers) not in (len(parameters), 2 * len(parameters)):
             self._problems["wrong"].append(
                 f"optimizer ({len(groups)} groups, {len(numbers)} parameters in the first; expected one group of "
@@ -400,7 +405,7 @@ class _Reader:
             raise UsageError(f"{self.path} is no {config.model.arch}, the nearest architecture: {listed}")
 
 
-def _map(function, tree: Tree) -> Tree:
+def _map(function: Callable[[Any], Any], tree: Tree) -> Tree:
     return {name: _map(function, value) if isinstance(value, dict) else function(value) for name, value in tree.items()}
 
 
@@ -416,8 +421,8 @@ def _abbreviate(names: list[str], most: int) -> str:
 
 
 def to_jax(
-    source: str | os.PathLike,
-    directory: str | os.PathLike,
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     *,
     config: Config | None = None,
     step: int | None = None,

@@ -34,6 +34,7 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -45,9 +46,9 @@ from ifm_jax.cli.config_flag import ConfigFlag
 from ifm_jax.config import Config
 from ifm_jax.data.npz import Npz, NpzError
 from ifm_jax.errors import UsageError
-from ifm_jax.pretrain import PretrainStep, TrainState
+from ifm_jax.pretrain import DeviceState, PretrainStep, TrainState
 from ifm_jax.runs import snapshot
-from ifm_jax.runs.snapshot import Snapshot
+from ifm_jax.runs.snapshot import Snapshot, StateAtRest
 from ifm_jax.torch_interop import writing
 
 DTYPES = ("float64", "float32")
@@ -123,7 +124,7 @@ def replay(
         encoder = assembly.make_encoder(config)
         optimizer = assembly.make_optimizer(config)
         method = assembly.make_method(config, mesh)
-        step_fn = PretrainStep(method, optimizer, augment=lambda rngs, images: images).jit()
+        step_fn, program = PretrainStep(method, optimizer, augment=lambda rngs, images: images).jit(), None
         # Read at the state's own step, so that what the step draws is what it would have drawn.
         rates = sharding.place_everywhere(mesh, np.concatenate([np.zeros(first_step), rates]).astype(dtype))
         rng = sharding.place_key(mesh, assembly.initial_rngs(config)[1])
@@ -134,24 +135,25 @@ def replay(
             lambda params, stats, images: encoder(params, stats, images, train=True)[0],
             compiler_options=compiler_options,
         )
-        queries = keys = None
-        series: dict[str, list] = {name: [] for name in SERIES}
+        pointer = 0
+        first: dict[str, np.ndarray] = {}
+        series: dict[str, list[Any]] = {name: [] for name in SERIES}
         for batch in batches:
             batch = sharding.put_batch(mesh, batch)
-            if queries is None:
-                queries = np.asarray(embed(state.params, state.batch_stats, batch["views"][:, 0]))
+            if program is None:
+                first["first/query"] = np.asarray(embed(state.params, state.batch_stats, batch["views"][:, 0]))
                 pointer = int(state.memory.queue_ptr)
-                step_fn = step_fn.lower(state, batch, rng, rates).compile(compiler_options)
-            state, metrics = step_fn(state, batch, rng, rates)
-            if keys is None:  # the first step's keys are what it wrote into the queue
-                keys = np.asarray(state.memory.queue)[pointer : pointer + config.batch_size]
+                program = step_fn.lower(state, batch, rng, rates).compile(compiler_options)
+            state, metrics = program(state, batch, rng, rates)
+            if "first/key" not in first:  # the first step's keys are what it wrote into the queue
+                first["first/key"] = np.asarray(state.memory.queue)[pointer : pointer + config.batch_size]
             for name, value in jax.device_get(metrics | {"queue_ptr": state.memory.queue_ptr}).items():
                 if name in series:
                     series[name].append(value)
         final = jax.device_get(state)
 
     out = {name: np.asarray(values) for name, values in series.items()}
-    out |= {"first/query": queries, "first/key": keys}
+    out |= first
     finished = dataclasses.replace(start, config=config, state=final)
     return out | {f"final/{name}": values for name, values in writing.state_dict(finished)}
 
@@ -189,18 +191,20 @@ def _learning_rates(
     return rates
 
 
-def _place(state: TrainState, optimizer, dtype: str, placement: jax.sharding.Sharding) -> TrainState:
+def _place(
+    state: StateAtRest, optimizer: optax.GradientTransformation, dtype: str, placement: jax.sharding.Sharding
+) -> DeviceState[Any]:
     """Returns the state on the devices, floating point in `dtype`, the optimiser's part in its own structure."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), state.params)
     opt_state = jax.eval_shape(optimizer.init, shapes)
     try:
-        opt_state = flax.serialization.from_state_dict(opt_state, state.opt_state)
+        opt_state = flax.serialization.from_state_dict(opt_state, state.opt_state or {})
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UsageError(
             "the start's optimizer state is not that of the config's optim.name: expected the same"
         ) from None
-    state = state._replace(opt_state=opt_state)
-    return jax.tree.map(lambda x: jax.device_put(_cast(np.asarray(x), dtype), placement), state)
+    whole = TrainState(state.step, state.params, state.batch_stats, opt_state, state.memory)
+    return jax.tree.map(lambda x: jax.device_put(_cast(np.asarray(x), dtype), placement), whole)
 
 
 def _batch(views: dict[str, np.ndarray], step: int, dtype: str) -> dict[str, np.ndarray]:
@@ -243,7 +247,7 @@ def compare(
     return comparisons
 
 
-def load_npz(path: str | os.PathLike, what: str) -> dict[str, np.ndarray]:
+def load_npz(path: str | os.PathLike[str], what: str) -> dict[str, np.ndarray]:
     """Returns the arrays of an .npz; nothing in it is executed.
 
     Args:
@@ -262,7 +266,7 @@ def load_npz(path: str | os.PathLike, what: str) -> dict[str, np.ndarray]:
         raise UsageError(f"{path} is no .npz of plain arrays ({error}): expected {what}") from None
 
 
-def check_views(views: dict[str, np.ndarray], path: str | os.PathLike = "views") -> None:
+def check_views(views: dict[str, np.ndarray], path: str | os.PathLike[str] = "views") -> None:
     """Checks names, shapes and types of recorded views.
 
     Raises:
@@ -291,7 +295,8 @@ def check_views(views: dict[str, np.ndarray], path: str | os.PathLike = "views")
 
 def summarise(comparisons: list[Comparison]) -> list[tuple[str, Comparison, int]]:
     """Returns the lines of the table: label, the worst comparison, how many it stands for."""
-    lines, rest = [], list(comparisons)
+    lines: list[tuple[str, Comparison, int]] = []
+    rest = list(comparisons)
     for label, prefix, statistics in _GROUPS:
         group = [c for c in rest if c.name.startswith(prefix) and c.name.endswith(_STATISTICS) == statistics]
         if group:

@@ -29,7 +29,7 @@ class Unusable(NamedTuple):
     what: str
 
 
-def read(path: str | os.PathLike) -> Any:
+def read(path: str | os.PathLike[str]) -> Any:
     """Returns the content of a file.
 
     Arrays of a file in PyTorch's present (zip) format stay on disk until they are used. bfloat16 comes as JAX's.
@@ -142,16 +142,18 @@ def _without_tensors(value: Any, size: int, known: dict[int, Any], depth: int = 
 
     if isinstance(value, torch.Tensor):
         return _array(value, size)
-    if not isinstance(value, dict | list) or depth == _DEPTH:
+    if not isinstance(value, (dict, list)) or depth == _DEPTH:
         return value
     if id(value) not in known:
         if isinstance(value, dict):
-            known[id(value)] = made = {}
+            made: dict[Any, Any] = {}
+            known[id(value)] = made
             for key, each in value.items():
                 made[key] = _without_tensors(each, size, known, depth + 1)
         else:
-            known[id(value)] = made = []
-            made += [_without_tensors(each, size, known, depth + 1) for each in value]
+            items: list[Any] = []
+            known[id(value)] = items
+            items += [_without_tensors(each, size, known, depth + 1) for each in value]
     return known[id(value)]
 
 

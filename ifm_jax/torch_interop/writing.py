@@ -6,7 +6,7 @@ PyTorch is imported only when a file is written.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ def state_dict(found: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
         yield "queue_ptr", np.asarray(memory.queue_ptr, np.int64).reshape(1)
     prefix = "encoder_q." if found.origin is None or found.origin.kind == "moco" else ""
     yield from _encoder_tensors(found, state.params, state.batch_stats, prefix)
-    if memory.key_params is not None:
+    if memory.key_params is not None and memory.key_batch_stats is not None:
         yield from _encoder_tensors(found, memory.key_params, memory.key_batch_stats, "encoder_k.")
 
 
@@ -58,8 +58,8 @@ def _counter(found: Snapshot, name: str) -> int:
 
 
 def to_torch(
-    source: str | os.PathLike,
-    path: str | os.PathLike,
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     target: Target = "moco",
     *,
     epoch: int | None = None,
@@ -156,7 +156,7 @@ def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
     """Returns `torch.optim.SGD`'s state dict; all parameters are numbered, the query encoder's have buffers."""
     config, state = found.config, found.state
     parameters = [e for e in encoder_table(config, head="fc" in state.params) if e.collection == "params"]
-    buffers = {}
+    buffers: dict[int, dict[str, Any]] = {}
     if config.optim.name != "sgd":
         notes.append(f"the optimiser is {config.optim.name}, the original's SGD: its state is left out")
     elif state.opt_state is not None:
@@ -198,7 +198,7 @@ def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.P
         raise OSError(str(error)) from None
 
 
-def _write(path: pathlib.Path, save) -> None:
+def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
     """Saves under another name, then renames; who may read the file is as for any new one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
