@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from ifm_jax import assembly
+from ifm_jax import assembly, recipes
 from ifm_jax.cli import command
 from ifm_jax.cli.config_flag import ConfigFlag
 from ifm_jax.cli.flags import Flags, Given
@@ -152,4 +152,4 @@ def _draw_samples(config: Config, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, Flags(Options, __doc__, ConfigFlag("trifeature")))
+    command.run(main, Flags(Options, __doc__, ConfigFlag(recipes.DEFAULT)))

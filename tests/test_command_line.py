@@ -11,13 +11,11 @@ import sys
 import time
 
 import pytest
-from absl import flags
 
 from benchmarks import kill_resume
 from ifm_jax import config as configs
 from ifm_jax import process
-from ifm_jax.cli import command
-from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.cli import command, train
 from ifm_jax.runs import checkpoint, metrics_log
 from tests import small
 
@@ -84,11 +82,6 @@ def in_process(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(process, "begin", lambda hosts=False: None)  # it is this process that would be supervised
     monkeypatch.chdir(tmp_path)
     level = logging.getLogger("absl").level
-    modules = flags.FLAGS.flags_by_module_dict()
-    known = {flag.name for module in modules if module.startswith("absl") for flag in modules[module]}
-    others = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - known}
-    for name in others:  # of imported benchmarks, where a process of its own would have none
-        delattr(flags.FLAGS, name)
 
     def run_in_process(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -97,15 +90,9 @@ def in_process(monkeypatch, capsys, tmp_path):
         except SystemExit as ended:
             return ended.code, *capsys.readouterr()
         finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
-            flags.FLAGS.set_gnu_getopt(False)
             logging.getLogger("absl").setLevel(level)
 
-    yield run_in_process
-    for name, flag in others.items():
-        flags.FLAGS[name] = flag
+    return run_in_process
 
 
 MISTAKES = [
@@ -257,8 +244,9 @@ def test_a_mistake_is_one_line_in_a_process_of_its_own(tmp_path, script):
     ],
 )
 def test_spellings_of_a_field(arguments, changes):
-    flag = ConfigFlag(default=str(ROOT / "configs" / "trifeature.py"))
-    assert flag.take(["--workdir=x", *arguments, "rest"]) == ["--workdir=x", "rest"]
+    given = train.flags().parse(["--workdir=x", *arguments, "rest"])
+    assert (given.options.workdir, given.arguments) == ("x", ["rest"])
+    flag = given.config
     assert flag.changes == changes
     assert all(type(flag.changes[name]) is type(value) for name, value in changes.items())
     config = flag()
@@ -267,15 +255,14 @@ def test_spellings_of_a_field(arguments, changes):
 
 
 def test_spellings_of_a_recipe():
-    default = str(ROOT / "configs" / "trifeature.py")
     path = str(ROOT / "configs" / "ifm_cifar10.py")
     for arguments in (["--config=ifm_cifar10"], ["--config", path], ["--config=trifeature", f"-config={path}"]):
-        flag = ConfigFlag(default)
-        assert flag.take([*arguments, "--", "--config=x"]) == ["--", "--config=x"]
+        given = train.flags().parse([*arguments, "--", "--config=x"])
+        assert given.arguments == ["--config=x"]
+        flag = given.config
         assert (flag.name(), flag().data.source) == ("ifm_cifar10", "tfds:cifar10")
         assert flag.over(lambda: 1 / 0) == flag()
-    flag = ConfigFlag(default)
-    assert flag.take(["--config.seed=3"]) == []
+    flag = train.flags().parse(["--config.seed=3"]).config
     assert (flag.name(), flag().seed, flag.over(configs.Config).seed) == ("trifeature", 3, 3)
     assert flag.over(configs.Config).model.arch == "resnet50"
 

@@ -1,16 +1,18 @@
 """The recipes in configs/: each loads from anywhere, holds together, and says how it is run."""
 
+import importlib.machinery
 import pathlib
 
 import pytest
 
 from ifm_jax import recipes
 from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.cli.flags import Flags
 from ifm_jax.config import Config, differences, validate
 from ifm_jax.errors import UsageError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-RECIPES = sorted(CONFIGS.glob("*.py"))
+RECIPES = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "__init__")
 
 
 @pytest.fixture
@@ -19,10 +21,8 @@ def load(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def load(name: str, **fields) -> Config:
-        flag = ConfigFlag()
         changes = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
-        assert flag.take([f"--config={CONFIGS / name}.py", *changes]) == []
-        return flag()
+        return Flags(config=ConfigFlag()).parse([f"--config={CONFIGS / name}.py", *changes]).config()
 
     return load
 
@@ -173,11 +173,13 @@ def test_a_recipe_that_is_no_file(tmp_path, monkeypatch):
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path, monkeypatch):
-    def refuse(path, run_name):
+    def refuse(self, path):
         raise PermissionError(13, "Permission denied", path)
 
     path = tmp_path / "mine.py"
     path.touch()
-    monkeypatch.setattr(recipes.runpy, "run_path", refuse)  # the tests may run as root, who reads everything
+    monkeypatch.setattr(
+        importlib.machinery.SourceFileLoader, "get_data", refuse
+    )  # the tests may run as root, who reads everything
     with pytest.raises(UsageError, match=r"mine\.py: it cannot be read \(Permission denied\)"):
         recipes.load(path)

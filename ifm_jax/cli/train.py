@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from ifm_jax import recipes
 from ifm_jax.cli import command
 from ifm_jax.cli.command import Hosts
 from ifm_jax.cli.config_flag import ConfigFlag
@@ -24,7 +25,7 @@ def flags(text: str = "") -> Flags:
     Args:
       text: says how it is called, for `--help`; empty: the module's own.
     """
-    return Flags(Options, text or __doc__, ConfigFlag("trifeature"))
+    return Flags(Options, text or __doc__, ConfigFlag(recipes.DEFAULT))
 
 
 def main(given: Given) -> int:
