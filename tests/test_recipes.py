@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import pathlib
+import sys
 
 import pytest
 
@@ -97,6 +98,38 @@ def test_a_recipe_of_ours_has_a_name(monkeypatch, tmp_path, path):
     (tmp_path / path.stem).mkdir()  # a run's folder of that name is not meant
     assert recipes.load(path.stem) == recipes.load(path)
     assert recipes.name_of(path.stem) == recipes.name_of(path) == path.stem
+
+
+def test_a_named_recipe_is_a_module_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ifm_jax.configs", "ifm_jax.configs.ifm_stl10", "ifm_jax.configs.ifm_cifar10"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    recipes.load("ifm_stl10")
+    assert pathlib.Path(sys.modules["ifm_jax.configs.ifm_cifar10"].__file__) == CONFIGS / "ifm_cifar10.py"
+
+
+def test_a_file_is_read_anew_and_leaves_no_module(tmp_path):
+    """Edited within the second to the same length, too; its dataclasses find their module while it runs."""
+    inner, outer = tmp_path / "inner.txt", tmp_path / "outer.py"
+    inner.write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom ifm_jax.config import Config\n"
+        "@dataclasses.dataclass\nclass Sizes:\n    epochs: int = 3\n"
+        "def get_config():\n    config = Config()\n    config.epochs = Sizes().epochs\n    return config\n"
+    )
+    outer.write_text(
+        "import pathlib, sys\nfrom ifm_jax import recipes\n"
+        "def get_config():\n    config = recipes.load(pathlib.Path(__file__).with_name('inner.txt'))\n"
+        "    assert sys.modules[__name__].get_config is get_config\n    return config\n"
+    )
+    before = set(sys.modules)
+    assert recipes.load(outer).epochs == 3
+    inner.write_text(inner.read_text().replace("= 3", "= 4"))
+    assert recipes.load(outer).epochs == 4
+    inner.write_text("1 / 0")
+    with pytest.raises(UsageError):
+        recipes.load(outer)
+    assert set(sys.modules) - before == set()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inner.txt", "outer.py"]
 
 
 BEGIN = "from ifm_jax.config import Config\nconfig = Config()\n"

@@ -175,9 +175,8 @@ class Flags:
         """Prints text and flags; the fields have the defaults of the recipe that the arguments name."""
         with contextlib.suppress(UsageError):  # who asks for help may have made a mistake
             self._known(arguments)
-        print("\n".join([self._text.strip(), "\nFlags:", *self._help]))
-        if self._config is not None:
-            print("\n".join(config_flag.describe(self._config, _described, _type)))
+        of_config = [] if self._config is None else config_flag.describe(self._config, _described, _type)
+        print("\n".join([self._text.strip(), "\nFlags:", *self._help, *of_config]))
 
 
 class _Read(argparse.Action):
