@@ -7,11 +7,12 @@ from absl import flags
 
 from ifm_jax.cli import command
 from ifm_jax.cli.config_flag import UNSET, ConfigFlag
-from ifm_jax.cli.flags import Flags
+from ifm_jax.cli.flags import Flags, Given
+from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 
 
-def define_config(default: str) -> ConfigFlag:
+def define_config(default: str) -> Callable[[], Config]:
     """Defines `--config=RECIPE` and `--config.field=value`; returns what gives the config once parsed.
 
     Args:
@@ -19,7 +20,7 @@ def define_config(default: str) -> ConfigFlag:
     """
     global _config_flag
     _config_flag = ConfigFlag(default)
-    return _config_flag
+    return lambda: _config_flag()
 
 
 _config_flag: ConfigFlag | None = None  # of the benchmark
@@ -47,7 +48,13 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             switch = isinstance(flag.parser, flags.BooleanParser)
             parser.add(flag.name, _reader(flag), switch=switch, meaning=flag.help)
     flags.FLAGS.mark_as_parsed()
-    command.run(lambda given: main(given.arguments), parser)
+
+    def run_with(given: Given) -> int | None:
+        global _config_flag
+        _config_flag = given.config
+        return main(given.arguments)
+
+    command.run(run_with, parser)
 
 
 def _reader(flag: flags.Flag) -> Callable[[str | None, str], object]:

@@ -394,8 +394,8 @@ def test_flags_of_a_command():
 
     # No abbreviation; nothing is kept from one command line to the next.
     flags = convert.flags()
-    assert flags.parse(["--overwrite", "--config.seed=1"]).config.changes == {"seed": 1}
-    again = flags.parse([])
+    first, again = flags.parse(["--overwrite", "--config.seed=1"]), flags.parse([])
+    assert (first.options.overwrite, first.config.changes, first.config.given) == (True, {"seed": 1}, True)
     assert (again.options.overwrite, again.config.changes, again.config.given) == (False, {}, False)
     for argument in ("--over", "-over", "---overwrite", "--nooverwrite=1", "--nostep", "--config.ifm.eps=1", "-5"):
         with pytest.raises(UsageError):

@@ -1,5 +1,6 @@
 """`--config=RECIPE` and `--config.field=value` on the command line: a recipe, and fields changed on top of it."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,21 +13,19 @@ UNSET = "is empty: an unset shell variable?"
 BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
+@dataclasses.dataclass(frozen=True)
 class ConfigFlag:
     """What the command line says of the config.
 
-    Args:
-      default: the recipe that is taken without `--config`; None: there is none.
-
     Attributes:
+      default: the recipe that is taken without `--config`; None: there is none.
       recipe: path or name as given; None: not given.
       changes: values of the fields that are changed, by name.
     """
 
-    def __init__(self, default: str | None = None):
-        self.default = default
-        self.recipe: str | None = None
-        self.changes: dict[str, Any] = {}
+    default: str | None = None
+    recipe: str | None = None
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def given(self) -> bool:

@@ -68,7 +68,7 @@ class Flags:
       options: a dataclass of `field(...)`. The name of a field is that of its flag; a group is a heading of the help;
         `for_` is `--for`. Text that is empty by default is not given.
       text: says what the command does and how it is called.
-      config: adds `--config=RECIPE` and `--config.field=value`.
+      config: adds `--config=RECIPE` and `--config.field=value`; its default is that of the command.
     """
 
     def __init__(self, options: type[Group] = NoOptions, text: str = "", config: ConfigFlag | None = None):
@@ -122,7 +122,7 @@ class Flags:
         if any(argument in _HELP for argument in arguments):
             self._print_help([argument for argument in arguments if argument not in _HELP])
             raise SystemExit(0)
-        values, others = self._known(arguments)
+        values, config, others = self._known(arguments)
         for argument in others:
             if argument.startswith("-") and argument != "-":
                 raise UsageError(self._unknown(argument))
@@ -130,20 +130,19 @@ class Flags:
         for name in configs.fields(self._options):
             if name in values:
                 configs.set_field(options, name, values[name])
-        return Given(options, self._config, others + rest)
+        return Given(options, config, others + rest)
 
-    def _known(self, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-        """Returns the values of the flags, and all that is none; tells the config flag its part."""
+    def _known(self, arguments: list[str]) -> tuple[dict[str, Any], ConfigFlag | None, list[str]]:
+        """Returns the values of the flags, what is said of the config, and all that is no flag."""
         try:
             found, others = self._parser.parse_known_args(list(self._spelled(arguments)))
         except argparse.ArgumentError as error:
             raise UsageError(f"{error}; --help lists the flags") from None
         values = vars(found)
-        if self._config is not None:
-            self._config.recipe = values.get("config")
-            changes = {name: value for name, value in values.items() if name.startswith("config.")}
-            self._config.changes = {name.removeprefix("config."): value for name, value in changes.items()}
-        return values, others
+        if self._config is None:
+            return values, None, others
+        changes = {name.removeprefix("config."): values[name] for name in values if name.startswith("config.")}
+        return values, ConfigFlag(self._config.default, values.get("config"), changes), others
 
     def _spelled(self, arguments: list[str]) -> Iterator[str]:
         """Yields the arguments with two dashes, and each switch with its value."""
@@ -173,9 +172,10 @@ class Flags:
 
     def _print_help(self, arguments: list[str]) -> None:
         """Prints text and flags; the fields have the defaults of the recipe that the arguments name."""
+        config = self._config
         with contextlib.suppress(UsageError):  # who asks for help may have made a mistake
-            self._known(arguments)
-        of_config = [] if self._config is None else config_flag.describe(self._config, _described, _type)
+            _, config, _ = self._known(arguments)
+        of_config = [] if config is None else config_flag.describe(config, _described, _type)
         print("\n".join([self._text.strip(), "\nFlags:", *self._help, *of_config]))
 
 
@@ -243,7 +243,7 @@ def _reader(known: Field, name: str) -> Read:
 def _type(known: Field) -> str:
     """Returns the type of a field, `int`, and what its values are, where that says more."""
     kind, expected = f"list of {known.kind.__name__}" if known.many else known.kind.__name__, known.expected()
-    for words in ("a whole number", "a number"):
+    for words in ("a whole number", "a number", "an integer"):
         if expected.startswith(words):
             return kind + expected.removeprefix(words)
     return kind if expected in ("text", "true or false") else f"{kind}, {expected}"

@@ -173,7 +173,7 @@ def _learning_rates(
 
 
 def _place(state: TrainState, optimizer, dtype: str, placement: jax.sharding.Sharding) -> TrainState:
-    """Returns the state on the devices, floating point in `dtype`, the optimiser's part in its own structure."""
+    """Returns the state on the devices, floating point in `dtype`, the optimizer's part in its own structure."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), state.params)
     opt_state = jax.eval_shape(optimizer.init, shapes)
     try:
