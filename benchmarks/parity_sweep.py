@@ -26,7 +26,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from ifm_jax.cli import command
+from benchmarks import command
 from ifm_jax.runs import snapshot
 from ifm_jax.torch_interop import replay
 from references.moco import Reference, learning_rate, random_views
