@@ -11,7 +11,8 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ifm_jax.config import Config, check_fields, shown
 from ifm_jax.errors import UsageError
@@ -24,12 +25,12 @@ DEFAULT = str(DIRECTORY / "trifeature.py")
 _PACKAGE, _BY_PATH = "ifm_jax.configs", "ifm_jax_recipe"
 
 
-def name_of(recipe: str | os.PathLike) -> str:
+def name_of(recipe: str | os.PathLike[str]) -> str:
     """Returns the name of a recipe given by path or by name: `trifeature` for `configs/trifeature.py`."""
     return pathlib.Path(recipe).stem
 
 
-def load(recipe: str | os.PathLike) -> Config:
+def load(recipe: str | os.PathLike[str]) -> Config:
     """Returns a recipe's config.
 
     Args:
@@ -71,25 +72,32 @@ def load(recipe: str | os.PathLike) -> Config:
 def _named(path: pathlib.Path) -> Iterator[types.ModuleType]:
     """Yields a recipe of the package as the module that it is."""
     if _PACKAGE not in sys.modules:  # in a checkout it is not where the import system looks
-        spec = importlib.util.spec_from_file_location(_PACKAGE, DIRECTORY / "__init__.py")
-        sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[_PACKAGE])
+        loader = importlib.machinery.SourceFileLoader(_PACKAGE, str(DIRECTORY / "__init__.py"))
+        sys.modules[_PACKAGE] = _new_module(_PACKAGE, loader)
+        loader.exec_module(sys.modules[_PACKAGE])
     yield importlib.import_module(f"{_PACKAGE}.{path.stem}")
 
 
 @contextlib.contextmanager
 def _at(path: pathlib.Path) -> Iterator[types.ModuleType]:
     """Yields the recipe in a file, as a module that the import system knows until the block ends."""
-    spec = importlib.util.spec_from_file_location(_BY_PATH, path, loader=_Fresh(_BY_PATH, str(path)))
-    module, before = importlib.util.module_from_spec(spec), sys.modules.get(_BY_PATH)
+    loader = _Fresh(_BY_PATH, str(path))
+    module, before = _new_module(_BY_PATH, loader), sys.modules.get(_BY_PATH)
     sys.modules[_BY_PATH] = module
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         yield module
     finally:
         del sys.modules[_BY_PATH]
         if before is not None:  # of a recipe that loads another
             sys.modules[_BY_PATH] = before
+
+
+def _new_module(name: str, loader: importlib.machinery.SourceFileLoader) -> types.ModuleType:
+    """Returns a module that is not executed yet."""
+    spec = importlib.util.spec_from_file_location(name, loader.path, loader=loader)
+    assert spec is not None  # it is given a loader
+    return importlib.util.module_from_spec(spec)
 
 
 class _Fresh(importlib.machinery.SourceFileLoader):
@@ -101,7 +109,7 @@ class _Fresh(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(path), path)
 
 
-def _find(recipe: str | os.PathLike) -> tuple[pathlib.Path, bool]:
+def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
     """Returns the file of a recipe, and whether it was given by name."""
     given = pathlib.Path(recipe)
     try:
@@ -132,7 +140,7 @@ def _near(given: pathlib.Path) -> str | None:
     return None
 
 
-def _needs_arguments(function) -> bool:
+def _needs_arguments(function: Callable[..., Any]) -> bool:
     try:
         inspect.signature(function).bind()
     except TypeError:

@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from typing import IO, TYPE_CHECKING
 
 import jax
 
@@ -25,11 +26,16 @@ from ifm_jax.cli.flags import Flags, Given
 from ifm_jax.config import Group, field
 from ifm_jax.errors import RunError, UsageError, name_too_long
 
+if TYPE_CHECKING:
+    from ifm_jax.runs.loop import Outcome
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
-def say_stopped(result, workdir: str | os.PathLike) -> int:
-    """Says how to go on with a run that a signal stopped; returns the exit status."""
+def say_stopped(result: "Outcome", workdir: str | os.PathLike[str]) -> int:
+    """Says how to go on with a run that a signal stopped; returns the exit status, 0 for one that none stopped."""
+    if result.stopped_by is None:
+        return 0
     text = (
         f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
         "The same command goes on from there."
@@ -87,7 +93,7 @@ def _keep_memory() -> None:
         mallopt(parameter, value)
 
 
-def workdir(path: str | os.PathLike) -> None:
+def workdir(path: str | os.PathLike[str]) -> None:
     """Says where the results of this process go, which is where `run` writes what helps to find a mistake of ours."""
     global _workdir
     _workdir = pathlib.Path(path)
@@ -143,7 +149,7 @@ def _outcome(main: Callable[[Given], int | None], flags: Flags, argv: list[str],
         status = main(flags.parse(argv[1:])) or 0
         return status, 0 < status < 128
     except SystemExit as ended:
-        return ended.code or 0, bool(ended.code)
+        return ended.code if isinstance(ended.code, int) else bool(ended.code), bool(ended.code)
     except UsageError as error:
         return _say(name, error, 2), True
     except RunError as error:
@@ -204,7 +210,7 @@ def _end_output(output: process.Output, status: int) -> int:
     return status
 
 
-def _to_nowhere(stream) -> None:
+def _to_nowhere(stream: IO[str] | process.Output) -> None:
     """Has all that is still written to a stream vanish: Python tries once more as it ends, and would complain."""
     with contextlib.suppress(OSError, ValueError):  # without a descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

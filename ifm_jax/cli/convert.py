@@ -45,7 +45,7 @@ def flags(text: str = "") -> Flags:
 
 def main(given: Given) -> int:
     """Converts; returns the exit status."""
-    name, *paths = given.arguments or [None]
+    name, *paths = given.arguments or [""]
     if name not in _COMMANDS:
         raise UsageError(f"{name or 'no command'}: expected one of {', '.join(_COMMANDS)}; --help shows them")
     if len(paths) != len(_COMMANDS[name]):
@@ -53,22 +53,24 @@ def main(given: Given) -> int:
     for what, path in zip(_COMMANDS[name], paths, strict=True):
         if not path.strip():
             raise UsageError(f"{name}: {what} {UNSET}")
-    from ifm_jax.runs import snapshot
+    from ifm_jax.runs import loading
     from ifm_jax.torch_interop import reading, writing
     from ifm_jax.torch_interop.description import describe
 
     options = given.options
     if name == "to-jax":
         config = given.config() if given.config.given else None
+        source, directory = paths
         found = reading.to_jax(
-            *paths, config=config, step=options.step, prefix=options.prefix, overwrite=options.overwrite
+            source, directory, config=config, step=options.step, prefix=options.prefix, overwrite=options.overwrite
         )
     elif name == "to-torch":
+        source, file = paths
         found = writing.to_torch(
-            *paths, options.for_, epoch=options.epoch, prefix=options.prefix, overwrite=options.overwrite
+            source, file, options.for_, epoch=options.epoch, prefix=options.prefix, overwrite=options.overwrite
         )
     else:
-        found = snapshot.read(*paths, prefix=options.prefix)
+        found = loading.read(paths[0], prefix=options.prefix)
     _print_table(" -> ".join(paths), describe(found))
     for note in found.notes:
         print(f"{os.path.basename(sys.argv[0])}: warning: {note}", file=sys.stderr)

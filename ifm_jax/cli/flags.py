@@ -34,12 +34,12 @@ class Given:
 
     Attributes:
       options: the command's own flags: an object of its dataclass.
-      config: what is said of the config; None for a command that has none.
+      config: what is said of the config; nothing for a command that has none.
       arguments: what is no flag, in the order given.
     """
 
     options: Any
-    config: ConfigFlag | None
+    config: ConfigFlag
     arguments: list[str]
 
     def refuse_arguments(self) -> None:
@@ -132,7 +132,7 @@ class Flags:
                 configs.set_field(options, name, values[name])
         return Given(options, config, others + rest)
 
-    def _known(self, arguments: list[str]) -> tuple[dict[str, Any], ConfigFlag | None, list[str]]:
+    def _known(self, arguments: list[str]) -> tuple[dict[str, Any], ConfigFlag, list[str]]:
         """Returns the values of the flags, what is said of the config, and all that is no flag."""
         try:
             found, others = self._parser.parse_known_args(list(self._spelled(arguments)))
@@ -140,7 +140,7 @@ class Flags:
             raise UsageError(f"{error}; --help lists the flags") from None
         values = vars(found)
         if self._config is None:
-            return values, None, others
+            return values, ConfigFlag(), others
         changes = {name.removeprefix("config."): values[name] for name in values if name.startswith("config.")}
         return values, ConfigFlag(self._config.default, values.get("config"), changes), others
 
@@ -172,22 +172,31 @@ class Flags:
 
     def _print_help(self, arguments: list[str]) -> None:
         """Prints text and flags; the fields have the defaults of the recipe that the arguments name."""
-        config = self._config
-        with contextlib.suppress(UsageError):  # who asks for help may have made a mistake
-            _, config, _ = self._known(arguments)
-        of_config = [] if config is None else config_flag.describe(config, _described, _type)
+        of_config: list[str] = []
+        if self._config is not None:
+            config = self._config
+            with contextlib.suppress(UsageError):  # who asks for help may have made a mistake
+                _, config, _ = self._known(arguments)
+            of_config = config_flag.describe(config, _described, _type)
         print("\n".join([self._text.strip(), "\nFlags:", *self._help, *of_config]))
 
 
 class _Read(argparse.Action):
     """Keeps what a function makes of a flag's text."""
 
-    def __init__(self, *arguments, read: Read, **options):
+    def __init__(self, *arguments: Any, read: Read, **options: Any):
         super().__init__(*arguments, nargs="?", **options)
         self.read = read
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, self.read(values, option_string))
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Reads the text and keeps the value."""
+        setattr(namespace, self.dest, self.read(values, option_string or ""))
 
 
 def _with_files(arguments: Iterable[str], within: tuple[str, ...] = ()) -> Iterator[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import TYPE_CHECKING, Any
 
 from ifm_jax import config as configs
 from ifm_jax.cli import command
@@ -11,6 +12,11 @@ from ifm_jax.cli.config_flag import ConfigFlag
 from ifm_jax.cli.flags import Flags, Given
 from ifm_jax.config import Group, field
 from ifm_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ifm_jax.torch_interop.replay import Comparison
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,13 +63,13 @@ def main(given: Given) -> int:
     import numpy as np
 
     from ifm_jax import assembly
-    from ifm_jax.runs import snapshot
+    from ifm_jax.runs import loading, snapshot
     from ifm_jax.torch_interop import replay
 
     views = replay.load_npz(options.views, "recorded views, query and key")
     replay.check_views(views, options.views)
     reference = replay.load_npz(options.reference, "quantities of a reference") if options.reference else {}
-    start = snapshot.read(options.start)
+    start = loading.read(options.start)
     config = given.config.over(lambda: configs.from_dict(configs.to_dict(start.config)))
     snapshot.check_config(config, start, options.start)
     assembly.configure_jax()
@@ -74,7 +80,8 @@ def main(given: Given) -> int:
     _print_series(out)
     if options.out:
         with open(options.out, "wb") as file:  # as named: np.savez would append .npz
-            np.savez(file, **out)
+            arrays: dict[str, Any] = out  # as savez is declared, one could be its own option
+            np.savez(file, **arrays)
     comparisons = replay.compare(out, reference, options.rtol, options.atol)
     differing = [c.name for c in comparisons if not c.holds]
     if comparisons:
@@ -100,7 +107,7 @@ def main(given: Given) -> int:
     return 1 if differing else 0
 
 
-def _print_comparisons(comparisons: list) -> None:
+def _print_comparisons(comparisons: "list[Comparison]") -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -116,7 +123,7 @@ def _print_comparisons(comparisons: list) -> None:
     Console().print(table)
 
 
-def _print_series(out: dict) -> None:
+def _print_series(out: "dict[str, np.ndarray]") -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -38,7 +38,7 @@ def main(given: Given) -> int:
     from ifm_jax.runs import training  # takes a second, which neither --help nor a mistake is to wait for
 
     result = training.train(config, workdir)
-    return command.say_stopped(result, workdir) if result.stopped_by is not None else 0
+    return command.say_stopped(result, workdir)
 
 
 def run(text: str = "") -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from ifm_jax import files
 from ifm_jax.errors import UsageError
 from ifm_jax.models import without_head
-from ifm_jax.runs import snapshot
+from ifm_jax.runs import loading
 from ifm_jax.runs.snapshot import Snapshot
 from ifm_jax.torch_interop import torch_file
 from ifm_jax.torch_interop.description import describe_architecture, has_momentum, moco_memory, momentum_of
@@ -91,7 +91,7 @@ def to_torch(
         raise UsageError(f"{path}: the name must end in .pth, .pth.tar, .pt or .safetensors")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} is there already: name another file, or pass --overwrite")
-    found = snapshot.read(source, prefix=prefix)
+    found = loading.read(source, prefix=prefix)
     notes = list(found.notes)
     if target == "moco" and found.config.method != "moco":
         raise UsageError(
