@@ -1,4 +1,4 @@
-"""The main job on the embedded images: MoCo and IFM pre-training, then what each has learned of shape, texture, colour.
+"""The main job on the embedded images: MoCo and IFM pre-training, then what each has learned of shape, texture, color.
 
     make demo                       one seed, a few minutes on two CPU cores
     python demo.py --seeds=5        the study: five seeds of each run, mean and standard error
@@ -11,23 +11,29 @@ if __name__ == "__main__":  # first: what is imported below takes seconds
 
     process.begin()
 
+import dataclasses
 import json
 import pathlib
-import sys
 import time
 
 import numpy as np
-from absl import flags
 
-from ifm_jax import assembly
+from ifm_jax import assembly, recipes
 from ifm_jax.cli import command
-from ifm_jax.config import Config
+from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.cli.flags import Flags, Given
+from ifm_jax.config import Config, Group, field
 from ifm_jax.errors import UsageError
 from ifm_jax.runs import training
 
-_SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds of each run.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where everything is written.")
-_CONFIG = command.define_config(default=str(pathlib.Path(__file__).parent / "configs" / "trifeature.py"))
+
+@dataclasses.dataclass(slots=True)
+class Options(Group):
+    """The command's flags."""
+
+    seeds: int = field(1, "How many seeds of each run.", expected="an integer")
+    workdir: str = field("runs/demo", "Where everything is written.")
+
 
 # name -> (method, temperature); the first two differ in temperature alone, the last two in the method alone.
 RUNS = {
@@ -37,16 +43,17 @@ RUNS = {
 }
 
 
-def main(arguments: list[str]) -> int:
+def main(given: Given) -> int:
     """Trains, reads out, reports; returns the exit status."""
     from ifm_jax.evaluation import report, suppression
 
-    command.refuse_arguments(arguments)
-    if _SEEDS.value < 1:
-        raise UsageError(f"--seeds={_SEEDS.value}: expected at least 1")
+    given.refuse_arguments()
+    options = given.options
+    if options.seeds < 1:
+        raise UsageError(f"--seeds={options.seeds}: expected at least 1")
     begun = time.perf_counter()
-    base = _CONFIG()
-    workdir = pathlib.Path(_WORKDIR.value)
+    base = given.config()
+    workdir = pathlib.Path(options.workdir)
     command.workdir(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -55,7 +62,7 @@ def main(arguments: list[str]) -> int:
     _draw_samples(base, workdir / "samples.png")
 
     results: dict[str, list[suppression.Readouts]] = {}
-    for seed in range(base.seed, base.seed + _SEEDS.value):
+    for seed in range(base.seed, base.seed + options.seeds):
         config = _with(base, seed=seed)
         results.setdefault("untrained", []).append(suppression.read_out_untrained(assembly.resolve(config)))
         for name, (method, temperature) in RUNS.items():
@@ -82,7 +89,7 @@ def main(arguments: list[str]) -> int:
     report.draw_readouts(means, workdir / "readouts.png", chance, errors)
     text = _findings(results)
     print(text)
-    summary = {"seeds": _SEEDS.value, "text": text} | suppression.summary(results)
+    summary = {"seeds": options.seeds, "text": text} | suppression.summary(results)
     (workdir / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\nWritten to {workdir}: results.json, readouts.png, samples.png; each run's curves.png and metrics.jsonl.")
     print(f"Took {(time.perf_counter() - begun) / 60:.1f} minutes.")
@@ -145,4 +152,4 @@ def _draw_samples(config: Config, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, sys.argv)
+    command.run(main, Flags(Options, __doc__, ConfigFlag(recipes.DEFAULT)))

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import reporting
+from benchmarks import command, reporting
 from ifm_jax import assembly, sharding
-from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.evaluation import classifiers, knn
 from ifm_jax.evaluation.features import FrozenEncoder

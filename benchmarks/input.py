@@ -37,10 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import reporting
+from benchmarks import command, reporting
 from ifm_jax import assembly, sharding
 from ifm_jax.augment import IMAGENET_MEAN, IMAGENET_STD, example_rngs
-from ifm_jax.cli import command
 from ifm_jax.config import Config, DataConfig
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
 from ifm_jax.errors import UsageError

@@ -20,8 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks import reporting
-from ifm_jax.cli import command
+from benchmarks import command, reporting
 from ifm_jax.errors import RunError
 from ifm_jax.runs import checkpoint, metrics_log
 from ifm_jax.runs.workdir import Workdir

@@ -20,10 +20,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks import reporting
+from benchmarks import command, reporting
 from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
-from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.data import Source, on_device, open_source, steps_per_epoch, training_batches
 from ifm_jax.data.on_device import copies_side, on_device_batches, read_all

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from benchmarks import reporting
+from benchmarks import command, reporting
 from ifm_jax import assembly
-from ifm_jax.cli import command
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import losses
 

@@ -26,8 +26,8 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from ifm_jax.cli import command
-from ifm_jax.runs import snapshot
+from benchmarks import command
+from ifm_jax.runs import loading
 from ifm_jax.torch_interop import replay
 from references.moco import Reference, learning_rate, random_views
 
@@ -108,7 +108,7 @@ def follow(case: Case, folder: pathlib.Path) -> dict:
     rates = [learning_rate(LR, epoch + i // EPOCH_STEPS, EPOCHS, case.schedule, MILESTONES) for i in range(case.steps)]
     expected = reference.run(views, rates)
 
-    start = snapshot.read(folder / "start.pth.tar")
+    start = loading.read(folder / "start.pth.tar")
     config = start.config
     config.model.bn_groups, config.moco.momentum, config.epochs = case.ranks, KEY_MOMENTUM, EPOCHS
     config.ifm.method, config.ifm.epsilon, config.ifm.alpha = method, epsilon, alpha

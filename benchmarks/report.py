@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from benchmarks import scaling
-from ifm_jax.cli import command
+from benchmarks import command, scaling
 from ifm_jax.errors import RunError, UsageError
 
 # In the order of the page: modules that it cannot run without, and those without which it leaves something out.

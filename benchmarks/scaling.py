@@ -42,10 +42,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from benchmarks import collectives, reporting, train_step
+from benchmarks import collectives, command, reporting, train_step
 from benchmarks.train_step import Case
 from ifm_jax import sharding
-from ifm_jax.cli import command
 from ifm_jax.errors import RunError, UsageError
 
 AXES = ("batch", "pixels", "queue", "devices")

@@ -23,8 +23,7 @@ import cv2
 import numpy as np
 from absl import flags
 
-from benchmarks import reporting
-from ifm_jax.cli import command
+from benchmarks import command, reporting
 from ifm_jax.config import Config
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.runs import metrics_log, training

@@ -43,11 +43,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import collectives, reporting
+from benchmarks import collectives, command, reporting
 from benchmarks.collectives import Collective
 from ifm_jax import assembly, files, sharding
 from ifm_jax import config as configs
-from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 

@@ -31,10 +31,9 @@ import numpy as np
 import optax
 from absl import flags
 
-from benchmarks import reporting
+from benchmarks import command, reporting
 from ifm_jax import optim, pretrain, sharding
 from ifm_jax.augment import MoCoV2Augmentation, example_rngs
-from ifm_jax.cli import command
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import MoCo, Objective, losses, queue
 from ifm_jax.models import Encoder

@@ -11,18 +11,13 @@ Expected: an estimate, that of MoCo-v2 (67.5 % top-1, linear) or up to a point m
 ImageNet-100 only, where epsilon 0.1 added 0.9 points. Not yet run with this code.
 """
 
-import pathlib
-import runpy
-
+from ifm_jax import recipes
 from ifm_jax.config import Config
-
-# By its place beside this file: `configs` is no package, and the working directory may be any.
-_MOCO = pathlib.Path(__file__).with_name("moco_v2_imagenet.py")
 
 
 def get_config() -> Config:
     """Returns the recipe."""
-    config = runpy.run_path(str(_MOCO))["get_config"]()
+    config = recipes.load("moco_v2_imagenet")
     config.ifm.method = "ifm"
     config.ifm.epsilon = 0.1
     return config

@@ -16,18 +16,13 @@ Expected: top-1, linear (README of github.com/joshr17/IFM; seeds and spread not 
 Not yet run with this code.
 """
 
-import pathlib
-import runpy
-
+from ifm_jax import recipes
 from ifm_jax.config import Config
-
-# By its place beside this file: `configs` is no package, and the working directory may be any.
-_MOCO = pathlib.Path(__file__).with_name("moco_v2_imagenet100.py")
 
 
 def get_config() -> Config:
     """Returns the recipe."""
-    config = runpy.run_path(str(_MOCO))["get_config"]()
+    config = recipes.load("moco_v2_imagenet100")
     config.ifm.method = "ifm"
     config.ifm.epsilon = 0.1
     return config

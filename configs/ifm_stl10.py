@@ -15,18 +15,13 @@ Expected: no published figure for MoCo or IFM under these settings was found. Fo
 after 40 epochs on the same images has 70.3 %, linear (README of github.com/sthalles/SimCLR). Not tuned, not yet run.
 """
 
-import pathlib
-import runpy
-
+from ifm_jax import recipes
 from ifm_jax.config import Config
-
-# By its place beside this file: `configs` is no package, and the working directory may be any.
-_CIFAR10 = pathlib.Path(__file__).with_name("ifm_cifar10.py")
 
 
 def get_config() -> Config:
     """Returns the recipe."""
-    config = runpy.run_path(str(_CIFAR10))["get_config"]()
+    config = recipes.load("ifm_cifar10")
 
     config.model.stem = "small_stride2"
     config.moco.mlp = True

@@ -12,18 +12,13 @@ Expected: 60.8 +- 0.2 % top-1, linear, over five runs; the released checkpoint h
 github.com/facebookresearch/moco). Not yet run with this code.
 """
 
-import pathlib
-import runpy
-
+from ifm_jax import recipes
 from ifm_jax.config import Config
-
-# By its place beside this file: `configs` is no package, and the working directory may be any.
-_MOCO_V2 = pathlib.Path(__file__).with_name("moco_v2_imagenet.py")
 
 
 def get_config() -> Config:
     """Returns the recipe."""
-    config = runpy.run_path(str(_MOCO_V2))["get_config"]()
+    config = recipes.load("moco_v2_imagenet")
 
     config.moco.temperature = 0.07
     config.moco.mlp = False

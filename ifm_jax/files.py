@@ -14,6 +14,8 @@ from ifm_jax.errors import UsageError
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary name beside `path`, which takes its place once the block has ended without an error.
 
+    Two threads of a process must not replace the same file at once.
+
     Raises:
       OSError: if it cannot take its place; `path` is as it was.
     """

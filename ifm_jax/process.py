@@ -38,7 +38,7 @@ def begin(hosts: bool = False) -> None:
     From here on Ctrl-C is one line and status 130; `command.run` has its own way with it.
 
     Args:
-      hosts: the script may be one of several processes (`command.define_hosts`): where it is, the work is done by a
+      hosts: the script may be one of several processes (`command.Hosts`): where it is, the work is done by a
         child, and this process says how it ended.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

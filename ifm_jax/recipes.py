@@ -1,42 +1,59 @@
 """Recipes: Python files with a function `get_config() -> Config`, found by path or by name."""
 
+import contextlib
 import difflib
+import importlib
+import importlib.machinery
+import importlib.util
 import inspect
 import os
 import pathlib
-import runpy
+import sys
 import traceback
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ifm_jax.config import Config, check_fields, shown
 from ifm_jax.errors import UsageError
 
-# Those that come with the package.
-DIRECTORY = pathlib.Path(__file__).resolve().parent.parent / "configs"
+_HERE = pathlib.Path(__file__).resolve().parent
+# Those that come with the package: a part of it where it is installed, beside it in a checkout.
+DIRECTORY = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
+# What a command takes that is told nothing.
+DEFAULT = str(DIRECTORY / "trifeature.py")
+_PACKAGE, _BY_PATH = "ifm_jax.configs", "ifm_jax_recipe"
 
 
-def name_of(recipe: str | os.PathLike) -> str:
+def name_of(recipe: str | os.PathLike[str]) -> str:
     """Returns the name of a recipe given by path or by name: `trifeature` for `configs/trifeature.py`."""
     return pathlib.Path(recipe).stem
 
 
-def load(recipe: str | os.PathLike) -> Config:
+def load(recipe: str | os.PathLike[str]) -> Config:
     """Returns a recipe's config.
 
     Args:
-      recipe: path of a file, or the name of one of the package's own, `ifm_cifar10`.
+      recipe: path of a file, or the name of one of the package's own, `ifm_cifar10`. A named one is the module
+        `ifm_jax.configs.ifm_cifar10`; a file is read anew each time.
+
+    Returns:
+      What its `get_config()` returns.
 
     Raises:
       UsageError: if there is none, or it cannot be run, or what it returns is no config, in one line that begins with
         `--config=`.
     """
-    path, flag = _find(recipe), f"--config={recipe}"
+    (path, by_name), flag = _find(recipe), f"--config={recipe}"
     try:
-        get_config = runpy.run_path(str(path), run_name="ifm_jax_recipe").get("get_config")
-        if not callable(get_config):
-            raise UsageError(f"{flag} has no function get_config(): expected one that returns an ifm_jax.config.Config")
-        if _needs_arguments(get_config):
-            raise UsageError(f"{flag}: get_config() takes arguments: expected a function without")
-        config = get_config()
+        with _named(path) if by_name else _at(path) as module:
+            get_config = getattr(module, "get_config", None)
+            if not callable(get_config):
+                missing = "has no function get_config(): expected one that returns an ifm_jax.config.Config"
+                raise UsageError(f"{flag} {missing}")
+            if _needs_arguments(get_config):
+                raise UsageError(f"{flag}: get_config() takes arguments: expected a function without")
+            config = get_config()
     except UsageError:
         raise
     except (Exception, SystemExit) as error:
@@ -51,15 +68,56 @@ def load(recipe: str | os.PathLike) -> Config:
     return config
 
 
-def _find(recipe: str | os.PathLike) -> pathlib.Path:
-    """Returns the file of a recipe."""
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[types.ModuleType]:
+    """Yields a recipe of the package as the module that it is."""
+    if _PACKAGE not in sys.modules:  # in a checkout it is not where the import system looks
+        loader = importlib.machinery.SourceFileLoader(_PACKAGE, str(DIRECTORY / "__init__.py"))
+        sys.modules[_PACKAGE] = _new_module(_PACKAGE, loader)
+        loader.exec_module(sys.modules[_PACKAGE])
+    yield importlib.import_module(f"{_PACKAGE}.{path.stem}")
+
+
+@contextlib.contextmanager
+def _at(path: pathlib.Path) -> Iterator[types.ModuleType]:
+    """Yields the recipe in a file, as a module that the import system knows until the block ends."""
+    loader = _Fresh(_BY_PATH, str(path))
+    module, before = _new_module(_BY_PATH, loader), sys.modules.get(_BY_PATH)
+    sys.modules[_BY_PATH] = module
+    try:
+        loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[_BY_PATH]
+        if before is not None:  # of a recipe that loads another
+            sys.modules[_BY_PATH] = before
+
+
+def _new_module(name: str, loader: importlib.machinery.SourceFileLoader) -> types.ModuleType:
+    """Returns a module that is not executed yet."""
+    spec = importlib.util.spec_from_file_location(name, loader.path, loader=loader)
+    assert spec is not None  # it is given a loader
+    return importlib.util.module_from_spec(spec)
+
+
+class _Fresh(importlib.machinery.SourceFileLoader):
+    """Compiles a file each time: within a second, a cached one may be older than what its author has written."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        """Returns the code of the file."""
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
+    """Returns the file of a recipe, and whether it was given by name."""
     given = pathlib.Path(recipe)
     try:
         if given.is_file():
-            return given.absolute()  # a recipe finds its neighbours by its __file__
+            return given.absolute(), False  # a recipe finds its neighbors by its __file__
         named = DIRECTORY / f"{given}.py"
         if given.name == str(given) and named.is_file():
-            return named
+            return named, True
         is_there = given.exists()
     except (OSError, ValueError):  # a name that no file can have
         is_there = False
@@ -74,7 +132,7 @@ def _near(given: pathlib.Path) -> str | None:
     """Returns the recipe whose name is nearest, as it is to be given: beside where it was looked for, or by name."""
     for directory, beside in ((given.parent, True), (DIRECTORY, False)):
         try:
-            stems = [path.stem for path in directory.glob("*.py")]
+            stems = [path.stem for path in directory.glob("*.py") if path.stem != "__init__"]
         except (OSError, ValueError):
             continue
         for stem in difflib.get_close_matches(given.stem, stems, n=1):
@@ -82,7 +140,7 @@ def _near(given: pathlib.Path) -> str | None:
     return None
 
 
-def _needs_arguments(function) -> bool:
+def _needs_arguments(function: Callable[..., Any]) -> bool:
     try:
         inspect.signature(function).bind()
     except TypeError:

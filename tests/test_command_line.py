@@ -1,5 +1,6 @@
 """The scripts as a user meets them: real processes, exit statuses, one line for a mistake, Ctrl-C."""
 
+import ast
 import json
 import logging
 import os
@@ -11,13 +12,12 @@ import sys
 import time
 
 import pytest
-from absl import flags
 
 from benchmarks import kill_resume
 from ifm_jax import config as configs
 from ifm_jax import process
-from ifm_jax.cli import command
-from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.cli import command, convert, evaluate, suppression, train
+from ifm_jax.errors import UsageError
 from ifm_jax.runs import checkpoint, metrics_log
 from tests import small
 
@@ -84,11 +84,6 @@ def in_process(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(process, "begin", lambda hosts=False: None)  # it is this process that would be supervised
     monkeypatch.chdir(tmp_path)
     level = logging.getLogger("absl").level
-    modules = flags.FLAGS.flags_by_module_dict()
-    known = {flag.name for module in modules if module.startswith("absl") for flag in modules[module]}
-    others = {name: flags.FLAGS[name] for name in set(flags.FLAGS) - known}
-    for name in others:  # of imported benchmarks, where a process of its own would have none
-        delattr(flags.FLAGS, name)
 
     def run_in_process(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -97,15 +92,9 @@ def in_process(monkeypatch, capsys, tmp_path):
         except SystemExit as ended:
             return ended.code, *capsys.readouterr()
         finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
-            flags.FLAGS.set_gnu_getopt(False)
             logging.getLogger("absl").setLevel(level)
 
-    yield run_in_process
-    for name, flag in others.items():
-        flags.FLAGS[name] = flag
+    return run_in_process
 
 
 MISTAKES = [
@@ -257,8 +246,9 @@ def test_a_mistake_is_one_line_in_a_process_of_its_own(tmp_path, script):
     ],
 )
 def test_spellings_of_a_field(arguments, changes):
-    flag = ConfigFlag(default=str(ROOT / "configs" / "trifeature.py"))
-    assert flag.take(["--workdir=x", *arguments, "rest"]) == ["--workdir=x", "rest"]
+    given = train.flags().parse(["--workdir=x", *arguments, "rest"])
+    assert (given.options.workdir, given.arguments) == ("x", ["rest"])
+    flag = given.config
     assert flag.changes == changes
     assert all(type(flag.changes[name]) is type(value) for name, value in changes.items())
     config = flag()
@@ -267,22 +257,16 @@ def test_spellings_of_a_field(arguments, changes):
 
 
 def test_spellings_of_a_recipe():
-    default = str(ROOT / "configs" / "trifeature.py")
     path = str(ROOT / "configs" / "ifm_cifar10.py")
     for arguments in (["--config=ifm_cifar10"], ["--config", path], ["--config=trifeature", f"-config={path}"]):
-        flag = ConfigFlag(default)
-        assert flag.take([*arguments, "--", "--config=x"]) == ["--", "--config=x"]
+        given = train.flags().parse([*arguments, "--", "--config=x"])
+        assert given.arguments == ["--config=x"]
+        flag = given.config
         assert (flag.name(), flag().data.source) == ("ifm_cifar10", "tfds:cifar10")
         assert flag.over(lambda: 1 / 0) == flag()
-    flag = ConfigFlag(default)
-    assert flag.take(["--config.seed=3"]) == []
+    flag = train.flags().parse(["--config.seed=3"]).config
     assert (flag.name(), flag().seed, flag.over(configs.Config).seed) == ("trifeature", 3, 3)
     assert flag.over(configs.Config).model.arch == "resnet50"
-
-
-def test_flags_in_a_file(in_process, tmp_path):
-    (tmp_path / "flags").write_text("--workdir=/dev/null/x\n--config.moco.queue_size=1000\n")
-    assert "moco.queue_size=1000 is not a multiple" in in_process("train.py", f"--flagfile={tmp_path}/flags")[2]
 
 
 def test_a_failed_run_is_one_line_and_exit_1(tmp_path):
@@ -347,12 +331,90 @@ def test_a_killed_run_ends_as_the_one_that_nobody_touched(tmp_path):
     assert checkpoint.steps(tmp_path / "killed" / "checkpoints") == [30, 35, 40]
 
 
-def test_help_lists_the_flags(in_process):
+def test_help_lists_the_flags_and_every_field_with_the_defaults_of_the_recipe(in_process):
     status, out, _ = in_process("train.py", "--help")
     assert status == 0
     assert "python train.py" in out
-    for flag in ("--workdir: ", "--config: ", "--config.FIELD=VALUE: "):
+    for flag in ("--workdir: ", "--coordinator: ", "--config: ", "--config.FIELD=VALUE: "):
         assert flag in out
+    words = " ".join(out.split())
+    for name, field in configs.fields().items():
+        if field.is_group:
+            assert f"\n{name}: {field.declared.meaning}\n" in out
+        else:
+            assert (
+                f"--config.{name}: {field.declared.meaning} {field.kind.__name__ if not field.many else 'list'}"
+                in words
+            )
+    assert "--config.method: what is learned from: moco or simclr str, one of moco, simclr; default moco" in words
+    assert "as a share of the image float above 0, at most 1; default 0.36" in words
+    assert max(map(len, out.splitlines())) <= 120
+
+    assert "Their defaults are those of the recipe trifeature." in out
+    assert "--config.epochs: passes over the data (--epochs) int of at least 1; default 6" in words
+    status, out, _ = in_process("train.py", "--config", "ifm_cifar10", "-h", "--workdri=a mistake")
+    words = " ".join(out.split())
+    assert (status, "Their defaults are those of the recipe ifm_cifar10." in out) == (0, True)
+    assert "--config.epochs: passes over the data (--epochs) int of at least 1; default 200" in words
+    assert "list of int, epochs above 0, for example 120,160; default 120,160" in words
+    status, out, err = in_process("eval_linear.py", "--help", "--config=nowhere")
+    assert (status, out, err) == (2, "", err)
+    assert "--config=nowhere is not there" in err
+
+
+def test_flags_of_a_command():
+    """Spellings that its own flags and its other arguments may have."""
+
+    def options(*arguments):
+        given = evaluate.flags().parse(list(arguments))
+        assert given.arguments == []
+        return given.options
+
+    for arguments, fast in (
+        (["--fast"], True),
+        (["--nofast"], False),
+        (["-fast"], True),
+        (["-nofast"], False),
+        (["--fast=TRUE"], True),
+        (["--fast=0"], False),
+        (["--fast", "--fast=f", "--fast"], True),
+    ):
+        assert options(*arguments).fast is fast
+    found = options("-split", "train", "--map=-x y", "--features", "a b", "--num_processes=0x2", "--process_id", "1")
+    assert (found.split, found.map, found.features) == ("train", "-x y", "a b")
+    assert (found.hosts.num_processes, found.hosts.process_id, found.hosts.coordinator) == (2, 1, "")
+
+    # Before and after paths; a switch takes none of them; what follows `--` is a path.
+    given = convert.flags().parse(["--overwrite", "to-jax", "--step", "3", "a", "-prefix=p", "b", "--", "--for=x"])
+    assert given.arguments == ["to-jax", "a", "b", "--for=x"]
+    found = given.options
+    assert (found.overwrite, found.step, found.prefix, found.for_) == (True, 3, "p", "moco")
+    given = suppression.flags().parse(["a", "true", "--output=c", "-"])
+    assert (given.arguments, given.options.output) == (["a", "true", "-"], "c")
+
+    # No abbreviation; nothing is kept from one command line to the next.
+    flags = convert.flags()
+    first, again = flags.parse(["--overwrite", "--config.seed=1"]), flags.parse([])
+    assert (first.options.overwrite, first.config.changes, first.config.given) == (True, {"seed": 1}, True)
+    assert (again.options.overwrite, again.config.changes, again.config.given) == (False, {}, False)
+    for argument in ("--over", "-over", "---overwrite", "--nooverwrite=1", "--nostep", "--config.ifm.eps=1", "-5"):
+        with pytest.raises(UsageError):
+            flags.parse([argument])
+
+
+def test_flags_in_a_file(in_process, tmp_path):
+    (tmp_path / "flags").write_text("--workdir=/dev/null/x\n--config.moco.queue_size=1000\n")
+    assert "moco.queue_size=1000 is not a multiple" in in_process("train.py", f"--flagfile={tmp_path}/flags")[2]
+    (tmp_path / "outer").write_text(f"# a comment\n\n  --flagfile={tmp_path}/inner\n// another\n--config.moco.mlp\n")
+    (tmp_path / "inner").write_text("--workdir=a b\n--config.seed=1\n")
+    given = train.flags().parse(["--config.seed=2", "-flagfile", f"{tmp_path}/outer", "--config.epochs=3"])
+    assert given.options.workdir == "a b"
+    assert given.config.changes == {"seed": 1, "moco.mlp": True, "epochs": 3}
+    assert train.flags().parse(["--", "--flagfile=x"]).arguments == ["--flagfile=x"]
+    (tmp_path / "inner").write_text(f"--flagfile={tmp_path}/outer\n")
+    for path, message in ((f"{tmp_path}/outer", "names itself"), (tmp_path, "cannot be read"), (" ", "is empty")):
+        with pytest.raises(UsageError, match=message):
+            train.flags().parse([f"--flagfile={path}"])
 
 
 def test_importing_the_package_is_light():
@@ -376,5 +438,19 @@ import sys
 for name in ("grain", "orbax", "cv2", "tensorboardX", "matplotlib", "sklearn"):
     sys.modules[name] = None
 import ifm_jax, ifm_jax.pretrain, ifm_jax.methods, ifm_jax.augment, ifm_jax.config
+# Nor does a mistake in a flag, or --help, wait for more.
+from ifm_jax.cli import evaluate, replay, suppression, train
+for command in (evaluate, replay, suppression, train):
+    command.flags()
 """
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_only_doors_import_the_command_line():
+    """Rooms do not know who calls them; a module that is run by `python -m` does, where it is the script."""
+    for path in (ROOT / "ifm_jax").rglob("*.py"):
+        if path.parent.name != "cli":
+            body = ast.parse(path.read_text()).body
+            rest = [part for part in body if not (isinstance(part, ast.If) and "__main__" in ast.unparse(part.test))]
+            imports = [n for part in rest for n in ast.walk(part) if isinstance(n, ast.Import | ast.ImportFrom)]
+            assert not [line for line in map(ast.unparse, imports) if "cli" in line.replace(".", " ").split()], path

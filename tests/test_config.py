@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ifm_jax import config as configs
-from ifm_jax.cli import config_flag
+from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.cli.flags import Flags
 from ifm_jax.errors import UsageError
 from ifm_jax.runs.workdir import Workdir
 
@@ -275,9 +276,8 @@ def test_a_former_name_in_a_dict_and_on_the_command_line():
     config = configs.Config()
     config.ifm.method = "moco"
     assert (config.ifm.objective, config.ifm.method) == ("infonce", "infonce")
-    flag = config_flag.ConfigFlag()
-    flag.take(["--config.ifm.method=moco"])
-    assert flag.changes == {"ifm.objective": "infonce"}
+    given = Flags(config=ConfigFlag()).parse(["--config.ifm.method=moco"])
+    assert given.config.changes == {"ifm.objective": "infonce"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_images
 
 from ifm_jax import assembly, augment
 from ifm_jax.config import DataConfig
-from ifm_jax.data import BadImages, ViewSource, crops, folder, images, open_source, scan, training_batches
+from ifm_jax.data import BadImages, ViewSource, crops, folder, images, open_source, training_batches
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.runs import metrics_log, training
 from references.torchvision_peer import torchvision
@@ -137,15 +137,11 @@ def test_a_folder_that_may_not_be_read_is_named(root, monkeypatch):
         source(root)
 
 
-def test_a_replaced_file_is_noticed(root, tmp_path, monkeypatch):
-    """Also where what was found is remembered; and what was written before sizes counted is still known."""
-    monkeypatch.setenv("IFM_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(scan, "_WORTH_REMEMBERING", 3)
-    monkeypatch.setattr(scan, "_SETTLED", 0)
+def test_a_replaced_file_is_noticed(root, tmp_path):
+    """And what was written before sizes counted is still known."""
     shutil.copytree(root, tmp_path / "images")
     before = source(tmp_path / "images")
     assert before.fingerprint == source(root).fingerprint  # wherever they lie
-    assert list((tmp_path / "cache" / "folders").iterdir())
     with (tmp_path / "images" / "train" / before.paths[3]).open("ab") as file:
         file.write(b"more")
     after = source(tmp_path / "images")

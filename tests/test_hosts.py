@@ -26,7 +26,7 @@ from benchmarks import topologies
 from benchmarks.topologies import finish
 from ifm_jax import sharding
 from ifm_jax.errors import UsageError
-from ifm_jax.runs import checkpoint, loop, metrics_log, snapshot, training
+from ifm_jax.runs import checkpoint, loading, loop, metrics_log, training
 from ifm_jax.runs.progress import Silence
 from ifm_jax.runs.workdir import Workdir
 from tests.test_command_line import ROOT, SMALL, environment
@@ -71,7 +71,7 @@ def test_two_processes_of_two_devices_are_one_process(tmp_path, method):
     assert_the_same_as_on_one_device(tmp_path / "two", tmp_path / "one", 3)
 
     # What two processes have saved together is what one has, and one process can read it.
-    states = [snapshot.read(tmp_path / name).state for name in ("one", "two")]
+    states = [loading.read(tmp_path / name).state for name in ("one", "two")]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(a).max())
 

@@ -95,7 +95,7 @@ def _split(block, train):
 
 def compute(path, arch, images, weights):
     """Runs what `ifm_jax.load` gives, and a training step's forward and backward pass of the same file's encoder."""
-    found = snapshot.read(path)
+    found = loading.read(path)
     model = found.config.model
     assert (model.arch, model.width) == (arch, WIDTH)
     encoder = models.Encoder(arch, dim=DIM, mlp=False, width=WIDTH, compute_dtype="float64", param_dtype="float64")
@@ -293,7 +293,7 @@ def test_a_head_with_statistics_is_left_behind_whole(monkeypatch, tmp_path):
     embedded = FrozenEncoder(HCL, of_run.params, of_run.batch_stats, layer="projection")(images)
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, rtol=1e-5)
 
-    monkeypatch.setattr(loading.snapshot, "read", lambda path, prefix="": found)
+    monkeypatch.setattr(loading, "read", lambda path, prefix="": found)
     model = loading.load("anywhere")
     assert model.fc is None
     np.testing.assert_array_equal(model.conv1.kernel[...], of_run.params["conv1"]["kernel"])

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from ifm_jax import process
-from ifm_jax.cli import command
+from ifm_jax.cli import command, train
 from ifm_jax.runs import loop
 from ifm_jax.runs.progress import Progress, Silence
 
@@ -36,14 +36,13 @@ def python(code, *arguments, **options):
 def run(monkeypatch):
     """Runs a `main` as a script does, with this stdout: the exit status."""
     monkeypatch.setattr(command, "_keep_memory", lambda: None)
-    monkeypatch.setattr(command, "_parse", lambda argv: argv)
     monkeypatch.setattr(command, "_workdir", None)
 
     def run_(main, stdout=None):
         if stdout is not None:
             monkeypatch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit) as ended:
-            command.run(main, ["train.py", "--workdir=x y"])
+            command.run(main, train.flags(), ["train.py", "--workdir=x y"])
         return ended.value.code
 
     return run_

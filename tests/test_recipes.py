@@ -1,16 +1,19 @@
 """The recipes in configs/: each loads from anywhere, holds together, and says how it is run."""
 
+import importlib.machinery
 import pathlib
+import sys
 
 import pytest
 
 from ifm_jax import recipes
 from ifm_jax.cli.config_flag import ConfigFlag
+from ifm_jax.cli.flags import Flags
 from ifm_jax.config import Config, differences, validate
 from ifm_jax.errors import UsageError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-RECIPES = sorted(CONFIGS.glob("*.py"))
+RECIPES = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "__init__")
 
 
 @pytest.fixture
@@ -19,10 +22,8 @@ def load(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def load(name: str, **fields) -> Config:
-        flag = ConfigFlag()
         changes = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
-        assert flag.take([f"--config={CONFIGS / name}.py", *changes]) == []
-        return flag()
+        return Flags(config=ConfigFlag()).parse([f"--config={CONFIGS / name}.py", *changes]).config()
 
     return load
 
@@ -99,6 +100,38 @@ def test_a_recipe_of_ours_has_a_name(monkeypatch, tmp_path, path):
     assert recipes.name_of(path.stem) == recipes.name_of(path) == path.stem
 
 
+def test_a_named_recipe_is_a_module_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ifm_jax.configs", "ifm_jax.configs.ifm_stl10", "ifm_jax.configs.ifm_cifar10"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    recipes.load("ifm_stl10")
+    assert pathlib.Path(sys.modules["ifm_jax.configs.ifm_cifar10"].__file__) == CONFIGS / "ifm_cifar10.py"
+
+
+def test_a_file_is_read_anew_and_leaves_no_module(tmp_path):
+    """Edited within the second to the same length, too; its dataclasses find their module while it runs."""
+    inner, outer = tmp_path / "inner.txt", tmp_path / "outer.py"
+    inner.write_text(
+        "from __future__ import annotations\nimport dataclasses\nfrom ifm_jax.config import Config\n"
+        "@dataclasses.dataclass\nclass Sizes:\n    epochs: int = 3\n"
+        "def get_config():\n    config = Config()\n    config.epochs = Sizes().epochs\n    return config\n"
+    )
+    outer.write_text(
+        "import pathlib, sys\nfrom ifm_jax import recipes\n"
+        "def get_config():\n    config = recipes.load(pathlib.Path(__file__).with_name('inner.txt'))\n"
+        "    assert sys.modules[__name__].get_config is get_config\n    return config\n"
+    )
+    before = set(sys.modules)
+    assert recipes.load(outer).epochs == 3
+    inner.write_text(inner.read_text().replace("= 3", "= 4"))
+    assert recipes.load(outer).epochs == 4
+    inner.write_text("1 / 0")
+    with pytest.raises(UsageError):
+        recipes.load(outer)
+    assert set(sys.modules) - before == set()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inner.txt", "outer.py"]
+
+
 BEGIN = "from ifm_jax.config import Config\nconfig = Config()\n"
 
 
@@ -173,11 +206,13 @@ def test_a_recipe_that_is_no_file(tmp_path, monkeypatch):
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path, monkeypatch):
-    def refuse(path, run_name):
+    def refuse(self, path):
         raise PermissionError(13, "Permission denied", path)
 
     path = tmp_path / "mine.py"
     path.touch()
-    monkeypatch.setattr(recipes.runpy, "run_path", refuse)  # the tests may run as root, who reads everything
+    monkeypatch.setattr(
+        importlib.machinery.SourceFileLoader, "get_data", refuse
+    )  # the tests may run as root, who reads everything
     with pytest.raises(UsageError, match=r"mine\.py: it cannot be read \(Permission denied\)"):
         recipes.load(path)

@@ -13,7 +13,7 @@ import torch
 
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-from ifm_jax.runs import snapshot
+from ifm_jax.runs import loading, snapshot
 from ifm_jax.torch_interop import replay
 from references.moco import MUTATIONS, Reference, learning_rate, random_views
 
@@ -101,7 +101,7 @@ def begin(case, path, **options):
         epoch = 1
         reference.run(random_views(EPOCH_STEPS, BATCH, SIZE, world=case.groups, seed=7), BASE_LR)
     reference.save_checkpoint(path, epoch)
-    return reference, snapshot.read(path), epoch
+    return reference, loading.read(path), epoch
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -116,7 +116,7 @@ def test_trajectory(name, tmp_path):
     # Through an Orbax checkpoint where the start is resumed, from the file itself otherwise.
     if case.resumed:
         snapshot.write(start, tmp_path / "converted")
-        start = snapshot.read(tmp_path / "converted")
+        start = loading.read(tmp_path / "converted")
         assert (start.epoch, start.steps_per_epoch) == (1, EPOCH_STEPS)
     devices = jax.devices()[: case.devices]
     found = replay.replay(
@@ -234,7 +234,7 @@ def test_bad_views_are_named(files, change, message):
 
 
 def test_learning_rate_that_is_not_determined(files):
-    start = snapshot.read(files / "start.pth.tar", step=3)
+    start = loading.read(files / "start.pth.tar", step=3)
     views = replay.load_npz(files / "views.npz", "views")
     start.config.model.bn_groups = 1
     with pytest.raises(UsageError, match="--steps_per_epoch"):
@@ -245,7 +245,7 @@ def test_stripped_start_is_refused(tmp_path):
     reference = Reference(dim=16, queue_size=16)
     state = {f"module.encoder_q.{name}": value for name, value in reference.model.encoder_q.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "stripped.pth.tar")
-    start = snapshot.read(tmp_path / "stripped.pth.tar")
+    start = loading.read(tmp_path / "stripped.pth.tar")
     start.config.model.bn_groups = 1
     with pytest.raises(UsageError, match="no key encoder, queue"):
         replay.replay(start.config, start, random_views(1, 8, 16), devices=jax.devices()[:1])

@@ -12,7 +12,7 @@ from ifm_jax.errors import UsageError
 from ifm_jax.methods import Objective, SimCLR
 from ifm_jax.models import Encoder
 from ifm_jax.models.resnet import ARCHITECTURES
-from ifm_jax.runs import metrics_log, snapshot, training
+from ifm_jax.runs import loading, metrics_log, training
 from ifm_jax.runs.workdir import Workdir
 from ifm_jax.torch_interop import names, replay, writing
 from ifm_jax.torch_interop.description import describe
@@ -89,18 +89,18 @@ def test_a_run_goes_on_as_if_uninterrupted(run, tmp_path):
         training.train(config(steps=steps), tmp_path, devices=jax.devices()[:1], quiet=True)
     ours, theirs = (small.without_speed(metrics_log.read(path / "metrics.jsonl")) for path in (tmp_path, run))
     assert ours == theirs
-    small.assert_same(*(snapshot.read(path).state for path in (tmp_path, run)))
+    small.assert_same(*(loading.read(path).state for path in (tmp_path, run)))
 
 
 def test_what_is_moco_s_alone_says_so(run, tmp_path):
     with pytest.raises(UsageError, match=r"--for=moco: .* method=simclr, .* expected --for=torchvision"):
         writing.to_torch(run, tmp_path / "a.pth.tar")
     writing.to_torch(run, tmp_path / "a.pth", "torchvision")
-    assert snapshot.read(tmp_path / "a.pth").config.model.arch == "resnet8"
+    assert loading.read(tmp_path / "a.pth").config.model.arch == "resnet8"
     views = {name: np.zeros((1, 8, 32, 32, 3)) for name in ("query", "key")}
     with pytest.raises(UsageError, match="has method=simclr: replay follows the original, expected method=moco"):
-        replay.replay(config(), snapshot.read(run), views)
-    assert describe(snapshot.read(run))["parts"].startswith("query encoder")
+        replay.replay(config(), loading.read(run), views)
+    assert describe(loading.read(run))["parts"].startswith("query encoder")
 
 
 def test_moco_starts_with_its_weights_and_the_other_way_round(run, tmp_path, capsys):

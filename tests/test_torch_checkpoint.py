@@ -196,7 +196,7 @@ def test_no_momentum_yet_stays_so(tmp_path):
 def test_momentum_that_is_not_there_is_not_listed(tmp_path):
     for steps, listed in ((0, False), (3, True)):
         moco_file(tmp_path / "a.pth.tar", steps=steps)
-        rows = describe(snapshot.read(tmp_path / "a.pth.tar"))
+        rows = describe(loading.read(tmp_path / "a.pth.tar"))
         assert ("momentum buffers" in rows["parts"]) == listed
         notes = writing.to_torch(tmp_path / "a.pth.tar", tmp_path / "b.safetensors", overwrite=True).notes
         assert any("momentum buffers" in note for note in notes) == listed
@@ -204,7 +204,7 @@ def test_momentum_that_is_not_there_is_not_listed(tmp_path):
 
 def test_counters_move_with_the_steps(tmp_path):
     moco_file(tmp_path / "a.pth.tar", steps=3)
-    found = snapshot.read(tmp_path / "a.pth.tar")
+    found = loading.read(tmp_path / "a.pth.tar")
     later = dataclasses.replace(found, state=found.state._replace(step=np.int32(10)))
     counters = {name: value for name, value in writing.state_dict(later) if name.endswith("tracked")}
     assert len(counters) == 40
@@ -396,8 +396,8 @@ def test_a_whole_moco_under_a_prefix(tmp_path):
     inner = {name.removeprefix("module."): value for name, value in content["state_dict"].items()}
     torch.save(content | {"state_dict": under("model.", inner) | HEAD}, tmp_path / "b.pth.tar")
     expected, found = (
-        snapshot.read(tmp_path / "a.pth.tar"),
-        snapshot.read(tmp_path / "b.pth.tar", prefix="model."),
+        loading.read(tmp_path / "a.pth.tar"),
+        loading.read(tmp_path / "b.pth.tar", prefix="model."),
     )
     assert found.missing == []
     assert_same_tree(found.state, expected.state)
@@ -407,11 +407,11 @@ def test_networks_of_which_one_is_to_be_named(backbone, tmp_path):
     tensors = backbone[1]
     torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"2 networks.*begin with 'student\.', 'teacher\.': name one, with --prefix="):
-        snapshot.read(tmp_path / "a.pth")
+        loading.read(tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"--prefix=net: none.*: expected one of 'student\.', 'teacher\.'"):
         reading.to_jax(tmp_path / "a.pth", tmp_path / "run", prefix="net")
     with pytest.raises(UsageError, match=r"is a directory; a prefix is for PyTorch files"):
-        snapshot.read(tmp_path, prefix="student.")
+        loading.read(tmp_path, prefix="student.")
     assert pretrained.load(tmp_path / "a.pth", None, "student.").config.model.arch == "resnet18"
     with pytest.warns(UserWarning, match="left aside: teacher"):
         loading.load(tmp_path / "a.pth", prefix="student.")
@@ -445,7 +445,7 @@ def test_types_of_tensors(dtype, suffix, backbone, tmp_path, monkeypatch):
     else:
         save_file(tensors, tmp_path / "a.safetensors", metadata={"arch": "resnet34"})
         monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
-    found = snapshot.read(tmp_path / f"a{suffix}")
+    found = loading.read(tmp_path / f"a{suffix}")
     assert "calls itself resnet34" in found.notes[0]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kernel = found.state.params["layer4"]["1"]["conv2"]["kernel"]
@@ -501,7 +501,7 @@ def test_all_problems_in_one_message(tmp_path):
     del momentum[1]
     torch.save(content, tmp_path / "a.pth.tar")
     with pytest.raises(UsageError) as caught:
-        snapshot.read(tmp_path / "a.pth.tar")
+        loading.read(tmp_path / "a.pth.tar")
     message = str(caught.value)
     for part in (
         "2 missing: encoder_q.bn1.running_mean, momentum_buffer of encoder_q.bn1.weight",
@@ -518,7 +518,7 @@ def test_all_problems_in_one_message(tmp_path):
 def test_arch_that_the_tensors_belie_is_noted(tmp_path):
     content = moco_file(tmp_path / "a.pth.tar")
     torch.save(content | {"arch": "resnet50"}, tmp_path / "a.pth.tar")
-    found = snapshot.read(tmp_path / "a.pth.tar")
+    found = loading.read(tmp_path / "a.pth.tar")
     assert found.config.model.arch == "resnet18"
     assert "resnet50" in found.notes[0]
 
@@ -555,7 +555,7 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path):
     with pytest.raises(UsageError, match="--overwrite"):
         reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
     reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", step=5, overwrite=True)
-    assert int(snapshot.read(tmp_path / "run").state.step) == 5
+    assert int(loading.read(tmp_path / "run").state.step) == 5
     assert {path.name for path in tmp_path.iterdir()} == {"a.pth.tar", "photos", "run"}
 
 
@@ -695,7 +695,7 @@ def run(folder, *arguments):
 def test_files_that_are_refused(files, name, message):
     before = {path.name for path in files.iterdir()}
     with pytest.raises(UsageError, match=message) as caught:
-        snapshot.read(files / name)
+        loading.read(files / name)
     with pytest.raises(UsageError):
         reading.to_jax(files / name, files / "out")
     assert "\n" not in str(caught.value)
@@ -744,7 +744,7 @@ def test_the_three_commands(tmp_path):
 
 def test_momentum_is_sgds_trace(tmp_path):
     content = moco_file(tmp_path / "a.pth.tar")
-    found = snapshot.read(tmp_path / "a.pth.tar").state
+    found = loading.read(tmp_path / "a.pth.tar").state
     buffer = content["optimizer"]["state"][0]["momentum_buffer"].numpy()
     np.testing.assert_array_equal(found.opt_state["1"]["trace"]["conv1"]["kernel"], buffer.transpose(2, 3, 1, 0))
     empty, trace = optim.sgd().init(found.params)
@@ -769,7 +769,7 @@ def test_training_goes_on_from_a_converted_checkpoint(tmp_path):
     training.train(small_config(4), tmp_path / "begun", devices=devices, quiet=True)
     writing.to_torch(tmp_path / "begun", tmp_path / "a.pth.tar")
     assert torch.load(tmp_path / "a.pth.tar", weights_only=True)["epoch"] == 1  # of 4 steps, as the metrics tell
-    config = snapshot.read(tmp_path / "begun").config
+    config = loading.read(tmp_path / "begun").config
     reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "again", config=config)
     training.train(small_config(6), tmp_path / "again", devices=devices, quiet=True)
-    assert_same_tree(snapshot.read(tmp_path / "again").state, snapshot.read(tmp_path / "whole").state)
+    assert_same_tree(loading.read(tmp_path / "again").state, loading.read(tmp_path / "whole").state)

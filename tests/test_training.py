@@ -17,7 +17,7 @@ from ifm_jax import assembly
 from ifm_jax import config as configs
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.methods import MoCoMemory
-from ifm_jax.runs import checkpoint, metrics_log, snapshot, training
+from ifm_jax.runs import checkpoint, loading, metrics_log, snapshot, training
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.workdir import Workdir
 from ifm_jax.torch_interop import writing
@@ -335,7 +335,7 @@ def test_a_converted_checkpoint_that_trained_on_and_is_damaged_is_set_aside(tmp_
     run = tmp_path / "converted"
     train(small.config(steps=6), run)
     shutil.rmtree(run / "checkpoints" / "6" / "state")
-    assert snapshot.read(run).notes[0].startswith("the checkpoint of step 6 is damaged")
+    assert loading.read(run).notes[0].startswith("the checkpoint of step 6 is damaged")
     train(small.config(), run)
     assert (run / "damaged" / "6").is_dir()
     assert checkpoint.steps(run / "checkpoints")[-1] == 8

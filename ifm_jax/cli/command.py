@@ -1,38 +1,41 @@
-"""What the scripts have in common: flags, and endings said in one line."""
+"""What the commands have in common: how one runs, and how it ends, said in one line."""
 
 import atexit
 import contextlib
 import ctypes
-import difflib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import logging
-import math
 import os
 import pathlib
 import platform
-import re
 import shlex
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING
 
 import jax
-from absl import flags
 
 from ifm_jax import process, sharding
-from ifm_jax.cli.config_flag import UNSET, ConfigFlag
-from ifm_jax.config import did_you_mean
+from ifm_jax.cli.flags import Flags, Given
+from ifm_jax.config import Group, field
 from ifm_jax.errors import RunError, UsageError, name_too_long
+
+if TYPE_CHECKING:
+    from ifm_jax.runs.loop import Outcome
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
-def say_stopped(result, workdir: str | os.PathLike) -> int:
-    """Says how to go on with a run that a signal stopped; returns the exit status."""
+def say_stopped(result: "Outcome", workdir: str | os.PathLike[str]) -> int:
+    """Says how to go on with a run that a signal stopped; returns the exit status, 0 for one that none stopped."""
+    if result.stopped_by is None:
+        return 0
     text = (
         f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
         "The same command goes on from there."
@@ -44,51 +47,33 @@ def say_stopped(result, workdir: str | os.PathLike) -> int:
     return 128 + result.stopped_by
 
 
-def define_hosts() -> Callable[[], None]:
-    """Defines --coordinator, --num_processes and --process_id; returns the function that joins the hosts."""
-    coordinator = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where a cluster is not recognised.")
-    num_processes = flags.DEFINE_integer("num_processes", None, "How many processes take part, with --coordinator.")
-    process_id = flags.DEFINE_integer("process_id", None, "Which of them this is, with --coordinator.")
+@dataclasses.dataclass(slots=True)
+class Hosts(Group):
+    """Options of a command that may be one of several processes."""
 
-    def initialize() -> None:
-        try:
-            sharding.initialize(coordinator.value, num_processes.value, process_id.value)
-        except TimeoutError as error:
-            # Not the ordinary end: JAX's runtime is still looking for them, in a thread that nothing stops.
-            _say(os.path.basename(sys.argv[0]), error, 1)
-            sys.stdout.flush()
-            os._exit(1)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        except RuntimeError as error:
-            raise RunError(f"the processes of the run did not find each other: {_first_line(error)}") from None
-
-    return initialize
+    coordinator: str = field("", "HOST:PORT of process 0, where a cluster is not recognized.")
+    num_processes: int | None = field(None, "How many processes take part, with --coordinator.", expected="an integer")
+    process_id: int | None = field(None, "Which of them this is, with --coordinator.", expected="an integer")
 
 
-def recipe_name() -> str:
-    """Returns the name of the recipe that --config gives: `trifeature` for `configs/trifeature.py`."""
-    return _config_flag.name()
+def join_hosts(hosts: Hosts) -> None:
+    """Joins the other processes of the run, if there are any.
 
-
-def refuse_arguments(arguments: list[str]) -> None:
-    """Raises a `UsageError` for arguments that are no flags."""
-    if arguments:
-        raise UsageError(f"{arguments[0]!r} is no flag: expected --name=value; --help lists the flags")
-
-
-def define_config(default: str | None = None) -> ConfigFlag:
-    """Defines `--config=RECIPE` and `--config.field=value`; returns what gives the config once parsed.
-
-    Args:
-      default: path of the recipe that is taken without the flag; None: there is none.
+    Raises:
+      UsageError: if the options do not fit together.
+      RunError: if the processes do not find each other.
     """
-    global _config_flag
-    _config_flag = ConfigFlag(default)
-    return _config_flag
-
-
-_config_flag: ConfigFlag | None = None  # of the script
+    try:
+        sharding.initialize(hosts.coordinator or None, hosts.num_processes, hosts.process_id)
+    except TimeoutError as error:
+        # Not the ordinary end: JAX's runtime is still looking for them, in a thread that nothing stops.
+        _say(os.path.basename(sys.argv[0]), error, 1)
+        sys.stdout.flush()
+        os._exit(1)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except RuntimeError as error:
+        raise RunError(f"the processes of the run did not find each other: {_first_line(error)}") from None
 
 
 def _keep_memory() -> None:
@@ -108,7 +93,7 @@ def _keep_memory() -> None:
         mallopt(parameter, value)
 
 
-def workdir(path: str | os.PathLike) -> None:
+def workdir(path: str | os.PathLike[str]) -> None:
     """Says where the results of this process go, which is where `run` writes what helps to find a mistake of ours."""
     global _workdir
     _workdir = pathlib.Path(path)
@@ -117,8 +102,8 @@ def workdir(path: str | os.PathLike) -> None:
 _workdir: pathlib.Path | None = None
 
 
-def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Parses the flags, runs `main` with the remaining arguments and ends the process.
+def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | None = None) -> None:
+    """Parses the flags, runs `main` with what they say and ends the process.
 
     Exit status: 0 done; 2 for a mistake of the caller's, 1 for a failure of the run, each with one line on stderr;
     128 + the signal's number for a run that a signal stopped and that can go on, SIGPIPE for a reader of standard
@@ -126,7 +111,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     the workdir. A full disk under standard output ends no run: its workdir holds all that is printed.
 
     Args:
-      main: returns the exit status, None for 0.
+      main: does the work; returns the exit status, None for 0.
+      flags: of the command.
       argv: the command line; None: the process's.
     """
     argv = sys.argv if argv is None else argv
@@ -146,7 +132,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         ),
     )
     try:
-        status, alone = _outcome(main, argv, name)
+        status, alone = _outcome(main, flags, argv, name)
         status = _end_output(sys.stdout, status)
     finally:
         sys.stdout = stdout
@@ -157,13 +143,13 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     sys.exit(status)
 
 
-def _outcome(main: Callable[[list[str]], int | None], argv: list[str], name: str) -> tuple[int, bool]:
+def _outcome(main: Callable[[Given], int | None], flags: Flags, argv: list[str], name: str) -> tuple[int, bool]:
     """Runs `main`; returns the exit status, and whether other processes of the run may know nothing of this end."""
     try:
-        status = main(_parse(argv)[1:]) or 0
+        status = main(flags.parse(argv[1:])) or 0
         return status, 0 < status < 128
     except SystemExit as ended:
-        return ended.code or 0, bool(ended.code)
+        return ended.code if isinstance(ended.code, int) else bool(ended.code), bool(ended.code)
     except UsageError as error:
         return _say(name, error, 2), True
     except RunError as error:
@@ -224,7 +210,7 @@ def _end_output(output: process.Output, status: int) -> int:
     return status
 
 
-def _to_nowhere(stream) -> None:
+def _to_nowhere(stream: IO[str] | process.Output) -> None:
     """Has all that is still written to a stream vanish: Python tries once more as it ends, and would complain."""
     with contextlib.suppress(OSError, ValueError):  # without a descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -248,70 +234,3 @@ def _say(name: str, error: object, status: int) -> int:
     except OSError:
         _to_nowhere(sys.stderr)
     return status
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Parses all flags; every kind of mistake becomes a `UsageError`."""
-    if any(argument in ("--help", "-h", "--helpfull") for argument in argv[1:]):
-        _help(argv[0])
-    try:
-        arguments = flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)
-        if _config_flag is not None:
-            arguments = _config_flag.take(arguments)
-        positional = flags.FLAGS([argv[0], *arguments])
-    except flags.UnrecognizedFlagError as error:
-        raise UsageError(_unknown_flag(error.flagname, argv)) from None
-    except flags.IllegalFlagValueError as error:
-        raise UsageError(_illegal_value(str(error))) from None
-    except flags.Error as error:
-        raise UsageError(f"{error}; --help lists the flags") from None
-    for flag in _own_flags(argv[0]):
-        if flag.present and isinstance(flag.value, str) and not flag.value.strip():
-            raise UsageError(f"--{flag.name}= {UNSET}")
-        if isinstance(flag.value, float) and not math.isfinite(flag.value):
-            raise UsageError(f"--{flag.name}={flag.value}: expected a finite number")
-    return positional
-
-
-def _own_flags(program: str) -> Iterator[flags.Flag]:
-    """Yields the flags of the script, and of this module, not the flags library's own."""
-    for module, defined in flags.FLAGS.flags_by_module_dict().items():
-        yield from defined if module in (program, __name__) else ()
-
-
-def _unknown_flag(name: str, argv: list[str]) -> str:
-    """Returns what is said of a flag that is none."""
-    as_given = next((a for a in argv[1:] if a.lstrip("-").partition("=")[0] == name), f"--{name}")
-    known = [flag.name for flag in _own_flags(argv[0])] + (["config"] if _config_flag is not None else [])
-    group, dot, field = name.partition(".")
-    near = difflib.get_close_matches(group, known, n=1)
-    hint = f": did you mean --{near[0]}{dot}{field}?" if near else ""
-    return f"{as_given[:120]}: there is no flag --{name[:120]}{hint or '; --help lists the flags'}"
-
-
-def _illegal_value(text: str) -> str:
-    """Returns what is said of a flag whose value is none of its kind, from the flags library's own words."""
-    match = re.match(r"flag --(\w+)=(.*?): ", text, re.DOTALL)
-    if match is None or match[1] not in flags.FLAGS:
-        return f"{text}; --help lists the flags"
-    name, value = match.groups()
-    parser = flags.FLAGS[name].parser
-    if not value.strip():
-        return f"--{name}= {UNSET}"
-    if isinstance(parser, flags.EnumParser):
-        choices = parser.enum_values
-        return f"--{name}={value[:120]}: expected one of {', '.join(choices)}{did_you_mean(value, choices)}"
-    expected = "true or false" if isinstance(parser, flags.BooleanParser) else parser.syntactic_help
-    return f"--{name}={value[:120]}: expected {expected}"
-
-
-def _help(program: str) -> None:
-    """Prints the script's docstring and its own flags, and ends the process."""
-    print((sys.modules["__main__"].__doc__ or "").strip())
-    print("\nFlags:")
-    for flag in _own_flags(program):
-        print(f"  --{flag.name}: {flag.help}")
-    if _config_flag is not None:
-        print("  --config: A recipe: a Python file with get_config(), or the name of one in configs/.")
-        print("  --config.FIELD=VALUE: changes one field of the recipe; ifm_jax/config.py describes them.")
-    sys.exit(0)

@@ -1,60 +1,36 @@
 """`--config=RECIPE` and `--config.field=value` on the command line: a recipe, and fields changed on top of it."""
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ifm_jax import recipes
-from ifm_jax.config import Config, Field, did_you_mean, fields, find, set_field, shown
+from ifm_jax.config import Config, Field, did_you_mean, fields, find, get_field, set_field, shown
 from ifm_jax.errors import UsageError
 
 UNSET = "is empty: an unset shell variable?"
-_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-_FLAG = re.compile(r"--?(?P<no>no)?config(?:\.(?P<field>[^=]*))?(?:=(?P<text>.*))?", re.DOTALL)
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
+@dataclasses.dataclass(frozen=True)
 class ConfigFlag:
     """What the command line says of the config.
 
-    Taken are `--config=RECIPE`, `--config.field=value`, either with a space instead of `=`; `--config.field` and
-    `--noconfig.field` for booleans; one dash instead of two. Of repeated ones the last counts.
-
-    Args:
-      default: the recipe that is taken without `--config`; None: there is none.
-
     Attributes:
+      default: the recipe that is taken without `--config`; None: there is none.
       recipe: path or name as given; None: not given.
       changes: values of the fields that are changed, by name.
     """
 
-    def __init__(self, default: str | None = None):
-        self.default = default
-        self.recipe: str | None = None
-        self.changes: dict[str, Any] = {}
+    default: str | None = None
+    recipe: str | None = None
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def take(self, arguments: list[str]) -> list[str]:
-        """Takes what is about the config from the command line; returns the other arguments.
-
-        Raises:
-          UsageError: for a field that does not exist, or a value that it cannot have.
-        """
-        self.recipe, self.changes = None, {}
-        others, pending = [], list(arguments)
-        while pending:
-            argument = pending.pop(0)
-            match = _FLAG.fullmatch(argument)
-            if argument == "--":
-                return [*others, argument, *pending]
-            if match is None:
-                others.append(argument)
-            elif match["field"] is None and not match["no"]:
-                self.recipe = match["text"] if match["text"] is not None else _next(pending, argument, "a recipe")
-                if not self.recipe.strip():
-                    raise UsageError(f"--config= {UNSET}")
-            else:
-                name, value = _change(argument, match, pending)
-                self.changes[name] = value
-        return others
+    @property
+    def given(self) -> bool:
+        """Whether the command line says anything of it."""
+        return self.recipe is not None or bool(self.changes)
 
     def name(self) -> str:
         """Returns the name of the recipe: `trifeature` for `configs/trifeature.py`."""
@@ -83,29 +59,52 @@ class ConfigFlag:
         return config
 
 
-def _change(argument: str, match: re.Match, pending: list[str]) -> tuple[str, Any]:
-    """Returns name and value of the field that an argument changes; takes its value from `pending` if it is there."""
-    name, text, negated = match["field"] or "", match["text"], match["no"] is not None
-    found = find(name)
-    if found is None or (negated and (found[0].kind is not bool or text is not None)):
-        near = did_you_mean(name, fields()) or "; ifm_jax/config.py lists the fields"
-        raise UsageError(f"{_shortened(argument)}: there is no config field {shown(name)}{near}")
-    known, renamed = found
-    if known.is_group:
-        one = next(
-            each.name for each in fields().values() if each.name.startswith(f"{known.name}.") and not each.is_group
-        )
-        raise UsageError(
-            f"{_shortened(argument)}: {name} is a group of fields: expected one of them, as --config.{one}"
-        )
-    if negated:
-        return known.name, False
+def names() -> Iterator[tuple[str, Field, Mapping[Any, Any]]]:
+    """Yields every name under which a field can be set, the field, and what former values are called now."""
+    for name, known in fields().items():
+        if not known.is_group:
+            yield name, known, {}
+            for former, renamed in known.declared.formerly.items():
+                yield f"{name.rpartition('.')[0]}.{former}", known, renamed
+
+
+def read_recipe(text: str | None, given: str) -> str:
+    """Returns path or name of a recipe.
+
+    Args:
+      text: of the flag; None: it has none.
+      given: the flag as it was spelled, `--config`.
+
+    Raises:
+      UsageError: if there is no text.
+    """
     if text is None:
-        if known.kind is bool and (not pending or pending[0].lower() not in _BOOLEANS):
-            return known.name, True
-        text = _next(pending, argument, known.expected())
-    as_given = f"--config.{name}={_shortened(text)}"
-    return known.name, parse(known, renamed, text, as_given)
+        raise UsageError(f"{given} has no value: expected {given}=VALUE, a recipe")
+    if not text.strip():
+        raise UsageError(f"--config= {UNSET}")
+    return text
+
+
+def reader(name: str, known: Field, renamed: Mapping[Any, Any]) -> Callable[[str | None, str], Any]:
+    """Returns the function that reads the value of a field; arguments are those that `names` yields."""
+
+    def read(text: str | None, given: str) -> Any:
+        if text is None:
+            raise UsageError(f"{given} has no value: expected {given}=VALUE, {known.expected()}")
+        return parse(known, renamed, text, f"--config.{name}={shortened(text)}")
+
+    return read
+
+
+def unknown_field(argument: str) -> str:
+    """Returns what is said of an argument such as `--config.lr=1`, which names no field."""
+    name = argument.lstrip("-").partition("=")[0].partition("config.")[2]
+    found = find(name)
+    if found is None or not found[0].is_group or argument.lstrip("-").startswith("no"):
+        near = did_you_mean(name, fields()) or "; --help lists the fields"
+        return f"{shortened(argument)}: there is no config field {shown(name)}{near}"
+    one = next(each for each in fields() if each.startswith(f"{name}.") and not fields()[each].is_group)
+    return f"{shortened(argument)}: {name} is a group of fields: expected one of them, as --config.{one}"
 
 
 def parse(known: Field, renamed: Mapping[Any, Any], text: str, as_given: str) -> Any:
@@ -120,38 +119,77 @@ def parse(known: Field, renamed: Mapping[Any, Any], text: str, as_given: str) ->
     Raises:
       UsageError: if it stands for none, or for one that the field cannot have.
     """
-    try:
-        if known.optional and text.lower() == "none":
-            value = None
-        elif known.many:
-            inner = text.strip()
-            if inner[:1] + inner[-1:] in ("()", "[]"):
-                inner = inner[1:-1]
-            parts = inner.strip().removesuffix(",").split(",") if inner.strip() else []
-            value = tuple(_parse_one(known.kind, part.strip()) for part in parts)
-        else:
-            value = _parse_one(known.kind, text)
-    except (ValueError, KeyError):
-        raise UsageError(f"{as_given}: expected {known.expected()}") from None
+    value = parse_unchecked(known, text, as_given)
     value = renamed.get(value, value)
     known.check(value, as_given)
     return value
 
 
+def parse_unchecked(known: Field, text: str, as_given: str) -> Any:
+    """Returns the value that a text stands for, of the field's type but perhaps out of its bounds; see `parse`."""
+    try:
+        if known.optional and text.lower() == "none":
+            return None
+        if not known.many:
+            return _parse_one(known.kind, text)
+        inner = text.strip()
+        if inner[:1] + inner[-1:] in ("()", "[]"):
+            inner = inner[1:-1]
+        parts = inner.strip().removesuffix(",").split(",") if inner.strip() else []
+        return tuple(_parse_one(known.kind, part.strip()) for part in parts)
+    except (ValueError, KeyError):
+        raise UsageError(f"{as_given}: expected {known.expected()}") from None
+
+
 def _parse_one(kind: type, text: str) -> Any:
     if kind is bool:
-        return _BOOLEANS[text.lower()]
+        return BOOLEANS[text.lower()]
     if kind is int:
         return int(text, 0) if re.match(r"[+-]?0[xXoObB]", text) else int(text)
     return kind(text)
 
 
-def _next(pending: list[str], argument: str, expected: str) -> str:
-    """Takes the value of a flag that is followed by a space."""
-    if not pending or pending[0].startswith("--"):
-        raise UsageError(f"{argument} has no value: expected {argument}=VALUE, {expected}")
-    return pending.pop(0)
-
-
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """Returns a text as it is shown in a message."""
     return text if len(text) <= 120 else f"{text[:100]}..."
+
+
+def describe(flag: ConfigFlag, line: Callable[..., list[str]], kind: Callable[[Field], str]) -> list[str]:
+    """Returns the help on the config: every field, by group, with its type, its default and what it means.
+
+    Args:
+      flag: whose recipe says the defaults.
+      line: makes the lines of a flag: `(name, meaning, type, default)`.
+      kind: names the type of a field.
+
+    Raises:
+      UsageError: if the recipe cannot be loaded.
+    """
+    recipe = flag.recipe or flag.default
+    config = recipes.load(recipe) if recipe else Config()
+    lines = ["", "Config:"]
+    lines += line("config", "A recipe: a Python file with get_config(), or the name of one in configs/.")
+    lines += line(
+        "config.FIELD=VALUE", "changes one field of the recipe; a bool also by --config.FIELD and --noconfig.FIELD."
+    )
+    whose = f"Their defaults are those of the recipe {flag.name()}." if recipe else "Their defaults are the original's."
+    lines += ["", f"Fields of the config. {whose}"]
+    by_group: dict[str, list[str]] = {"": []}
+    for name, known in fields().items():
+        if known.is_group:
+            by_group[name] = ["", f"{name}: {known.declared.meaning}"]
+        else:
+            group = name.rpartition(".")[0]
+            by_group[group] += line(
+                f"config.{name}", known.declared.meaning, kind(known), _as_text(get_field(config, name))
+            )
+    return lines + [text for group in by_group.values() for text in group]
+
+
+def _as_text(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "(empty)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value) or "(empty)"

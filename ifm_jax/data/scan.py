@@ -1,22 +1,16 @@
-"""The image files below a folder: found once, many folders at a time, and remembered.
+"""The image files below a folder, many folders read at a time.
 
-What is remembered is good as long as no folder has changed: a file that is added or removed changes its folder's time,
-so that a thousand of those are looked at on the next start instead of a million files.
+They are listed anew at every start: 130,000 files in 1,000 folders take half a second on a local disk, as long as it
+would take to check that no folder has changed since an earlier listing.
 """
 
 import concurrent.futures
 import dataclasses
-import gzip
-import hashlib
-import json
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from typing import TYPE_CHECKING
-
-from ifm_jax import files
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -24,10 +18,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 THREADS = 32  # they wait for the disk, or the network, most of the time
-_WORTH_REMEMBERING = 5000  # images
-_SETTLED = 2e9  # nanoseconds: a folder changed this shortly before it was read may change again in the same tick
 _SAY_AFTER = 2.0  # seconds
-_FORMAT = b"2"  # of what is remembered: with anything but regular files, or folders in themselves, it is not
 
 _Above = frozenset[tuple[int, int]]  # device and number of each folder that one lies in
 
@@ -37,12 +28,10 @@ class Listing:
     """One folder.
 
     Attributes:
-      changed: the time of its last change, in nanoseconds.
       folders: names of the folders in it, sorted.
       images: names of the image files in it, sorted.
     """
 
-    changed: int
     folders: list[str]
     images: list[str]
 
@@ -84,20 +73,8 @@ def tree(root: pathlib.Path) -> Tree:
       OSError: if a folder cannot be read.
     """
     root = root.absolute()
-    memory = (
-        files.cache_directory("folders") / f"{hashlib.sha256(_FORMAT + os.fsencode(root)).hexdigest()[:24]}.json.gz"
-    )
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        known = _recall(memory)
-        if known and all(pool.map(_unchanged, [root / path for path in known], known.values(), chunksize=64)):
-            return Tree(root, known)
-        begun = time.time_ns()
-        found = Tree(root, _scan(root, pool))
-    count = sum(len(listing.images) for listing in found.listings.values())
-    settled = all(listing.changed < begun - _SETTLED for listing in found.listings.values())
-    if count >= _WORTH_REMEMBERING and settled:
-        _remember(memory, found.listings)
-    return found
+        return Tree(root, _scan(root, pool))
 
 
 def is_image(name: str) -> bool:
@@ -133,7 +110,6 @@ def _list(folder: pathlib.Path, above: _Above) -> tuple[Listing | None, tuple[in
     identity = status.st_dev, status.st_ino
     if identity in above:
         return None, identity
-    changed = status.st_mtime_ns  # before what it holds is read: a change meanwhile is seen the next time
     folders: list[str] = []
     images: list[str] = []
     with os.scandir(folder) as entries:
@@ -150,37 +126,7 @@ def _list(folder: pathlib.Path, above: _Above) -> tuple[Listing | None, tuple[in
             # A link that leads nowhere is an image that cannot be read; a pipe or a device is none.
             elif is_image(entry.name) and (is_file or (entry.is_symlink() and not os.path.exists(entry))):
                 images.append(entry.name)
-    return Listing(changed, sorted(folders), sorted(images)), identity
-
-
-def _unchanged(folder: pathlib.Path, listing: Listing) -> bool:
-    try:
-        return os.stat(folder).st_mtime_ns == listing.changed
-    except OSError:
-        return False
-
-
-def _recall(path: pathlib.Path) -> dict[str, Listing] | None:
-    try:
-        with gzip.open(path, "rt") as file:
-            return {name: Listing(*values) for name, values in json.load(file).items()}
-    except (OSError, ValueError, TypeError, EOFError):  # not there, or not whole
-        return None
-
-
-def _remember(path: pathlib.Path, listings: dict[str, Listing]) -> None:
-    """Writes under a temporary name and renames; where nothing can be written, the next start searches again."""
-    content = json.dumps({name: dataclasses.astuple(listing) for name, listing in listings.items()}).encode()
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(gzip.compress(content, 1))
-        os.replace(temporary, path)
-    except OSError:
-        if temporary:
-            pathlib.Path(temporary).unlink(missing_ok=True)
+    return Listing(sorted(folders), sorted(images)), identity
 
 
 class _Progress:

@@ -11,11 +11,9 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
 import re
 import sys
-import tempfile
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -124,17 +122,12 @@ class Tfds(EncodedImages):
                 pass
         labels = self._read_labels()
         if self._memory:
-            temporary = None
-            try:
+            # Where it cannot be written, the next start reads them again.
+            with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-                with os.fdopen(descriptor, "wb") as file:
+                with files.replacing(path) as temporary, temporary.open("wb") as file:
                     arrays: dict[str, Any] = dict(labels)  # as savez is declared, one could be its own option
                     np.savez_compressed(file, **arrays)
-                os.replace(temporary, path)
-            except OSError:  # read-only or full: the next start reads them again
-                if temporary:
-                    pathlib.Path(temporary).unlink(missing_ok=True)
         return labels
 
     def _read_labels(self) -> dict[str, np.ndarray]:

@@ -16,9 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -218,19 +216,15 @@ class Trifeature:
 
     def _write(self, path: pathlib.Path) -> None:
         """Writes the file under a temporary name, part by part, and renames it when it is whole."""
+        from ifm_jax import files
+
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-        try:
-            # Plain writes: on a full disk a write to a memory map would kill the process.
-            with os.fdopen(descriptor, "wb") as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": self._all_shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, self.size, 1024):
-                    file.write(self._draw(np.arange(start, min(start + 1024, self.size))).data)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        # Plain writes: on a full disk a write to a memory map would kill the process.
+        with files.replacing(path) as temporary, temporary.open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": self._all_shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for start in range(0, self.size, 1024):
+                file.write(self._draw(np.arange(start, min(start + 1024, self.size))).data)
 
     @property
     def _all_shape(self) -> tuple[int, int, int, int]:

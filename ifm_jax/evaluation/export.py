@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ifm_jax import files
 from ifm_jax.data.sources import ViewSource
 from ifm_jax.errors import UsageError
 
@@ -31,19 +32,16 @@ def write(path: str | os.PathLike[str], features: np.ndarray, source: ViewSource
     check_suffix(path, (".npz", ".array_record"), "--features")
     names = [source.name(index) for index in range(len(source))]
     labels = {f"label_{name}": values for name, values in source.labels().items()}
-    # Under another name first: a file that is there is whole.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if path.suffix == ".npz":
-            classes = {f"classes_{name}": np.array(each) for name, each in source.label_names.items()}
-            with temporary.open("wb") as file:
-                arrays: dict[str, Any] = labels | classes  # as savez is declared, one could be its own option
-                np.savez(file, features=features, names=np.array(names), **arrays)
-        else:
-            _write_records(temporary, features, names, labels)
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            if path.suffix == ".npz":
+                classes = {f"classes_{name}": np.array(each) for name, each in source.label_names.items()}
+                with temporary.open("wb") as file:
+                    arrays: dict[str, Any] = labels | classes  # as savez is declared, one could be its own option
+                    np.savez(file, features=features, names=np.array(names), **arrays)
+            else:
+                _write_records(temporary, features, names, labels)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(
             f"--features={path} cannot be written ({error.strerror or error}): name another file"
         ) from None

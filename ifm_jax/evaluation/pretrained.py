@@ -14,7 +14,7 @@ from ifm_jax.config import Config
 from ifm_jax.data.sources import SPLITS, Source, ViewSource, open_views, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.runs import snapshot
+from ifm_jax.runs import loading, snapshot
 from ifm_jax.runs.snapshot import Snapshot
 
 PROBE_LEAST_AREA = 0.08  # of a training crop, relative to the image's
@@ -83,12 +83,12 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
       path: a run's workdir (its newest checkpoint), one of its checkpoints, or a `.pth.tar`.
       config: to evaluate under; None: the checkpoint's own. Fields that describe the network and have their default
         follow the checkpoint.
-      prefix: what the network's names in a PyTorch file begin with; see `snapshot.read`.
+      prefix: what the network's names in a PyTorch file begin with; see `loading.read`.
 
     Raises:
       UsageError: if nothing can be read there, or the config describes another network.
     """
-    found = snapshot.read(path, prefix=prefix)
+    found = loading.read(path, prefix=prefix)
     config = configs.from_dict(configs.to_dict(found.config if config is None else config))
     given, default, own = (snapshot.structure(each) for each in (config, Config(), found.config))
     for name in given:

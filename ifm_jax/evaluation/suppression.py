@@ -8,6 +8,16 @@ one method: mean and standard error over seeds; methods are compared with the fi
 suppression.json, suppression.md and suppression.png.
 """
 
+if __name__ == "__main__":  # a door, as train.py: nothing below is reached
+    from ifm_jax import process
+
+    process.begin()  # first: what is imported below takes seconds
+
+    from ifm_jax.cli import suppression
+
+    suppression.run(__doc__)
+
+
 import dataclasses
 import json
 import os
@@ -17,11 +27,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
-from ifm_jax.cli import command
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import pretrained
@@ -259,17 +267,3 @@ def compare(workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLik
     write(results, output)
     print(f"Written to {output}: suppression.json, suppression.md, suppression.png.")
     return results
-
-
-def main(arguments: list[str]) -> int:
-    """Reads out the runs named; returns the exit status."""
-    if not arguments:
-        raise UsageError("no workdir is named: expected one or more, of training runs")
-    compare(arguments, flags.FLAGS.output)
-    return 0
-
-
-if __name__ == "__main__":
-    # Here, since the scripts have flags of their own.
-    flags.DEFINE_string("output", ".", "Directory for suppression.json, suppression.md and suppression.png.")
-    command.run(main)

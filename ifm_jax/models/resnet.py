@@ -80,7 +80,7 @@ def _conv(
     )
 
 
-class _Downsample(nnx.Module):
+class Downsample(nnx.Module):
     """The shortcut where a block changes resolution or channels: 1x1 convolution and normalisation."""
 
     def __init__(self, conv: nnx.Conv, norm: BatchNorm):
@@ -88,6 +88,7 @@ class _Downsample(nnx.Module):
         self.norm = norm
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps `(N, H, W, in)` to `(N, H / stride, W / stride, out)`."""
         return self.norm(self.conv(x), train=train)
 
 
@@ -114,7 +115,7 @@ class BasicBlock(nnx.Module):
         self.bn2 = norm(features)
         self.downsample = nnx.data(None)
         if stride != 1 or in_features != features:
-            self.downsample = _Downsample(conv(in_features, features, 1, stride=stride), norm(features))
+            self.downsample = Downsample(conv(in_features, features, 1, stride=stride), norm(features))
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `(N, H, W, in)` to `(N, H / stride, W / stride, features * expansion)`."""
@@ -149,7 +150,7 @@ class Bottleneck(nnx.Module):
         self.bn3 = norm(out_features)
         self.downsample = nnx.data(None)
         if stride != 1 or in_features != out_features:
-            self.downsample = _Downsample(conv(in_features, out_features, 1, stride=stride), norm(out_features))
+            self.downsample = Downsample(conv(in_features, out_features, 1, stride=stride), norm(out_features))
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `(N, H, W, in)` to `(N, H / stride, W / stride, features * expansion)`."""

@@ -1,14 +1,41 @@
-"""A live model from whatever holds one: a run, one of its checkpoints, a PyTorch checkpoint."""
+"""Whatever holds a network, read: a run, one of its checkpoints, a PyTorch file; as a snapshot or as a live model."""
 
 import os
+import pathlib
 import warnings
 
 import jax
 import jax.numpy as jnp
 
+from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder, without_head
 from ifm_jax.models.resnet import ResNet
 from ifm_jax.runs import snapshot
+from ifm_jax.runs.snapshot import Snapshot
+
+
+def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
+    """Returns what a checkpoint holds, whoever wrote it.
+
+    Args:
+      path: a run's workdir (its newest checkpoint that can be read), its `checkpoints`, or `checkpoints/<step>`; or a
+        PyTorch file, `.pth`, `.pth.tar` or `.safetensors`.
+      step: of a PyTorch file, updates done; see `torch_interop.reading.read`.
+      prefix: of a PyTorch file, what the network's names begin with; likewise.
+
+    Returns:
+      The snapshot; its `notes` name damaged checkpoints that were passed over.
+
+    Raises:
+      UsageError: if nothing can be read there.
+    """
+    if pathlib.Path(path).is_dir():
+        if prefix:
+            raise UsageError(f"--prefix={prefix}: {path} is a directory; a prefix is for PyTorch files")
+        return snapshot.read_run(path)
+    from ifm_jax.torch_interop import reading  # only for a file of PyTorch's
+
+    return reading.read(path, step, prefix)
 
 
 def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = "") -> ResNet:
@@ -22,7 +49,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
         a ResNet under a prefix.
       dtype: of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
       prefix: what the network's names in a PyTorch file begin with, as `backbone.`; "": found where it can only be one
-        (`snapshot.read`).
+        (`read`).
 
     Returns:
       `model(images)`: `(N, H, W, 3)` in `dtype`, normalised with ImageNet's mean and standard deviation ->
@@ -35,7 +62,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
       >>> model = ifm_jax.load("runs/trifeature")              # doctest: +SKIP
       >>> features = nnx.jit(lambda m, x: m(x))(model, images)  # doctest: +SKIP
     """
-    found = snapshot.read(path, prefix=prefix)
+    found = read(path, prefix=prefix)
     for note in found.notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     model = found.config.model

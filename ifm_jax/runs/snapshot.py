@@ -133,31 +133,7 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str
         )
 
 
-def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
-    """Returns what a checkpoint holds, whoever wrote it.
-
-    Args:
-      path: a run's workdir (its newest checkpoint that can be read), its `checkpoints`, or `checkpoints/<step>`; or a
-        PyTorch file, `.pth`, `.pth.tar` or `.safetensors`.
-      step: of a PyTorch file, updates done; see `torch_interop.reading.read`.
-      prefix: of a PyTorch file, what the network's names begin with; likewise.
-
-    Returns:
-      The snapshot; its `notes` name damaged checkpoints that were passed over.
-
-    Raises:
-      UsageError: if nothing can be read there.
-    """
-    if pathlib.Path(path).is_dir():
-        if prefix:
-            raise UsageError(f"--prefix={prefix}: {path} is a directory; a prefix is for PyTorch files")
-        return _read_run(path)
-    from ifm_jax.torch_interop import reading  # only for a file of PyTorch's
-
-    return reading.read(path, step, prefix)
-
-
-def _read_run(path: str | os.PathLike[str]) -> Snapshot:
+def read_run(path: str | os.PathLike[str]) -> Snapshot:
     """Returns the newest state of a run's working directory that can be read, or the state in one of its checkpoints.
 
     Args:

@@ -29,7 +29,7 @@ from ifm_jax.methods import METHODS, Method
 from ifm_jax.methods.method import Tree
 from ifm_jax.models import only_head, without_head
 from ifm_jax.pretrain import DeviceState, HostState, placements
-from ifm_jax.runs import checkpoint, memory, snapshot
+from ifm_jax.runs import checkpoint, loading, memory, snapshot
 from ifm_jax.runs.hosts import together
 from ifm_jax.runs.snapshot import Snapshot
 from ifm_jax.runs.workdir import Workdir
@@ -126,7 +126,7 @@ def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Co
     source = open_source(config.data, "train")
     size = min(config.data.limit or len(source), len(source))
     memory.check_steps(config, steps_per_epoch(size, config.batch_size))
-    if workdir.converted.exists() and (missing := snapshot.read(workdir.path).missing):
+    if workdir.converted.exists() and (missing := loading.read(workdir.path).missing):
         raise UsageError(
             f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
             "expected a complete one (query and key encoder, queue)"
@@ -166,7 +166,7 @@ def _find(
     stored, damaged = checkpoint.newest_whole(workdir.checkpoints, jax.eval_shape(create))
     if stored is not None or not config.init_from:
         return (None if stored is None else stored.state, damaged), None
-    given = snapshot.read(config.init_from)
+    given = loading.read(config.init_from)
     # Head and memory may be another's; they are made anew then.
     snapshot.check_config(config, given, config.init_from, backbone=True)
     return (None, damaged), given

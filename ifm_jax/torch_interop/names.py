@@ -1,14 +1,20 @@
 """The tensors of an encoder under PyTorch's names and under ours: one table, read in both directions."""
 
-from collections.abc import Iterable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.models import ARCHITECTURES, HCLHead, Stem
-from ifm_jax.models.resnet import Architecture
+from ifm_jax.models import ARCHITECTURES, BatchNorm, HCLHead, heads
+from ifm_jax.models.heads import Head, MLPHead
+from ifm_jax.models.resnet import Architecture, Downsample, ResNet, Stem
 
 Tree = dict[str, Any]
 
@@ -47,64 +53,90 @@ _LEAVES = {
     ),
 }
 
+_LAYERS = {"conv": nnx.Conv, "linear": nnx.Linear, "norm": BatchNorm}
+
 # The axes of a kernel: PyTorch (out, in, height, width) and (out, in), JAX (height, width, in, out) and (in, out).
 _TO_JAX = {"conv": (2, 3, 1, 0), "linear": (1, 0)}
 _TO_TORCH = {"conv": (3, 2, 0, 1), "linear": (1, 0)}
 
 
-def _layer(torch: str, path: str, kind: str, shape: tuple[int, ...]) -> Iterator[Entry]:
+# The places of a module's layers in the `nn.Sequential` that they are in PyTorch; other layers keep their names.
+_PLACES: dict[type[nnx.Module], dict[str, str]] = {
+    Downsample: {"conv": "0", "norm": "1"},
+    MLPHead: {"hidden": "0", "output": "2"},
+    HCLHead: {"hidden": "0", "norm": "1", "output": "3"},
+}
+
+
+def _entries(module: nnx.Module, torch: str, path: tuple[str, ...]) -> Iterator[Entry]:
+    """Yields the entries of a module and of those in it, in the order in which they were made, which is torchvision's.
+
+    Args:
+      module: whose arrays may be tracers.
+      torch: its name in a state dict.
+      path: the keys that lead to it.
+    """
+    kind = next((kind for kind, layer in _LAYERS.items() if isinstance(module, layer)), None)
+    if kind is None:
+        places = _PLACES.get(type(module), {})
+        for name, child in vars(module).items():
+            if isinstance(child, nnx.Module):
+                yield from _entries(child, ".".join(filter(None, (torch, places.get(name, name)))), (*path, name))
+        return
     for leaf, collection, name in _LEAVES[kind]:
-        yield Entry(
-            f"{torch}.{leaf}", collection, (*path.split("."), name), shape if leaf == "weight" else shape[:1], kind
-        )
+        value = getattr(module, name)
+        if value is not None:  # a layer without bias
+            order = _TO_TORCH.get(kind, (0,)) if leaf == "weight" else (0,)
+            shape = tuple(value.shape[axis] for axis in order)
+            yield Entry(f"{torch}.{leaf}", collection, (*path, name), shape, kind)
 
 
-def backbone_table(architecture: Architecture, stem: Stem = "imagenet") -> list[Entry]:
-    """Returns the entries of a ResNet without its head, in torchvision's order."""
-    width, kernel = architecture.width, KERNEL_OF_STEM[stem]
-    table = [*_layer("conv1", "conv1", "conv", (width, 3, kernel, kernel)), *_layer("bn1", "bn1", "norm", (width,))]
-    inputs = width
-    for stage, depth in enumerate(architecture.depths):
-        features = width * 2**stage
-        for block in range(depth):
-            name = f"layer{stage + 1}.{block}"
-            if architecture.bottleneck:
-                inner = features * architecture.width_per_group // 64 * architecture.groups
-                outputs = features * 4
-                shapes = [
-                    (inner, inputs, 1, 1),
-                    (inner, inner // architecture.groups, 3, 3),
-                    (outputs, inner, 1, 1),
-                ]
-            else:
-                outputs = features
-                shapes = [(features, inputs, 3, 3), (features, features, 3, 3)]
-            for i, shape in enumerate(shapes, start=1):
-                table += _layer(f"{name}.conv{i}", f"{name}.conv{i}", "conv", shape)
-                table += _layer(f"{name}.bn{i}", f"{name}.bn{i}", "norm", shape[:1])
-            if block == 0 and (stage > 0 or inputs != outputs):
-                table += _layer(f"{name}.downsample.0", f"{name}.downsample.conv", "conv", (outputs, inputs, 1, 1))
-                table += _layer(f"{name}.downsample.1", f"{name}.downsample.norm", "norm", (outputs,))
-            inputs = outputs
+def _traced(make: Callable[[nnx.Rngs], nnx.Module], torch: str = "", path: tuple[str, ...] = ()) -> list[Entry]:
+    """Returns the entries of the module that `make` builds, without computing its parameters."""
+    table: list[Entry] = []
+
+    def collect() -> tuple[()]:
+        table.extend(_entries(make(nnx.Rngs(params=0)), torch, path))
+        return ()
+
+    jax.eval_shape(collect)
     return table
 
 
-def head_table(features: int, dim: int, head: str) -> list[Entry]:
+@functools.cache
+def backbone_table(architecture: Architecture, stem: Stem = "imagenet") -> tuple[Entry, ...]:
+    """Returns the entries of a ResNet without its head, in torchvision's order."""
+    # All blocks of a stage but the first are alike: two of each are traced, in a fraction of the time.
+    short = architecture._replace(depths=tuple(min(depth, 2) for depth in architecture.depths))
+    table: list[Entry] = []
+    for stage, entries in itertools.groupby(
+        _traced(lambda rngs: ResNet(short, num_classes=0, stem=stem, rngs=rngs)), lambda entry: entry.path[0]
+    ):
+        blocks = list(entries)
+        table += blocks
+        if stage.startswith("layer"):
+            second = [entry for entry in blocks if entry.path[1] == "1"]
+            for number in range(2, architecture.depths[int(stage.removeprefix("layer")) - 1]):
+                table += [_of_block(entry, str(number)) for entry in second]
+    return tuple(table)
+
+
+def _of_block(entry: Entry, number: str) -> Entry:
+    """Returns the same entry of another block of the stage."""
+    stage, _, rest = entry.torch.split(".", 2)
+    return entry._replace(torch=f"{stage}.{number}.{rest}", path=(entry.path[0], number, *entry.path[2:]))
+
+
+@functools.cache
+def head_table(features: int, dim: int, head: Head) -> tuple[Entry, ...]:
     """Returns the entries of a head, one of `models.HEADS`."""
-    if head == "linear":
-        return list(_layer("fc", "fc", "linear", (dim, features)))
-    if head == "hcl":
-        width = HCLHead.hidden_features
-        weight, _ = _layer("fc.0", "fc.hidden", "linear", (width, features))  # it has no bias
-        norm = _layer("fc.1", "fc.norm", "norm", (width,))
-        return [weight, *norm, *_layer("fc.3", "fc.output", "linear", (dim, width))]
-    hidden = _layer("fc.0", "fc.hidden", "linear", (features, features))
-    return [*hidden, *_layer("fc.2", "fc.output", "linear", (dim, features))]
+    options = {"norm": BatchNorm, "dtype": None, "param_dtype": jnp.float32}
+    return tuple(_traced(lambda rngs: heads.create(head, features, dim, rngs=rngs, **options), "fc", ("fc",)))
 
 
 def encoder_table(config: Config, head: bool = True) -> list[Entry]:
     """Returns the entries of the encoder that a config describes, in the order of PyTorch's `parameters()`."""
-    table = backbone_table(architecture_of(config), config.model.stem)
+    table = list(backbone_table(architecture_of(config), config.model.stem))
     if head:
         table += head_table(num_features(architecture_of(config)), *configs.head(config))
     return table
@@ -136,12 +168,11 @@ def to_torch_layout(values: np.ndarray, kind: str) -> np.ndarray:
     return values.transpose(_TO_TORCH[kind]) if values.ndim > 1 else values
 
 
-def get(tree: Tree, path: tuple[str, ...]) -> np.ndarray:
+def get(tree: Tree, path: tuple[str, ...]) -> Any:
     """Returns the array of nested dicts that a path leads to."""
-    value: Any = tree
     for key in path:
-        value = value[key]
-    return value
+        tree = tree[key]
+    return tree
 
 
 def set_(tree: Tree, path: tuple[str, ...], value: Any) -> None:

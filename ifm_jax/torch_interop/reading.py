@@ -22,7 +22,7 @@ import optax
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import MoCoMemory
-from ifm_jax.models import ARCHITECTURES
+from ifm_jax.models import ARCHITECTURES, Stem
 from ifm_jax.pretrain import TrainState
 from ifm_jax.runs import snapshot
 from ifm_jax.runs.snapshot import Origin, Snapshot
@@ -75,6 +75,18 @@ def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = ""
     if step is not None and not 0 <= step <= MOST_STEPS:
         raise UsageError(f"step={step}: expected a number from 0 to {MOST_STEPS}")
     return _Reader(path, torch_file.read(path), prefix).snapshot(step)
+
+
+def _alike(names: Iterable[str]) -> list[str]:
+    """Returns the architectures that have these blocks, by the names of their tensors."""
+    blocks = {tuple(name.split(".")[:2]) for name in names if name.startswith("layer")}
+    depths = tuple(sum(stage == f"layer{number}" for stage, _ in blocks) for number in range(1, 5))
+    bottleneck = any(name.endswith(".conv3.weight") for name in names)
+    return [
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if architecture.bottleneck == bottleneck and architecture.depths == depths[: len(architecture.depths)]
+    ]
 
 
 def _is_tensor(value: Any) -> bool:
@@ -248,7 +260,7 @@ class _Reader:
             )
         width = int(first.shape[0])
         stems = [stem for stem, size in KERNEL_OF_STEM.items() if size == first.shape[-1]]
-        stem = stems[0] if stems else "imagenet"
+        stem: Stem = stems[0] if stems else "imagenet"
         shapes = {name: getattr(value, "shape", None) for name, value in query.items() if not name.startswith("fc.")}
 
         def distance(name: str) -> tuple[int, bool]:
@@ -259,7 +271,7 @@ class _Reader:
             return len(wrong), name != self._arch
 
         # The nearest architecture; what it lacks or has too much is a problem to be reported later.
-        arch = min(ARCHITECTURES, key=distance)
+        arch = min(_alike(shapes) or ARCHITECTURES, key=distance)
         config.model.arch, config.model.stem = arch, stem
         config.model.width = 0 if width == ARCHITECTURES[arch].width else width
         if self._arch in ARCHITECTURES and self._arch != arch:

@@ -1,32 +1,20 @@
 """Trains from a checkpoint on recorded views and compares with a reference, quantity by quantity.
 
-    python -m ifm_jax.replay --start=FILE.pth.tar --views=views.npz --reference=reference.npz
-    python -m ifm_jax.replay --config=configs/x.py --start=DIR --views=views.npz --out=out.npz
-
 The step is the one that trains; only its views come from a file instead of from a data source. In float64 unless told
 otherwise, because in float32 no two programs stay together for long (docs/parity.md).
 
-views.npz: `query`, `key` (steps, N, H, W, 3), augmented and normalised; `permutation` (steps, N), optional: place i of
+views.npz: `query`, `key` (steps, N, H, W, 3), augmented and normalized; `permutation` (steps, N), optional: place i of
 the shuffled key images holds `key[permutation[i]]`; `lr` (steps,), optional. reference.npz, any of: `loss`,
 `loss_clean`, `loss_ifm`, `acc1`, `acc5`, `grad_norm`, `queue_ptr` (steps,); `first/query`, `first/key` (N, dim), the
-embeddings of the first step; `final/<name>`, the state at the end under PyTorch's names and in its layout. --out writes
-all of them.
+embeddings of the first step; `final/<name>`, the state at the end under PyTorch's names and in its layout.
 
 A quantity holds if the largest absolute error is at most atol + rtol * (largest magnitude in the reference); the
-relative error shown is the largest absolute error over that magnitude. Exit status 0 if all hold, 1 if not.
+relative error shown is the largest absolute error over that magnitude.
 """
 
-if __name__ == "__main__":  # first: what is imported below takes seconds
-    from ifm_jax import process
-
-    process.begin()
-
 import dataclasses
-import json
 import math
 import os
-import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,19 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
-from rich.console import Console
-from rich.table import Table
 
 from ifm_jax import assembly, optim, sharding
 from ifm_jax import config as configs
-from ifm_jax.cli import command
-from ifm_jax.cli.config_flag import ConfigFlag
 from ifm_jax.config import Config
 from ifm_jax.data.npz import Npz, NpzError
 from ifm_jax.errors import UsageError
 from ifm_jax.pretrain import DeviceState, PretrainStep, TrainState
-from ifm_jax.runs import snapshot
 from ifm_jax.runs.snapshot import Snapshot, StateAtRest
 from ifm_jax.torch_interop import writing
 
@@ -194,7 +176,7 @@ def _learning_rates(
 def _place(
     state: StateAtRest, optimizer: optax.GradientTransformation, dtype: str, placement: jax.sharding.Sharding
 ) -> DeviceState[Any]:
-    """Returns the state on the devices, floating point in `dtype`, the optimiser's part in its own structure."""
+    """Returns the state on the devices, floating point in `dtype`, the optimizer's part in its own structure."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), state.params)
     opt_state = jax.eval_shape(optimizer.init, shapes)
     try:
@@ -293,7 +275,7 @@ def check_views(views: dict[str, np.ndarray], path: str | os.PathLike[str] = "vi
         raise UsageError(f"{path}: lr is {views['lr'].shape}, expected {(steps,)}")
 
 
-def summarise(comparisons: list[Comparison]) -> list[tuple[str, Comparison, int]]:
+def summarize(comparisons: list[Comparison]) -> list[tuple[str, Comparison, int]]:
     """Returns the lines of the table: label, the worst comparison, how many it stands for."""
     lines: list[tuple[str, Comparison, int]] = []
     rest = list(comparisons)
@@ -306,94 +288,3 @@ def summarise(comparisons: list[Comparison]) -> list[tuple[str, Comparison, int]
     order = {name: i for i, name in enumerate((*SERIES, "first/query", "first/key", "final/queue"))}
     rest.sort(key=lambda c: order.get(c.name, len(order)))
     return [(c.name, c, 1) for c in rest] + lines
-
-
-def _print_comparisons(comparisons: list[Comparison]) -> None:
-    table = Table(title="Against the reference", title_justify="left")
-    for name in ("quantity", "max abs error", "max relative error", "verdict"):
-        table.add_column(name, justify="left" if name in ("quantity", "verdict") else "right")
-    for label, worst, count in summarise(comparisons):
-        label += f" (worst of {count}: {worst.name.split('.', 1)[1]})" if count > 1 else ""
-        verdict = "holds" if worst.holds else "[red]DIFFERS[/red]"
-        table.add_row(label, f"{worst.max_abs:.1e}", f"{worst.max_rel:.1e}", verdict)
-    Console().print(table)
-
-
-def _print_series(out: dict[str, np.ndarray]) -> None:
-    table = Table(title="Steps", title_justify="left")
-    for name in ("step", *SERIES):
-        table.add_column(name, justify="right")
-    for step, values in enumerate(zip(*(out[name] for name in SERIES), strict=True), start=1):
-        table.add_row(str(step), *(f"{value:.6g}" for value in values))
-    Console().print(table)
-
-
-def _resolve_config(flag: ConfigFlag, start: Snapshot, path: str) -> Config:
-    """Returns the config of the flags; without --config the start's own, with the fields that flags change."""
-    given = flag.over(lambda: configs.from_dict(configs.to_dict(start.config)))
-    snapshot.check_config(given, start, path)
-    return given
-
-
-def _define_flags() -> dict[str, Any]:
-    return {
-        "config": command.define_config(),  # not given: the start's own
-        "start": flags.DEFINE_string("start", None, "A .pth.tar in the original's format, or a run of our own."),
-        "views": flags.DEFINE_string("views", None, "Recorded views, .npz."),
-        "reference": flags.DEFINE_string("reference", None, "What to compare with, .npz."),
-        "out": flags.DEFINE_string("out", None, "Where to write this run's quantities, .npz."),
-        "json": flags.DEFINE_string("json", None, "Where to write the comparison, JSON."),
-        "dtype": flags.DEFINE_enum("dtype", "float64", DTYPES, "Of parameters and arithmetic."),
-        "rtol": flags.DEFINE_float("rtol", 1e-9, "Tolerance, relative to a quantity's largest magnitude."),
-        "atol": flags.DEFINE_float("atol", 1e-9, "Tolerance, absolute."),
-        "steps_per_epoch": flags.DEFINE_integer("steps_per_epoch", None, "For the schedule.", lower_bound=1),
-    }
-
-
-def main(arguments: list[str], options: dict[str, Any]) -> int:
-    """Replays; returns the exit status."""
-    command.refuse_arguments(arguments)
-    option = {name: holder.value for name, holder in options.items() if name != "config"}
-    for name in ("start", "views"):
-        if option[name] is None:
-            raise UsageError(f"--{name} is missing; --help shows what it is")
-    for name in ("out", "json"):
-        if option[name] and not pathlib.Path(option[name]).absolute().parent.is_dir():
-            raise UsageError(f"--{name}={option[name]}: its directory is not there; make it first")
-    views = load_npz(option["views"], "recorded views, query and key")
-    check_views(views, option["views"])
-    reference = load_npz(option["reference"], "quantities of a reference") if option["reference"] else {}
-    start = snapshot.read(option["start"])
-    config = _resolve_config(options["config"], start, option["start"])
-    assembly.configure_jax()
-
-    begun = time.perf_counter()
-    out = replay(config, start, views, dtype=option["dtype"], steps_per_epoch=option["steps_per_epoch"])
-    seconds = time.perf_counter() - begun
-    _print_series(out)
-    if option["out"]:
-        with open(option["out"], "wb") as file:  # as named: np.savez would append .npz
-            np.savez(file, **out)
-    comparisons = compare(out, reference, option["rtol"], option["atol"])
-    differing = [c.name for c in comparisons if not c.holds]
-    if comparisons:
-        _print_comparisons(comparisons)
-        text = f"{len(differing)} of {len(comparisons)} quantities differ" if differing else "Everything holds"
-        print(f"{text} (rtol {option['rtol']:g}, atol {option['atol']:g}, {option['dtype']}).")
-    if option["json"]:
-        report = {
-            **{name: option[name] for name in ("start", "views", "reference", "dtype", "rtol", "atol")},
-            "steps": len(views["query"]),
-            "devices": jax.device_count(),
-            "seconds": seconds,
-            "series": {name: out[name].tolist() for name in SERIES},
-            "quantities": [c._asdict() for c in comparisons],
-            "holds": not differing,
-        }
-        pathlib.Path(option["json"]).write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if differing else 0
-
-
-if __name__ == "__main__":
-    _OPTIONS = _define_flags()
-    command.run(lambda arguments: main(arguments, _OPTIONS))

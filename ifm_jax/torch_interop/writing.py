@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ifm_jax import files
 from ifm_jax.errors import UsageError
 from ifm_jax.models import without_head
-from ifm_jax.runs import snapshot
+from ifm_jax.runs import loading
 from ifm_jax.runs.snapshot import Snapshot
 from ifm_jax.torch_interop import torch_file
 from ifm_jax.torch_interop.description import describe_architecture, has_momentum, moco_memory, momentum_of
@@ -90,7 +91,7 @@ def to_torch(
         raise UsageError(f"{path}: the name must end in .pth, .pth.tar, .pt or .safetensors")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} is there already: name another file, or pass --overwrite")
-    found = snapshot.read(source, prefix=prefix)
+    found = loading.read(source, prefix=prefix)
     notes = list(found.notes)
     if target == "moco" and found.config.method != "moco":
         raise UsageError(
@@ -199,16 +200,13 @@ def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.P
 
 def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
     """Saves under another name, then renames; who may read the file is as for any new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode & 0o777
-        save(temporary)
-        temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode & 0o777
+            save(temporary)
+            temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UsageError(f"{path} cannot be written ({reason}): name a file that can") from None
-    finally:
-        temporary.unlink(missing_ok=True)
