@@ -271,7 +271,9 @@ class _Reader:
             return len(wrong), name != self._arch
 
         # The nearest architecture; what it lacks or has too much is a problem to be reported later.
-        arch = min(_alike(shapes) or ARCHITECTURES, key=distance)
+        # So narrow a ResNeXt has no channels in its groups.
+        exist = [name for name, one in ARCHITECTURES.items() if width * one.width_per_group >= 64]
+        arch = min([name for name in exist if name in _alike(shapes)] or exist or ARCHITECTURES, key=distance)
         config.model.arch, config.model.stem = arch, stem
         config.model.width = 0 if width == ARCHITECTURES[arch].width else width
         if self._arch in ARCHITECTURES and self._arch != arch:
