@@ -1,9 +1,9 @@
-"""What evaluation costs: a sweep of classifiers, nearest neighbours, evaluating now and then while pre-training.
+"""What evaluation costs: a sweep of classifiers, nearest neighbors, evaluating now and then while pre-training.
 
     python -m benchmarks.evaluation [--json=FILE]
 
 The sweep: one step of linear evaluation (features of a batch of crops, then every classifier's update) with 1 and with
-16 classifiers, alternating. Nearest neighbours: 5,000 queries in a bank of 5,000 x 512 features, against a loop over
+16 classifiers, alternating. Nearest neighbors: 5,000 queries in a bank of 5,000 x 512 features, against a loop over
 them in NumPy. Now and then: steps of pre-training with `eval.every`, without the evaluations themselves, against those
 of a run without.
 """
@@ -64,7 +64,7 @@ def sweep(rounds: int, arch: str, size: int, batch: int, classes: int) -> dict:
     return {"name": name, "one head ms": one, f"{HEADS} heads ms": many, "ratio": many / one}
 
 
-def neighbours(rounds: int) -> dict:
+def neighbors(rounds: int) -> dict:
     """Returns the median seconds of the classification and of a loop over queries in NumPy, and their ratio."""
     rng = np.random.default_rng(0)
     bank, queries = rng.normal(size=(2, 5000, 512)).astype(np.float32)
@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> int:
     rounds = _ROUNDS.value
     small = jax.default_backend() == "cpu"
     case = ("resnet18", 64, 32, 100) if small else ("resnet50", 224, 128, 1000)
-    rows = [sweep(rounds, *case), neighbours(rounds), now_and_then(max(1, rounds // 2))]
+    rows = [sweep(rounds, *case), neighbors(rounds), now_and_then(max(1, rounds // 2))]
     summary = {
         "sweep_of_16_over_one": rows[0]["ratio"],
         "loop_over_knn": rows[1]["ratio"],

@@ -8,7 +8,7 @@ about 110 kB on average. How long decoding takes depends on that, and the ratios
 1. Images a second of one core, two views of each image. Ours: one thread that decodes and cuts, to uint8; the rest of
    the augmentation is the device's. Peer: `ImageFolder` and `DataLoader` with one worker process, once with the
    original's MoCo-v2 transforms, once without those that are the device's with us, but for the flip and the conversion
-   to normalised floats. Both with decoding, from the files, and without it, from decoded images in memory. The
+   to normalized floats. Both with decoding, from the files, and without it, from decoded images in memory. The
    pipelines take turns, round after round. The ratios are of images per second of processor time, of all threads and
    processes of a pipeline: on a machine that others use too, the clock on the wall says less.
 2. Memory over three epochs.
@@ -165,7 +165,7 @@ def generate(folder: pathlib.Path, images: int, seed: int = 0) -> None:
     """Writes JPEGs as `ImageFolder` wants them, below `folder`/train.
 
     Each is a blend of two random pieces of the photographs that scikit-learn ships, enlarged by up to 1.6 and flipped
-    at random, and of grey texture whose spectrum falls with 1/f as a natural image's does. The texture's strength is
+    at random, and of gray texture whose spectrum falls with 1/f as a natural image's does. The texture's strength is
     drawn for each image; it decides how large the files are: 55 to 140 kB, 108 kB on average.
 
     Args:

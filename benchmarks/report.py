@@ -163,7 +163,7 @@ def _train_step(made: dict) -> str:
         "memory, MiB": ("bytes", _MIB),
         "compile time or first step, s": ("compile s", _as(".1f")),
         "TFLOP/s": ("tflops_per_sec", _as(".2f")),
-        "of the peak": ("utilisation", _as(".0%")),
+        "of the peak": ("utilization", _as(".0%")),
     }
     text = table([row for row in made["results"] if "variant" in row], columns)
     cases = [{"case": name} | values for name, values in made["summary"].get("cases", {}).items()]

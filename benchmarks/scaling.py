@@ -139,7 +139,7 @@ def simulated_devices() -> list[dict]:
       RunError: if it failed.
     """
     environment = dict(os.environ)
-    # How many there are is settled before JAX starts. Nothing is computed there, so that LLVM need not optimise.
+    # How many there are is settled before JAX starts. Nothing is computed there, so that LLVM need not optimize.
     options = f"--xla_force_host_platform_device_count={max(DEVICES)} --xla_backend_optimization_level=0"
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{environment.get('XLA_FLAGS', '')} {options}"}
     with tempfile.TemporaryDirectory() as folder:

@@ -146,7 +146,7 @@ def follow(folder: pathlib.Path, processes: int, devices: int, runs: Sequence[st
       RunError: if a process fails.
     """
     program = ["-m", "benchmarks.topologies", f"--folder={folder}", f"--runs={','.join(runs)}"]
-    # A program that takes three steps is not worth optimising.
+    # A program that takes three steps is not worth optimizing.
     flags_ = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     statuses, _, errors = finish(start(program, processes, devices, os.environ | {"XLA_FLAGS": flags_}))
     for number, (status, error) in enumerate(zip(statuses, errors, strict=True)):

@@ -156,7 +156,7 @@ class Compiled:
 
     Attributes:
       flops: floating-point operations.
-      ideal_flops: of the step as it is written, before it is split and optimised, divided by the chips.
+      ideal_flops: of the step as it is written, before it is split and optimized, divided by the chips.
       bytes_accessed: of memory.
       hbm_bytes: the most that is in memory: state, batch, what is computed in between, and the program.
       hbm_limit: what the compiler took the memory to be, where it refused the step; None: it did not.

@@ -5,7 +5,7 @@
 Variants, one step of each in turn, in another order every round: this package with IFM and with MoCo; PyTorch with IFM
 (a) as published, float32 and contiguous, and (b) as strong as it gets: bfloat16 autocast, channels_last, fused SGD,
 with torch.compile and without (on a CPU it takes minutes and need not pay). Here the step computes in float32 on a CPU,
-in bfloat16 elsewhere. The views are given (float, normalised), so that augmentation, which PyTorch does elsewhere, is
+in bfloat16 elsewhere. The views are given (float, normalized), so that augmentation, which PyTorch does elsewhere, is
 on neither side; BatchNorm has one group.
 
 For each: median and quartiles of a step's milliseconds, images/s, compile time, memory that the compiled program needs
@@ -244,7 +244,7 @@ def measure(case: Case, rounds: int) -> list[dict]:
             row["tflops_per_sec"] = found["model flops"] / median / 1e9
             kind = jax.devices()[0].device_kind
             if peak := next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None):
-                row["utilisation"] = row["tflops_per_sec"] * 1e12 / peak
+                row["utilization"] = row["tflops_per_sec"] * 1e12 / peak
         rows.append(row)
     return rows
 
@@ -286,7 +286,7 @@ def parts(case: Case, rounds: int) -> dict:
         "forward": (forward, (begin.params, batch["views"][:, 0])),
         "forward and backward": (backward, (begin.params, batch["views"][:, 0])),
         "loss": (jax.value_and_grad(loss), (embeddings[0], embeddings[1], negatives)),
-        "optimiser": (update, (begin.params, begin.params, begin.opt_state)),
+        "optimizer": (update, (begin.params, begin.params, begin.opt_state)),
         "momentum update": (momentum, (momentum_params, begin.params)),
         "enqueue": (queue.enqueue, (negatives, pointer, embeddings[1])),
         "shuffle": (shuffled, (pixels, embeddings[1], jax.random.key(2))),
@@ -356,7 +356,7 @@ def main(arguments: list[str]) -> int:
             for _ in range(3):
                 run()
     columns = {"case": "", "variant": "", "ms": ".1f", "images_per_sec": ".0f", "compile s": ".1f"}
-    columns |= {"bytes": lambda value: f"{value / 2**20:.0f} MiB", "tflops_per_sec": ".2f", "utilisation": ".0%"}
+    columns |= {"bytes": lambda value: f"{value / 2**20:.0f} MiB", "tflops_per_sec": ".2f", "utilization": ".0%"}
     reporting.print_table("A training step", rows, columns)
     names = [name for name in of_parts[0] if name.endswith(" ms")]
     reporting.print_table("Its parts, each compiled by itself", of_parts, {"case": ""} | dict.fromkeys(names, ".1f"))

@@ -82,8 +82,8 @@ def random_resized_crop_boxes(
 def crop_matrices(boxes: jax.Array, angles: jax.Array, flips: jax.Array, height: int, width: int) -> jax.Array:
     """Puts crop, rotation and flip into one affine map from the view's pixels to the image's.
 
-    The image is turned about the centre of the box, the box is cut out and stretched to `height` x `width`, and the
-    result is mirrored. Pixel (0, 0) has its centre at (0, 0), and a box of the whole image is the identity.
+    The image is turned about the center of the box, the box is cut out and stretched to `height` x `width`, and the
+    result is mirrored. Pixel (0, 0) has its center at (0, 0), and a box of the whole image is the identity.
 
     Args:
         boxes: `(N, 4)`: top, left, height and width in pixels.
@@ -124,7 +124,7 @@ def affine_warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
     x = jnp.arange(width, dtype=dtype)[None, None, :]
     y = jnp.arange(height, dtype=dtype)[None, :, None]
     a, b, c, d, e, f = (matrices[:, row, column, None, None] for row in range(2) for column in range(3))
-    # Clipped to the outermost pixel centres, beyond which the border repeats.
+    # Clipped to the outermost pixel centers, beyond which the border repeats.
     source_x = jnp.clip(a * x + b * y + c, 0, width - 1)
     source_y = jnp.clip(d * x + e * y + f, 0, height - 1)
     left, top = source_x.astype(jnp.int32), source_y.astype(jnp.int32)
@@ -164,7 +164,7 @@ def resized_crops(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
         shrink = length / size
         center = first + (jnp.arange(size, dtype=jnp.float32)[None, :, None] + 0.5) * shrink
         triangle = jnp.maximum(1 - jnp.abs(place - center) / jnp.maximum(shrink, 1), 0)
-        inside = (place > first) & (place < first + length)  # a crop's neighbours in the image are not its own
+        inside = (place > first) & (place < first + length)  # a crop's neighbors in the image are not its own
         triangle = jnp.where(inside, triangle, 0)
         return triangle / jnp.maximum(triangle.sum(axis=2, keepdims=True), 1e-6)
 
@@ -193,27 +193,27 @@ def adjust_brightness(images: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def adjust_contrast(images: jax.Array, factors: jax.Array) -> jax.Array:
-    """Blends each image with the mean of its grey version, as torchvision does on float images.
+    """Blends each image with the mean of its gray version, as torchvision does on float images.
 
     Args:
         images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives plain grey, 1 the image, more than 1 a stronger contrast.
+        factors: `(N,)`; 0 gives plain gray, 1 the image, more than 1 a stronger contrast.
 
     Returns:
         `(N, H, W, 3)`, clipped to [0, 1].
     """
     channel_means = images.mean(axis=(1, 2))
-    grey = (channel_means * jnp.asarray(_LUMA, images.dtype)[None, :]).sum(axis=1)
-    factors, grey = factors[:, None, None, None], grey[:, None, None, None]
-    return jnp.clip(factors * images + (1 - factors) * grey, 0, 1)
+    gray = (channel_means * jnp.asarray(_LUMA, images.dtype)[None, :]).sum(axis=1)
+    factors, gray = factors[:, None, None, None], gray[:, None, None, None]
+    return jnp.clip(factors * images + (1 - factors) * gray, 0, 1)
 
 
 def adjust_saturation(images: jax.Array, factors: jax.Array) -> jax.Array:
-    """Blends each pixel with its grey, as torchvision does on float images.
+    """Blends each pixel with its gray, as torchvision does on float images.
 
     Args:
         images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives the grey image, 1 the image, more than 1 stronger colours.
+        factors: `(N,)`; 0 gives the gray image, 1 the image, more than 1 stronger colors.
 
     Returns:
         `(N, H, W, 3)`, clipped to [0, 1].
@@ -227,7 +227,7 @@ def adjust_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
 
     Args:
         images: `(N, H, W, 3)` in [0, 1].
-        shifts: `(N,)` in turns of the colour circle, from -0.5 to 0.5; 0 gives the image.
+        shifts: `(N,)` in turns of the color circle, from -0.5 to 0.5; 0 gives the image.
 
     Returns:
         `(N, H, W, 3)` in [0, 1].
@@ -253,7 +253,7 @@ def adjust_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
 
 
 def luma(images: jax.Array) -> jax.Array:
-    """Returns the grey of each pixel, `(N, H, W, 1)`, of images `(N, H, W, 3)`."""
+    """Returns the gray of each pixel, `(N, H, W, 1)`, of images `(N, H, W, 3)`."""
     red, green, blue = _LUMA
     return red * images[..., :1] + green * images[..., 1:2] + blue * images[..., 2:]
 
@@ -275,7 +275,7 @@ def color_jitter(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax
     # Every example goes through the same program, whatever its order: to switch between operations, under `vmap`, is to
     # compute all of them and select. The shift of the hue costs most and is computed once: before it, three rounds for
     # the operations that precede it, after it three for those that follow. The other three are one operation, a blend
-    # with black, with the mean grey or with the pixel's grey; a round that an example has no use for has a factor of
+    # with black, with the mean gray or with the pixel's gray; a round that an example has no use for has a factor of
     # 1, which changes nothing. Four rounds of everything take 2.4 times as long.
     ordered = jnp.take_along_axis(factors, order, axis=1)
     hue_place = jnp.argmax(order == 3, axis=1)
@@ -284,8 +284,8 @@ def color_jitter(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax
     def blend(images: jax.Array, place: int, used: jax.Array) -> jax.Array:
         factor = jnp.where(used, ordered[:, place], one)[:, None, None, None]
         which = order[:, place, None, None, None]
-        grey = luma(images)
-        target = jnp.where(which == 2, grey, jnp.where(which == 1, grey.mean(axis=(1, 2, 3), keepdims=True), zero))
+        gray = luma(images)
+        target = jnp.where(which == 2, gray, jnp.where(which == 1, gray.mean(axis=(1, 2, 3), keepdims=True), zero))
         return jnp.clip(factor * images + (1 - factor) * target, 0, 1)
 
     for place in (0, 1, 2):
@@ -495,7 +495,7 @@ def jitter_parameters(
 class TrifeatureAugmentation:
     """Random views of Trifeature images: crop, flip, small rotation, mild brightness and contrast, noise if wanted.
 
-    No change of hue: it would destroy colour, one of the features measured. Brightness comes before contrast, where
+    No change of hue: it would destroy color, one of the features measured. Brightness comes before contrast, where
     torchvision's `ColorJitter` draws the order.
 
     Example:
@@ -511,8 +511,8 @@ class TrifeatureAugmentation:
         brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
         contrast: The factor of the contrast, likewise.
         noise: Standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
-        mean: Mean of each channel, for the normalisation.
-        std: Standard deviation of each channel, for the normalisation.
+        mean: Mean of each channel, for the normalization.
+        std: Standard deviation of each channel, for the normalization.
         dtype: Of the views, and of the computation: float32, or float64 for parity runs.
 
     Raises:
@@ -578,11 +578,11 @@ class MoCoStrengths:
         brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
         contrast: The factor of the contrast, likewise.
         saturation: The factor of the saturation, likewise.
-        hue: The hue turns by up to so much of the colour circle to either side.
-        greyscale: The probability of a view without colour.
+        hue: The hue turns by up to so much of the color circle to either side.
+        grayscale: The probability of a view without color.
         flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalisation.
-        std: Standard deviation of each channel, for the normalisation.
+        mean: Mean of each channel, for the normalization.
+        std: Standard deviation of each channel, for the normalization.
         dtype: Of the views, and of the computation: float32, or float64 for parity runs.
 
     Raises:
@@ -593,14 +593,14 @@ class MoCoStrengths:
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float = 0.4
-    greyscale: float = 0.2
+    grayscale: float = 0.2
     flip: float = 0.5
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        names = ("brightness", "contrast", "saturation", "greyscale", "flip")
+        names = ("brightness", "contrast", "saturation", "grayscale", "flip")
         _check_ranges(self, dict.fromkeys(names, 1) | {"hue": 0.5})
 
     def _jitter_parameters(self, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -609,7 +609,7 @@ class MoCoStrengths:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoCoV2Augmentation(MoCoStrengths):
-    """MoCo-v2's views of images already cropped: colour jitter, greyscale, Gaussian blur, flip, in this order.
+    """MoCo-v2's views of images already cropped: color jitter, grayscale, Gaussian blur, flip, in this order.
 
     After Chen et al. 2020, "Improved baselines with momentum contrastive learning", and its code (--aug-plus). Sizes
     are in pixels of the view, whatever its size: the original's are for 224.
@@ -621,8 +621,8 @@ class MoCoV2Augmentation(MoCoStrengths):
         (2, 32, 32, 3)
 
     Attributes:
-        jitter: The probability of colour jitter.
-        hue: The hue turns by up to so much of the colour circle to either side.
+        jitter: The probability of color jitter.
+        hue: The hue turns by up to so much of the color circle to either side.
         blur: The probability of a blur.
         blur_sigma: Least and greatest sigma of the blur in pixels.
 
@@ -652,12 +652,12 @@ class MoCoV2Augmentation(MoCoStrengths):
 
         Returns:
             `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)`
-            `jitter`, `greyscale` and `flip`. Without jitter the factors are those that change nothing.
+            `jitter`, `grayscale` and `flip`. Without jitter the factors are those that change nothing.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (10,), jnp.float32))(rngs)
-        jitter, greyscale, blur, flip = (
+        jitter, grayscale, blur, flip = (
             uniforms[:, place] < chance
-            for place, chance in enumerate((self.jitter, self.greyscale, self.blur, self.flip))
+            for place, chance in enumerate((self.jitter, self.grayscale, self.blur, self.flip))
         )
         low, high = self.blur_sigma
         sigma = low + (high - low) * uniforms[:, 4].astype(self.dtype)
@@ -667,7 +667,7 @@ class MoCoV2Augmentation(MoCoStrengths):
             "factors": jnp.where(jitter[:, None], factors, jnp.asarray([1, 1, 1, 0], self.dtype)[None, :]),
             "sigma": jnp.where(blur, sigma, jnp.zeros((), self.dtype)),
             "jitter": jitter,
-            "greyscale": greyscale,
+            "grayscale": grayscale,
             "flip": flip,
         }
 
@@ -689,7 +689,7 @@ class MoCoV2Augmentation(MoCoStrengths):
         # The flip changes nothing else and nothing else changes it: done while the images are bytes.
         views = _flipped(images, drawn["flip"]).astype(self.dtype) / 255
         views = color_jitter(views, drawn["order"], drawn["factors"])
-        views = jnp.where(drawn["greyscale"][:, None, None, None], luma(views), views)
+        views = jnp.where(drawn["grayscale"][:, None, None, None], luma(views), views)
         if self.blur:
             views = gaussian_blur(views, blur_weights(drawn["sigma"], self.blur_sigma[1]))
         return normalize(views, self.mean, self.std)
@@ -700,8 +700,8 @@ class MoCoCIFARAugmentation(MoCoV2Augmentation):
     """MoCo's views of 32-pixel images already cropped: MoCo-v2's without the blur.
 
     After the CIFAR-10 demo of MoCo's code (colab/moco_cifar10_demo.ipynb in facebookresearch/moco): a crop of 0.08 to 1
-    of the area, flip, colour jitter, greyscale. That the flip comes first there makes no difference. The demo
-    normalises with CIFAR-10's mean and standard deviation; here they are ImageNet's, as everywhere, so that evaluation
+    of the area, flip, color jitter, grayscale. That the flip comes first there makes no difference. The demo
+    normalizes with CIFAR-10's mean and standard deviation; here they are ImageNet's, as everywhere, so that evaluation
     and `ifm_jax.load` need not know what an encoder was trained on.
     """
 
@@ -710,7 +710,7 @@ class MoCoCIFARAugmentation(MoCoV2Augmentation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoCoV1Augmentation(MoCoStrengths):
-    """MoCo-v1's views of images already cropped: greyscale, colour jitter, flip, in this order.
+    """MoCo-v1's views of images already cropped: grayscale, color jitter, flip, in this order.
 
     After He et al. 2020, "Momentum contrast for unsupervised visual representation learning", and its code.
     """
@@ -722,33 +722,33 @@ class MoCoV1Augmentation(MoCoStrengths):
             rngs: Keys `(N,)`.
 
         Returns:
-            `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `greyscale` and `flip`.
+            `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `grayscale` and `flip`.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (7,), jnp.float32))(rngs)
         order, factors = self._jitter_parameters(uniforms[:, 2:])
-        greyscale, flip = uniforms[:, 0] < self.greyscale, uniforms[:, 1] < self.flip
-        return {"order": order, "factors": factors, "greyscale": greyscale, "flip": flip}
+        grayscale, flip = uniforms[:, 0] < self.grayscale, uniforms[:, 1] < self.flip
+        return {"order": order, "factors": factors, "grayscale": grayscale, "flip": flip}
 
     def __call__(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
         """Makes one view of each image; as `MoCoV2Augmentation`."""
         _check_images(images)
         drawn = self.parameters(rngs)
         views = _flipped(images, drawn["flip"]).astype(self.dtype) / 255
-        views = jnp.where(drawn["greyscale"][:, None, None, None], luma(views), views)
+        views = jnp.where(drawn["grayscale"][:, None, None, None], luma(views), views)
         views = color_jitter(views, drawn["order"], drawn["factors"])
         return normalize(views, self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeAugmentation:
-    """The linear probe's training view of images already cropped (0.08 to 1 of the area): a flip, no change of colour.
+    """The linear probe's training view of images already cropped (0.08 to 1 of the area): a flip, no change of color.
 
     As the original's main_lincls.py has it, like all training of classifiers on ImageNet.
 
     Attributes:
         flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalisation.
-        std: Standard deviation of each channel, for the normalisation.
+        mean: Mean of each channel, for the normalization.
+        std: Standard deviation of each channel, for the normalization.
         dtype: Of the views, and of the computation: float32, or float64 for parity runs.
 
     Raises:
@@ -778,7 +778,7 @@ def _check_images(images: jax.Array) -> None:
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
             f"images are {images.dtype} of shape {images.shape}, expected uint8 of shape (N, H, W, 3); augment "
-            "before normalising"
+            "before normalizing"
         )
 
 

@@ -233,13 +233,13 @@ class OptimConfig(Group):
 
 @dataclasses.dataclass(slots=True)
 class TrifeatureConfig(Group):
-    """The embedded images (Hermann and Lampinen 2020): shape, texture and colour vary independently."""
+    """The embedded images (Hermann and Lampinen 2020): shape, texture and color vary independently."""
 
     train_size: int = field(8192, "training images", least=1)
     test_size: int = field(2048, "held-out images, for readouts", least=1)
     shapes: int = field(10, "how many of the ten shapes", least=2, most=10)
     textures: int = field(10, "how many of the ten textures", least=2, most=10)
-    colors: int = field(10, "how many of the ten colours", least=2, most=10)
+    colors: int = field(10, "how many of the ten colors", least=2, most=10)
     rotation: float = field(45.0, "a shape is turned by up to so many degrees either way", least=0, most=180)
     texture_rotation: float = field(
         45.0, "its texture likewise, by an angle of its own; 180: any angle", least=0, most=180
@@ -249,7 +249,7 @@ class TrifeatureConfig(Group):
         0.7, "smallest diameter of the circle around a shape, as a share of the image's side", least=0.2, most=1
     )
     scale_max: float = field(0.9, "largest diameter", least=0.2, most=1)
-    noise: float = field(0.06, "amplitude of the noise on the grey background, pixels in [0, 1]", least=0, most=0.3)
+    noise: float = field(0.06, "amplitude of the noise on the gray background, pixels in [0, 1]", least=0, most=0.3)
     seed: int = field(
         0, "of the images; apart from the run's, so that runs with other seeds see the same data", least=0, limit=_SEED
     )
@@ -304,7 +304,7 @@ class DataConfig(Group):
     )
     max_bad: float = field(
         0.01,
-        "share of the training images that may be unreadable; each is replaced by a neighbour",
+        "share of the training images that may be unreadable; each is replaced by a neighbor",
         least=0,
         below=1,
         hint="0.01: one in a hundred",
@@ -336,7 +336,7 @@ class EvalConfig(Group):
 
     every: int = field(0, "epochs between two evaluations; 0: none", least=0)
     images: int = field(10_000, "at most so many training images, and as many held-out ones; 0: all", least=0)
-    neighbors: int = field(200, "k of the nearest neighbours", least=1)
+    neighbors: int = field(200, "k of the nearest neighbors", least=1)
     temperature: float = field(0.07, "of their weights", above=0)
 
 
@@ -392,7 +392,7 @@ class Config(Group):
     simclr: SimCLRConfig = field(SimCLRConfig, "SimCLR")
     hard: HardConfig = field(HardConfig, "hard negatives")
     ifm: IFMConfig = field(IFMConfig, "implicit feature modification")
-    optim: OptimConfig = field(OptimConfig, "optimiser and learning rate")
+    optim: OptimConfig = field(OptimConfig, "optimizer and learning rate")
     data: DataConfig = field(DataConfig, "images and views")
     eval: EvalConfig = field(EvalConfig, "evaluation while pre-training", free_on_resume=True)
     linear: LinearConfig = field(LinearConfig, "linear evaluation afterwards", free_on_resume=True)

@@ -1,7 +1,7 @@
 """Devices and hosts: the mesh, the two placements, multi-host start-up.
 
 One global program: the step is written for the global batch on one device, `jax.jit` places it. Images are split along
-the one mesh axis, `data`; parameters, queue and optimiser state are on every device.
+the one mesh axis, `data`; parameters, queue and optimizer state are on every device.
 """
 
 import errno
@@ -39,7 +39,7 @@ _OF_A_PEER = re.compile(
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the processes of a multi-host run; does nothing on a single host.
 
-    To be called before the first JAX computation. Without arguments a cluster is recognised by what its launcher sets
+    To be called before the first JAX computation. Without arguments a cluster is recognized by what its launcher sets
     (Cloud TPU pod, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS), and JAX finds the rest itself.
 
     Args:

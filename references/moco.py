@@ -33,13 +33,13 @@ MUTATIONS = frozenset(
     {
         "epsilon_after_temperature",  # epsilon on the scaled logits
         "epsilon_sign",  # positive raised, negatives lowered: the easier problem
-        "alpha_not_normalised",  # loss_clean + alpha loss_ifm, not divided by 1 + alpha
+        "alpha_not_normalized",  # loss_clean + alpha loss_ifm, not divided by 1 + alpha
         "accuracy_from_shifted",  # acc1, acc5 from the logits with epsilon
         "enqueue_before_loss",  # this step's keys are among the negatives
         "queue_order",  # keys enqueued in the order the key encoder saw them
         "no_shuffle",  # key images keep their rank
         "inverse_shuffle",  # the permutation read the wrong way round
-        "key_encoder_eval",  # key encoder normalises with its running statistics
+        "key_encoder_eval",  # key encoder normalizes with its running statistics
         "one_batch_norm",  # statistics over the global batch
         "mean_running_statistics",  # statistics of all ranks averaged, instead of rank 0's
         "biased_running_variance",  # running variance from the biased batch variance
@@ -147,7 +147,7 @@ class Reference:
         momentum: of the key encoder.
         lr: learning rate where `run` is given none.
         weight_decay: L2 penalty on every query parameter.
-        sgd_momentum: of the optimiser.
+        sgd_momentum: of the optimizer.
         dtype: of parameters, statistics, queue and arithmetic.
         seed: of the initial weights and queue.
         mutations: names out of `MUTATIONS`.
@@ -230,7 +230,7 @@ class Reference:
             Arrays as in a replay's reference file. `loss`, `loss_clean`, `loss_ifm`, `acc1`, `acc5` (percent) are means
             over the global batch, `grad_norm` the norm of the averaged gradient without weight decay, `queue_ptr` the
             pointer after the step, each `(steps,)`; `loss_ifm` is computed whatever the method. `first/query` and
-            `first/key`: the first step's normalised embeddings `(N, dim)` in sample order. `final/<name>`: the state.
+            `first/key`: the first step's normalized embeddings `(N, dim)` in sample order. `final/<name>`: the state.
         """
         steps = len(views["query"])
         lr = views.get("lr", self.lr) if lr_per_step is None else lr_per_step
@@ -329,7 +329,7 @@ class Reference:
             _assign(buffers, after[0])
 
     def _loss(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """One rank's objective, and its metrics, from normalised embeddings `(N/W, dim)`."""
+        """One rank's objective, and its metrics, from normalized embeddings `(N/W, dim)`."""
         positive = torch.einsum("nd,nd->n", q, k)[:, None]
         negative = torch.einsum("nd,dk->nk", q, self.model.queue.clone())
         epsilon = -self.epsilon if "epsilon_sign" in self.mutations else self.epsilon
@@ -346,7 +346,7 @@ class Reference:
             loss = ifm
         else:
             loss = clean + self.alpha * ifm
-            loss = loss if "alpha_not_normalised" in self.mutations else loss / (1 + self.alpha)
+            loss = loss if "alpha_not_normalized" in self.mutations else loss / (1 + self.alpha)
         metrics = {"loss": loss.item(), "loss_clean": clean.item(), "loss_ifm": ifm.item()}
         ranked = shifted if "accuracy_from_shifted" in self.mutations else logits
         above = (ranked[:, 1:] > ranked[:, :1]).sum(1)

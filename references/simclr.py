@@ -48,7 +48,7 @@ MUTATIONS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What is minimised.
+    """What is minimized.
 
     Attributes:
         objective: `"infonce"`, `"ifm"` (both, weighted) or `"ifm_only"` (the shifted one).
@@ -139,7 +139,7 @@ class SimCLRReference:
         world: W, number of ranks, each with its own BatchNorm statistics; rank 0's running averages are kept.
         lr: learning rate where `run` is given none.
         weight_decay: L2 penalty on every parameter.
-        sgd_momentum: of the optimiser.
+        sgd_momentum: of the optimizer.
         dtype: of parameters, statistics and arithmetic.
         seed: of the initial weights.
         mutations: names out of `MUTATIONS`.

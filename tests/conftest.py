@@ -4,7 +4,7 @@ import os
 import pathlib
 
 # Before JAX is imported: the CPU is split into eight devices, of which a test takes as many as it needs. The suite
-# compiles many programs and runs each a few times, so that LLVM's optimiser costs more than it gains.
+# compiles many programs and runs each a few times, so that LLVM's optimizer costs more than it gains.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )

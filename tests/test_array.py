@@ -58,11 +58,11 @@ def test_chosen_classes_are_numbered_anew(path, tmp_path):
 
 
 def test_keras_names_and_grey_images(tmp_path):
-    np.savez(tmp_path / "grey.npz", x_train=images(5, 28, 28), y_train=np.array([0, 1, 2, 3, 1]))
-    grey = open_array(str(tmp_path / "grey.npz"), "train", image_size=28)
-    assert grey.label_names == {"class": ("0", "1", "2", "3")}
-    np.testing.assert_array_equal(grey.pixels(2), np.repeat(images(5, 28, 28)[2][..., None], 3, 2))
-    assert grey.views(0, [0.5] * 44)[1].shape == (28, 28, 3)
+    np.savez(tmp_path / "gray.npz", x_train=images(5, 28, 28), y_train=np.array([0, 1, 2, 3, 1]))
+    gray = open_array(str(tmp_path / "gray.npz"), "train", image_size=28)
+    assert gray.label_names == {"class": ("0", "1", "2", "3")}
+    np.testing.assert_array_equal(gray.pixels(2), np.repeat(images(5, 28, 28)[2][..., None], 3, 2))
+    assert gray.views(0, [0.5] * 44)[1].shape == (28, 28, 3)
     np.savez(tmp_path / "bare.npz", images=images(5, 8, 8, 3))
     assert open_array(str(tmp_path / "bare.npz"), "train", image_size=8).label_names == {}
 

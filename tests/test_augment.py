@@ -65,7 +65,7 @@ def warped_by_scipy(images, matrices):
 # Whole augmentation.
 
 
-def test_no_strength_gives_the_normalised_image():
+def test_no_strength_gives_the_normalized_image():
     images = random_images()
     views = jax.jit(TrifeatureAugmentation(**IDENTITY))(keys(4), images)
     assert views.dtype == jnp.float32
@@ -82,9 +82,9 @@ def test_views_are_what_their_parts_make():
     matrices = crop_matrices(boxes, turn * np.float32(np.pi / 20), uniforms[:, 22] < 0.5, 32, 32)
     expected = warped_by_scipy(images, matrices) / 255
     expected = np.clip(expected * (1 + 0.3 * np.asarray(brightness, np.float64)[:, None, None, None]), 0, 1)
-    grey = (expected @ np.array([0.2989, 0.587, 0.114])).mean((1, 2))[:, None, None, None]
+    gray = (expected @ np.array([0.2989, 0.587, 0.114])).mean((1, 2))[:, None, None, None]
     factor = 1 + 0.3 * np.asarray(contrast, np.float64)[:, None, None, None]
-    expected = np.clip(factor * expected + (1 - factor) * grey, 0, 1) * 255
+    expected = np.clip(factor * expected + (1 - factor) * gray, 0, 1) * 255
     np.testing.assert_allclose(views, normalized(expected), rtol=0, atol=1e-4)
     assert len(np.unique(np.asarray(uniforms))) == 16 * 26
 
@@ -260,7 +260,7 @@ def test_warp_is_bilinear_and_repeats_the_border(x64, channels):
     np.testing.assert_allclose(views, warped_by_scipy(images, matrices)[..., :channels], rtol=0, atol=1e-9)
 
 
-# Colour.
+# Color.
 
 
 def factors():
@@ -279,7 +279,7 @@ def test_adjustment_equals_torchvisions(name):
     np.testing.assert_allclose(ours, np.stack(theirs), rtol=0, atol=1e-6)
 
 
-def test_normalisation_equals_torchvisions():
+def test_normalization_equals_torchvisions():
     images = random_images().astype(np.float32) / 255
     ours = augment.normalize(jnp.asarray(images))
     theirs = torchvision.transforms.functional.normalize(
@@ -351,7 +351,7 @@ def test_jitter_operations_equal_torchvisions(photographs, name):
 
 
 def test_hue_of_pure_colors():
-    """Grey, black, white, the primaries and the ties between two channels."""
+    """Gray, black, white, the primaries and the ties between two channels."""
     colors = np.array(np.meshgrid([0, 0.5, 1], [0, 0.5, 1], [0, 0.5, 1]), np.float32).reshape(3, -1).T[None, :, None]
     for shift in (-0.5, -0.1, 0.0, 0.25, 0.5):
         theirs = FUNCTIONAL.adjust_hue(torch.from_numpy(colors).permute(0, 3, 1, 2), shift).permute(0, 2, 3, 1)
@@ -360,8 +360,8 @@ def test_hue_of_pure_colors():
 
 def test_greyscale_equals_torchvisions(photographs):
     ours = np.broadcast_to(luma(photographs.astype(np.float32) / 255), photographs.shape)
-    grey = [np.asarray(FUNCTIONAL.to_grayscale(Image.fromarray(image), 3)) for image in photographs]
-    assert_near(ours, grey, mean=1.0, percentile=1.0)
+    gray = [np.asarray(FUNCTIONAL.to_grayscale(Image.fromarray(image), 3)) for image in photographs]
+    assert_near(ours, gray, mean=1.0, percentile=1.0)
 
 
 def test_jitter_in_all_orders_equals_torchvisions(photographs):
@@ -433,9 +433,9 @@ def test_blur_is_three_averages_each_of_which_repeats_the_border(x64, shape):
 @pytest.mark.parametrize(
     ("augmentation", "order"),
     [
-        (MoCoV1Augmentation(), ("grey", "jitter", "flip")),
-        (MoCoV2Augmentation(), ("jitter", "grey", "blur", "flip")),
-        (MoCoCIFARAugmentation(), ("flip", "jitter", "grey")),
+        (MoCoV1Augmentation(), ("gray", "jitter", "flip")),
+        (MoCoV2Augmentation(), ("jitter", "gray", "blur", "flip")),
+        (MoCoCIFARAugmentation(), ("flip", "jitter", "gray")),
     ],
     ids=["moco_v1", "moco_v2", "moco_cifar"],
 )
@@ -445,8 +445,8 @@ def test_moco_views_equal_torchvisions(photographs, augmentation, order):
     views = np.asarray(jax.jit(augmentation)(keys(32), images))
     drawn = {name: np.asarray(value) for name, value in jax.jit(augmentation.parameters)(keys(32)).items()}
 
-    def grey(image, i):
-        return FUNCTIONAL.to_grayscale(image, 3) if drawn["greyscale"][i] else image
+    def gray(image, i):
+        return FUNCTIONAL.to_grayscale(image, 3) if drawn["grayscale"][i] else image
 
     def jitter(image, i):
         for operation in drawn["order"][i]:
@@ -462,12 +462,12 @@ def test_moco_views_equal_torchvisions(photographs, augmentation, order):
     theirs = []
     for i, image in enumerate(map(Image.fromarray, images)):
         for operation in order:
-            image = {"grey": grey, "jitter": jitter, "blur": blur, "flip": flip}[operation](image, i)
+            image = {"gray": gray, "jitter": jitter, "blur": blur, "flip": flip}[operation](image, i)
         theirs.append(np.asarray(image))
     # Six operations at most, each of which PIL rounds to whole levels; the tolerance at the 99th percentile is for one.
     assert_near(views * np.array(augment.IMAGENET_STD) + np.array(augment.IMAGENET_MEAN), theirs, percentile=2 * 4.0)
     assert 4 < drawn["flip"].sum() < 28
-    assert 0 < drawn["greyscale"].sum() < 16
+    assert 0 < drawn["grayscale"].sum() < 16
 
 
 def test_cifars_parameters_are_those_of_version_2_without_blur():
@@ -479,7 +479,7 @@ def test_cifars_parameters_are_those_of_version_2_without_blur():
 
 
 def test_probe_views_equal_torchvisions(photographs, x64):
-    """Each is the image, normalised, or its mirror image; half of them are."""
+    """Each is the image, normalized, or its mirror image; half of them are."""
     for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.float64, 1e-12)):
         views = jax.jit(ProbeAugmentation(dtype=dtype))(keys(8), photographs)
         assert views.dtype == dtype
@@ -519,12 +519,12 @@ def test_moco_parameters_are_distributed_as_torchvisions():
         assert scipy.stats.chi2_contingency(table).pvalue > 0.001
         # One parameter tells nothing about another.
         parts = [*drawn["factors"][where].T, (drawn["order"] @ powers)[where], drawn["flip"][where]]
-        correlation = np.corrcoef(np.stack([*parts, drawn["greyscale"][where]]))
+        correlation = np.corrcoef(np.stack([*parts, drawn["grayscale"][where]]))
         assert np.abs(correlation - np.eye(7)).max() < 5 / count**0.5 / 0.8
     blurred = v2["sigma"] > 0
     assert scipy.stats.kstest(v2["sigma"][blurred], scipy.stats.uniform(0.1, 1.9).cdf).pvalue > 0.001
     chances = {"jitter": (jittered, 0.8), "blur": (blurred, 0.5), "flip": (v2["flip"], 0.5)}
-    chances |= {"greyscale": (v2["greyscale"], 0.2), "v1 greyscale": (v1["greyscale"], 0.2), "v1": (v1["flip"], 0.5)}
+    chances |= {"grayscale": (v2["grayscale"], 0.2), "v1 grayscale": (v1["grayscale"], 0.2), "v1": (v1["flip"], 0.5)}
     for name, (happened, chance) in chances.items():
         assert scipy.stats.binomtest(int(happened.sum()), count, chance).pvalue > 0.001, name
 
@@ -556,7 +556,7 @@ def test_moco_in_float64_sees_the_same_draws(photographs, x64):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("jitter", 1.5), ("hue", 0.6), ("greyscale", -0.1), ("blur_sigma", (0.0, 2.0)), ("blur_sigma", (2.0, 1.0))],
+    [("jitter", 1.5), ("hue", 0.6), ("grayscale", -0.1), ("blur_sigma", (0.0, 2.0)), ("blur_sigma", (2.0, 1.0))],
 )
 def test_bad_strength_of_moco_is_named(field, value):
     with pytest.raises(ValueError, match=rf"^{field} is .*expected .*; "):

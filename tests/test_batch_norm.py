@@ -62,7 +62,7 @@ def test_equals_separate_torch_modules(values, groups, running_stats, bits, tole
         np.testing.assert_allclose(module.mean[...], mean.numpy(), rtol=tolerance)
         np.testing.assert_allclose(module.var[...], var.numpy(), rtol=tolerance)
 
-        # Evaluation: the running averages normalise and stay.
+        # Evaluation: the running averages normalize and stay.
         before = np.asarray(module.mean[...])
         peer = modules[0].eval()
         peer.running_mean, peer.running_var = mean, var

@@ -218,13 +218,13 @@ def image_files(photograph):
     return {
         "jpeg": encoded(image, "JPEG"),
         "progressive": encoded(image, "JPEG", progressive=True, subsampling=0),
-        "grey jpeg": encoded(image.convert("L"), "JPEG"),
+        "gray jpeg": encoded(image.convert("L"), "JPEG"),
         "cmyk": encoded(image.convert("CMYK"), "JPEG"),
         "rotated": encoded(image, "JPEG", exif=rotated),
         "png": encoded(image, "PNG"),
-        "grey png": encoded(image.convert("L"), "PNG"),
+        "gray png": encoded(image.convert("L"), "PNG"),
         "translucent": encoded(translucent, "PNG"),
-        "translucent grey": encoded(translucent.convert("LA"), "PNG"),
+        "translucent gray": encoded(translucent.convert("LA"), "PNG"),
         "palette": encoded(image.quantize(64), "PNG", transparency=3),
         "bits": encoded(image.convert("1"), "PNG"),
         "16 bits": deep.tobytes(),
@@ -241,7 +241,7 @@ def test_pixels_are_pils(photographs):
         assert ours.shape == theirs.shape, name
         # Another rounding of the four inks; otherwise the same pixels.
         assert np.abs(ours - theirs).max() <= (1 if name == "cmyk" else 0), name
-        is_jpeg = name in ("jpeg", "progressive", "grey jpeg", "cmyk", "rotated")
+        is_jpeg = name in ("jpeg", "progressive", "gray jpeg", "cmyk", "rotated")
         assert images.jpeg_size(np.frombuffer(data, np.uint8)) == (ours.shape[:2] if is_jpeg else None), name
 
 
@@ -452,7 +452,7 @@ def test_unreadable_images_are_replaced_counted_and_listed(root, tmp_path):
         taken = np.bincount(np.concatenate([batch["index"] for batch in epoch]), minlength=30)
         assert taken[[0, 1, 6, 7, 8, 19, 20]].tolist() == [0, 2, 3, 0, 0, 2, 0]
     assert len(said) == 4
-    assert "cannot be read (not an image, or a broken one): a neighbour takes its place (1 so far)." in said[0]
+    assert "cannot be read (not an image, or a broken one): a neighbor takes its place (1 so far)." in said[0]
     listed = (tmp_path / "bad.txt").read_text().splitlines()
     assert {line.split("\t")[0] for line in listed} == {of.name(number) for number in bad}
     again, said = read("bad.txt", processes=2)  # and what is listed is named no more
@@ -628,7 +628,7 @@ def test_a_run_replaces_an_unreadable_image(root, tmp_path, capfd):
     run = own_images(tmp_path / "images", data__max_bad=0.1, steps=2, batch_size=16)
     training.train(run, tmp_path / "run", devices=jax.devices()[:1])
     said = capfd.readouterr()
-    assert f"{bad} cannot be read (not an image, or a broken one): a neighbour takes its place" in said.out
+    assert f"{bad} cannot be read (not an image, or a broken one): a neighbor takes its place" in said.out
     assert said.err == ""
     assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(str(bad))
     run.data.max_bad, run.steps = 0.01, 2

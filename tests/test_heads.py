@@ -1,4 +1,4 @@
-"""Batched linear heads against PyTorch's classifier and optimiser, against separate runs, and over devices."""
+"""Batched linear heads against PyTorch's classifier and optimizer, against separate runs, and over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,9 @@ SCHEDULE = {"epochs": 4, "steps_per_epoch": 5, "milestones": (1, 2, 3)}
 def batches(dtype=np.float64):
     """What a backbone gives: pooled after a ReLU, not negative, below one; classes that can be told apart."""
     random = np.random.default_rng(0)
-    centres = random.uniform(0, 0.6, (C, D))
+    centers = random.uniform(0, 0.6, (C, D))
     labels = random.integers(0, C, (STEPS, N))
-    return np.maximum(centres[labels] + 0.2 * random.normal(size=(STEPS, N, D)), 0).astype(dtype), labels.astype(
+    return np.maximum(centers[labels] + 0.2 * random.normal(size=(STEPS, N, D)), 0).astype(dtype), labels.astype(
         "int32"
     )
 
@@ -42,7 +42,7 @@ def sweep(rates, decays, dtype=np.float64, mesh=None):
 
 
 def torch_run(params, lr, decay, momentum=0.9):
-    """The original's loop for one head: its classifier, loss, optimiser and `adjust_learning_rate`."""
+    """The original's loop for one head: its classifier, loss, optimizer and `adjust_learning_rate`."""
     fc = torch.nn.Linear(D, C, dtype=torch.float64)
     with torch.no_grad():
         fc.weight.copy_(torch.tensor(np.asarray(params["weight"][0])))

@@ -242,7 +242,7 @@ def test_a_single_process_joins_nothing(monkeypatch):
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
     ],
 )
-def test_launchers_are_recognised(monkeypatch, variables, expected):
+def test_launchers_are_recognized(monkeypatch, variables, expected):
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **_: joined.append(a))
     for name in (

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours against scikit-learn's, over devices and chunks, and what they hold in memory."""
+"""Weighted nearest neighbors against scikit-learn's, over devices and chunks, and what they hold in memory."""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ from ifm_jax.evaluation import knn
 
 
 def problem(examples, queries, features, classes, noise, dtype=np.float32):
-    """Classes that overlap, so that neighbours disagree."""
+    """Classes that overlap, so that neighbors disagree."""
     random = np.random.default_rng(0)
-    centres = random.normal(size=(classes, features))
+    centers = random.normal(size=(classes, features))
 
     def draw(count):
         labels = random.integers(0, classes, count)
-        return (centres[labels] + noise * random.normal(size=(count, features))).astype(dtype), labels
+        return (centers[labels] + noise * random.normal(size=(count, features))).astype(dtype), labels
 
     return *draw(examples), *draw(queries)
 
@@ -44,7 +44,7 @@ def test_predictions_are_scikit_learn_s():
         votes = knn.classify(bank.astype(dtype), labels, queries, 100, bank_chunk=1500, query_chunk=300)
         assert votes.classes.shape == votes.scores.shape == (1000, 5)
         np.testing.assert_array_equal(votes.predicted[clear], np.argmax(shares, axis=1)[clear])
-        # In float32 the 200th and the 201st neighbour of a query may be one.
+        # In float32 the 200th and the 201st neighbor of a query may be one.
         same = np.abs(votes.scores - ranked).max(axis=1) < close
         assert same.mean() >= (0.995 if dtype == np.float32 else 1)
 

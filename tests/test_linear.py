@@ -76,7 +76,7 @@ def test_the_training_is_pytorchs(run, full):
     """The same crops through the same backbone into torch's own linear layer: losses and accuracy agree."""
     of_run = of(run)
     frozen = of_run.frozen(jax.devices()[:1])
-    source, test = (pretrained.labelled(of_run.config, split) for split in ("train", "test"))
+    source, test = (pretrained.labeled(of_run.config, split) for split in ("train", "test"))
     views = linear._Views(frozen, of_run.config, source, ["shape"], None)
     start = classifiers.create(jax.random.fold_in(jax.random.key(0), 0), 1, frozen_features(frozen, test).shape[1], 10)
     fc = torch.nn.Linear(*reversed(start.params["weight"][0].shape))
@@ -116,7 +116,7 @@ def frozen_features(frozen, source):
 @pytest.mark.parametrize("devices", [2, 8])
 def test_features_do_not_depend_on_devices_or_batch(run, devices):
     of_run = of(run)
-    test = pretrained.labelled(of_run.config, "test")
+    test = pretrained.labeled(of_run.config, "test")
     one = of_run.frozen(jax.devices()[:1])
     plain = frozen_features(one, test)
     images = normalize(test.examples(np.arange(37))["image"] / np.float32(255))
@@ -193,7 +193,7 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     config = Workdir(run).read_config()
     config.data.label = "size"
     with pytest.raises(UsageError, match=r"data.label='size' is no label of .*: expected one of shape, texture, color"):
-        pretrained.labelled(pretrained.load(run, config).config, "train")
+        pretrained.labeled(pretrained.load(run, config).config, "train")
     config = Workdir(run).read_config()
     config.model.arch = "resnet18"
     with pytest.raises(UsageError, match=r"the config does not fit .*model.arch='resnet18', there 'resnet8'"):
@@ -202,13 +202,13 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     config = Workdir(run).read_config()
     config.data.source, config.data.augmentation = f"array:{tmp_path}/bare.npz", "moco_v2"
     with pytest.raises(UsageError, match="has no labels: expected a source with labels"):
-        pretrained.labelled(pretrained.load(run, config).config, "train")
+        pretrained.labeled(pretrained.load(run, config).config, "train")
     with pytest.raises(UsageError, match=r"linear.batch_size=16 is not a multiple of the 3 devices"):
         results(run, tmp_path / "three", devices=3)
 
 
 def test_all_at_once(run, tmp_path, capsys):
-    """Nearest neighbours, diagnostics, features and a map, from the script's function."""
+    """Nearest neighbors, diagnostics, features and a map, from the script's function."""
     shutil.copytree(run, tmp_path / "run")
     wanted = evaluate.Wanted(
         knn=True, diagnostics=True, features=str(tmp_path / "f.npz"), map=str(tmp_path / "map.png"), split="test"
@@ -223,10 +223,10 @@ def test_all_at_once(run, tmp_path, capsys):
     assert found["diagnostics"]["positive_mean"] > found["diagnostics"]["negative_mean"]
     assert 1 <= found["diagnostics"]["effective_rank"] <= 37
     said = capsys.readouterr().out
-    assert "60 nearest neighbours of 'shape': top-1" in said
+    assert "60 nearest neighbors of 'shape': top-1" in said
     with np.load(tmp_path / "f.npz") as file:
         frozen = of(run).frozen(jax.devices()[:1])
-        source = pretrained.labelled(of(run).config, "test")
+        source = pretrained.labeled(of(run).config, "test")
         np.testing.assert_allclose(file["features"], frozen_features(frozen, source), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(file["label_color"], source.labels()["color"])
         assert list(file["classes_color"])[:2] == ["red", "green"]
@@ -283,7 +283,7 @@ def test_records_and_projections(run, tmp_path):
     record = serialization.msgpack_restore(records[5])
     assert record["features"].shape == (8,)
     assert np.linalg.norm(record["features"]) == pytest.approx(1, rel=1e-5)
-    assert record["label_shape"] == pretrained.labelled(config, "test").labels()["shape"][5]
+    assert record["label_shape"] == pretrained.labeled(config, "test").labels()["shape"][5]
     for flag, suffixes in {"features": ".npz or .array_record", "map": ".png"}.items():
         wanted = evaluate.Wanted(**{flag: str(tmp_path / "f.txt")})
         with pytest.raises(UsageError, match=f"--{flag}=.*f.txt: expected a name that ends in {suffixes}"):

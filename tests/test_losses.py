@@ -416,7 +416,7 @@ def test_nt_xent_equals_other_libraries():
         "lightly": lightly.loss.NTXentLoss(temperature)(*peers),
         "pytorch-metric-learning": pytorch_metric_learning.losses.NTXentLoss(temperature)(torch.cat(peers), labels),
     }
-    # The other libraries normalise, which takes the radial part out of the gradient; ours is of what it is given.
+    # The other libraries normalize, which takes the radial part out of the gradient; ours is of what it is given.
     tangent = [g - jnp.sum(g * x, axis=1, keepdims=True) * x for g, x in zip(by_ours, (first, second), strict=True)]
     for name, theirs in of_torch.items():
         np.testing.assert_allclose(ours, theirs.item(), rtol=1e-12, err_msg=name)

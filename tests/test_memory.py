@@ -63,7 +63,7 @@ def test_the_default_is_refused_in_seconds_where_it_does_not_fit(mesh, monkeypat
 
 def test_a_queue_that_does_not_fit_is_refused(mesh):
     config = small.config(moco__queue_size=16 * 10**8, moco__dim=65536)
-    with pytest.raises(UsageError, match="for weights, optimiser and queue"):
+    with pytest.raises(UsageError, match="for weights, optimizer and queue"):
         memory.check(config, mesh)
 
 

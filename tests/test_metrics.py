@@ -295,7 +295,7 @@ def test_curves(tmp_path, count):
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
     image = matplotlib.image.imread(path)[..., :3]
     assert image.shape == (1080, 1080, 3)
-    for top, bottom in ((70, 430), (450, 810), (840, 1015)):  # each of the three panels has a coloured or dark curve
+    for top, bottom in ((70, 430), (450, 810), (840, 1015)):  # each of the three panels has a colored or dark curve
         panel = image[top:bottom, 110:1050]
         assert ((panel.max(axis=-1) - panel.min(axis=-1) > 0.3) | (panel.max(axis=-1) < 0.4)).sum() > 20
 

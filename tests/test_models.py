@@ -204,7 +204,7 @@ def torch_hcl_head(features, dim):
 
 @pytest.mark.usefixtures("x64")
 def test_hcl_head_equals_torch_in_groups():
-    """Training and evaluation, gradient and running averages; each group normalised on its own."""
+    """Training and evaluation, gradient and running averages; each group normalized on its own."""
     features, dim, groups, n = 16, 8, 2, 12
     torch.manual_seed(0)
     peer = torch_hcl_head(features, dim).double()
@@ -351,7 +351,7 @@ def test_width_is_a_field():
     assert params["layer4"]["1"]["conv2"]["kernel"].shape == (3, 3, 64, 64)
 
 
-def test_embeddings_are_normalised_as_torch_does():
+def test_embeddings_are_normalized_as_torch_does():
     encoder = models.Encoder("resnet8", dim=16, stem="small_stride2", bn_groups=2)
     params, stats = encoder.init(jax.random.key(0))
     embeddings, new_stats = encoder(params, stats, jnp.ones((4, 32, 32, 3)), train=True)

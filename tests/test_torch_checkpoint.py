@@ -144,7 +144,7 @@ def test_torch_to_jax_to_torch_is_bit_exact(mlp, dtype, legacy, tmp_path):
     assert {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "dampening", "params")} == {
         name: expected[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "dampening", "params")
     }
-    # As the original loads it: strictly, module and optimiser.
+    # As the original loads it: strictly, module and optimizer.
     model = torch.nn.DataParallel(ReferenceMoCo("resnet18", 16, 32, mlp))
     model.load_state_dict(back["state_dict"], strict=True)
     torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).load_state_dict(back["optimizer"])
@@ -212,7 +212,7 @@ def test_counters_move_with_the_steps(tmp_path):
     assert later.epoch == 3  # three steps were an epoch
 
 
-def test_state_of_another_optimiser_is_left_out(tmp_path):
+def test_state_of_another_optimizer_is_left_out(tmp_path):
     config = Config()
     config.model.arch, config.optim.name, config.moco.dim, config.moco.queue_size = "resnet18", "adamw", 16, 24
     saved = random_state(Encoder("resnet18", dim=16), optim.adamw(), 24)

@@ -68,7 +68,7 @@ def test_nothing_asked_for_is_simclr(start, one_step):
     plain = SimCLRReference(**MODEL, objective="infonce", start=start).run(one_step)
     ifm = SimCLRReference(**MODEL, objective="ifm", epsilon=0.0, start=start).run(one_step)
     hard = SimCLRReference(**MODEL, objective="infonce", epsilon=0.0, tau_plus=1e-15, start=start).run(one_step)
-    del plain["loss_ifm"]  # shifted, whatever is minimised
+    del plain["loss_ifm"]  # shifted, whatever is minimized
     for other in (ifm, hard):
         del other["loss_ifm"]
         assert max(errors(other, plain).values()) < 1e-10

@@ -150,7 +150,7 @@ def test_textures_have_equal_light_and_differ(image_size):
     tile = trifeature._texture_tile(image_size, 0.2).astype(float)
     np.testing.assert_allclose(tile.mean((1, 2)), 0.55, rtol=1e-5)
     np.testing.assert_allclose(tile.std((1, 2)), 0.42, rtol=1e-5)
-    # Dark is all but black and light is the colour: what a pixel cannot show is a fiftieth of the range below.
+    # Dark is all but black and light is the color: what a pixel cannot show is a fiftieth of the range below.
     assert -0.03 < tile.min() < 0.1
     assert tile.max() < 1.16
     # No shift makes one pattern another: the greatest correlation over all shifts stays well below one.

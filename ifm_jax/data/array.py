@@ -1,6 +1,6 @@
 """Images in one NumPy file: `array:FILE.npz`.
 
-train_images  uint8 (N, H, W, 3) or grey (N, H, W)      also: x_train (Keras), images
+train_images  uint8 (N, H, W, 3) or gray (N, H, W)      also: x_train (Keras), images
 train_labels  integers (N,) or (N, 1), if there are any       y_train,         labels
 test_images, test_labels: held out                            x_test, y_test
 class_names   text (C,), if there are any; a class's number is its place
@@ -43,7 +43,7 @@ class ArrayFile(PixelImages):
         """Takes arrays as they are.
 
         Args:
-          images: uint8 `(N, H, W, 3)`, or `(N, H, W)`: grey.
+          images: uint8 `(N, H, W, 3)`, or `(N, H, W)`: gray.
           image_size: side of a view in pixels.
           class_names: of all classes; empty: there are none.
           classes: of each image, int32 `(N,)`, an index of `class_names`; None: there are none.
@@ -113,7 +113,7 @@ def open_array(
     ):
         raise UsageError(
             f"{said}: its {split} images are {images.dtype} of shape {images.shape}; expected uint8 of shape "
-            "(N, H, W, 3), or (N, H, W) for grey"
+            "(N, H, W, 3), or (N, H, W) for gray"
         )
     if labels is None:
         if classes:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from ifm_jax.data.classes import shown
 from ifm_jax.errors import RunError, UsageError
 
-_TRIES = 100  # neighbours, before something else is amiss than single images
+_TRIES = 100  # neighbors, before something else is amiss than single images
 
 
-def neighbours(index: int, size: int) -> Iterator[int]:
+def neighbors(index: int, size: int) -> Iterator[int]:
     """Yields what may take the place of an image, nearest first: those before it, then those after it."""
     before = range(index - 1, max(index - _TRIES, 0) - 1, -1)
     yield from before
@@ -68,4 +68,4 @@ class BadImages:
                 "run goes on from its last checkpoint; or replace or remove them, and data.json of the workdir, which "
                 "would tell"
             )
-        self._say(f"{name} cannot be read ({reason}): a neighbour takes its place ({len(self)} so far).")
+        self._say(f"{name} cannot be read ({reason}): a neighbor takes its place ({len(self)} so far).")

@@ -201,11 +201,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _three_taps(image: np.ndarray, sides: Sequence[float]) -> np.ndarray:
-    """Averages each pixel with its neighbours, which weigh `sides` down and across; the border is repeated outwards."""
+    """Averages each pixel with its neighbors, which weigh `sides` down and across; the border is repeated outwards."""
     if not any(sides):
         return image
     down, across = (np.array([side, 1 - 2 * side, side], np.float32) for side in sides)
-    # Isolated: a crop's neighbours in the image it is cut from are not its own.
+    # Isolated: a crop's neighbors in the image it is cut from are not its own.
     return cv2.sepFilter2D(image, -1, across, down, borderType=cv2.BORDER_REPLICATE | cv2.BORDER_ISOLATED)
 
 

@@ -289,7 +289,7 @@ def decode(name: str, encoded: np.ndarray, reduction: int = 1) -> np.ndarray:
     """Decodes an image file; what it holds decides how, not its name.
 
     The pixels are those of PIL's `Image.open(path).convert("RGB")`, which the original's loader uses: an orientation
-    noted in the file is ignored, transparency dropped, grey repeated three times. The one exception: 16-bit grey is
+    noted in the file is ignored, transparency dropped, gray repeated three times. The one exception: 16-bit gray is
     scaled to 8 bits, where PIL cuts off what is above 255.
 
     Args:

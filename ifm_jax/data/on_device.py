@@ -19,7 +19,7 @@ import numpy as np
 from ifm_jax import sharding
 from ifm_jax.augment import resized_crops
 from ifm_jax.data import crops
-from ifm_jax.data.bad_images import BadImages, neighbours
+from ifm_jax.data.bad_images import BadImages, neighbors
 from ifm_jax.data.order import EpochOrder, crop_uniforms
 from ifm_jax.data.pipeline import steps_per_epoch
 from ifm_jax.data.sources import Source, ViewSource
@@ -73,7 +73,7 @@ def read_all(
       size: the first so many.
       side: see `copies_side`.
       threads: that read; 0: automatic.
-      bad_images: takes note of unreadable images, each of which is then replaced by a neighbour; None: the first ends
+      bad_images: takes note of unreadable images, each of which is then replaced by a neighbor; None: the first ends
         the reading.
 
     Returns:
@@ -104,11 +104,11 @@ def read_all(
 def _whole(
     source: ViewSource, index: int, size: int, side: int, bad: list[tuple[int, str]] | None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns an image, or its nearest readable neighbour; adds the unreadable ones met before."""
+    """Returns an image, or its nearest readable neighbor; adds the unreadable ones met before."""
     from ifm_jax.data.images import UnreadableImageError
 
     errors: list[UnreadableImageError] = []
-    for taken in (index, *(neighbours(index, size) if bad is not None else ())):
+    for taken in (index, *(neighbors(index, size) if bad is not None else ())):
         try:
             return source.whole(taken, side)
         except UnreadableImageError as unreadable:

@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from ifm_jax.data.bad_images import BadImages, neighbours
+from ifm_jax.data.bad_images import BadImages, neighbors
 from ifm_jax.data.order import EpochOrder, crop_uniforms
 from ifm_jax.data.sources import Images, ViewSource
 from ifm_jax.errors import UsageError
@@ -70,7 +70,7 @@ def training_batches(
       threads: that look up images, or cut views, in each process; 0: two of the former, of the latter one for each
         processor.
       processes: worker processes that do so; 0: this one does.
-      bad_images: takes note of unreadable images, each of which is then replaced by a neighbour; None: the first ends
+      bad_images: takes note of unreadable images, each of which is then replaced by a neighbor; None: the first ends
         the iteration. Images that are not cut on the host are always readable.
       indices: also yield which images these are.
       remainder: an epoch ends with a smaller batch of what is left, filled up with copies; not dropped.
@@ -220,7 +220,7 @@ class _Cutter:
         from ifm_jax.data.images import UnreadableImageError
 
         errors: list[UnreadableImageError] = []
-        for taken in (index, *(neighbours(index, self._size) if self._replace else ())):
+        for taken in (index, *(neighbors(index, self._size) if self._replace else ())):
             try:
                 return taken, self._source.views(taken, uniforms)
             except UnreadableImageError as unreadable:

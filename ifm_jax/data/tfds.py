@@ -74,7 +74,7 @@ class Tfds(EncodedImages):
           label: which label.
           names: of the classes.
         """
-        number = np.full(len(self.label_names[label]) + 1, -1, np.int32)  # the last for label -1: unlabelled
+        number = np.full(len(self.label_names[label]) + 1, -1, np.int32)  # the last for label -1: unlabeled
         number[[self.label_names[label].index(name) for name in names]] = np.arange(len(names), dtype=np.int32)
         labels = self.labels()
         self._kept = np.flatnonzero(number[labels[label]] >= 0)

@@ -1,14 +1,14 @@
-"""Trifeature: images that vary independently in shape, texture and colour, drawn by the program.
+"""Trifeature: images that vary independently in shape, texture and color, drawn by the program.
 
 After Hermann and Lampinen, "What shapes feature representations?" (NeurIPS 2020), as the IFM paper uses it to see which
-features a contrastive encoder keeps and which it suppresses: a shape, filled with a rotated texture, in a colour, at a
-random place on a grey background. The texture is a light and dark modulation of the colour with zero mean and the same
+features a contrastive encoder keeps and which it suppresses: a shape, filled with a rotated texture, in a color, at a
+random place on a gray background. The texture is a light and dark modulation of the color with zero mean and the same
 strength for every pattern, so that neither mean brightness nor hue tells the textures apart. The first entries of
 `SHAPES`, `TEXTURES` and `COLORS` are the easiest to tell apart; a smaller set takes the first few.
 
 How an image comes about: every random number is a hash of (seed, split, index, number of the draw), so an image depends
 on nothing else, whichever images are drawn beside it. A shape is a table of signed distances, a texture one periodic
-tile; both are sampled at the rotated, shifted pixel centres. Per pixel that takes additions, multiplications and two
+tile; both are sampled at the rotated, shifted pixel centers. Per pixel that takes additions, multiplications and two
 look-ups, which IEEE arithmetic makes the same on every machine.
 """
 
@@ -46,7 +46,7 @@ _RGB = np.array(
     dtype=np.float32,
 )
 _GREY = (90.0, 140.0)  # the background's level, one draw per image
-_LIGHT = (0.55, 0.42)  # mean and spread of every texture, relative to the colour
+_LIGHT = (0.55, 0.42)  # mean and spread of every texture, relative to the color
 _TILE_PERIODS = 4  # a texture tile spans so many periods, the least common span of all patterns
 _EXTENT = 1.25  # a shape table covers [-1.25, 1.25]^2; the shape lies within the unit circle
 _PIXELS_AT_ONCE = 1 << 18  # in one pass of the drawing loop: few calls, yet little memory
@@ -81,7 +81,7 @@ class Trifeature:
         texture_period: One period of a texture, relative to the image side.
         scale: Least and greatest diameter of the circle around the shape, relative to the image side. The shape always
             lies within the image.
-        noise: Amplitude of the uniform noise on the grey background, relative to the full range of a pixel.
+        noise: Amplitude of the uniform noise on the gray background, relative to the full range of a pixel.
 
     Raises:
         ValueError: If an attribute is outside its range.
@@ -272,7 +272,7 @@ class Trifeature:
     def _draw_few(self, indices: np.ndarray, out: np.ndarray) -> None:
         size = self.image_size
         labels = self._labels(indices)
-        turn, zoom, right, down, grain, shift_u, shift_v, grey = self._uniforms(indices)[3:]
+        turn, zoom, right, down, grain, shift_u, shift_v, gray = self._uniforms(indices)[3:]
         # Lengths are relative to the image side. The circle around the shape stays within the image.
         radius = 0.5 * (self.scale[0] + (self.scale[1] - self.scale[0]) * zoom)
         center_x = radius + (1 - 2 * radius) * right
@@ -298,7 +298,7 @@ class Trifeature:
         row = (row + _per_image((side * (2 + shift_v)).astype(np.float32))).astype(np.int32) & (side - 1)
         light = tile.ravel()[column + row * side + _per_image(labels["texture"] * tile[0].size)]
 
-        background = _per_image((_GREY[0] + (_GREY[1] - _GREY[0]) * grey).astype(np.float32))
+        background = _per_image((_GREY[0] + (_GREY[1] - _GREY[0]) * gray).astype(np.float32))
         if self.noise:
             background = background + self._noise(indices)
         light *= coverage
@@ -307,7 +307,7 @@ class Trifeature:
             out[..., channel] = np.clip(light * _per_image(value) + background, 0, 255)
 
     def _noise(self, indices: np.ndarray) -> np.ndarray:
-        """Uniform noise in grey levels, float32 `(N, H, W)`; one hash serves eight pixels."""
+        """Uniform noise in gray levels, float32 `(N, H, W)`; one hash serves eight pixels."""
         pixels = self.image_size**2
         counters = np.arange(_NUM_DRAWS + 1, _NUM_DRAWS + 1 + -(-pixels // 8), dtype=np.uint64)[None, :]
         words = _mix(self._streams(indices)[:, None] + counters * _GOLDEN)
@@ -338,7 +338,7 @@ def _per_image(values: np.ndarray) -> np.ndarray:
 def _rotated_grid(
     size: int, center_x: np.ndarray, center_y: np.ndarray, angle: np.ndarray, zoom: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The pixel centres in a frame at `center`, turned by `angle` and magnified by `zoom`: two float32 `(N, H, W)`."""
+    """The pixel centers in a frame at `center`, turned by `angle` and magnified by `zoom`: two float32 `(N, H, W)`."""
     place = (np.arange(size) + 0.5) / size
     x, y = place[None, :] - center_x[:, None], place[None, :] - center_y[:, None]
     cosine, sine = (zoom * np.cos(angle))[:, None], (zoom * np.sin(angle))[:, None]
@@ -427,7 +427,7 @@ def _polygon(x: np.ndarray, y: np.ndarray, corners: ArrayLike) -> np.ndarray:
 def _texture_tile(image_size: int, period: float) -> np.ndarray:
     """The light of `TEXTURES`, float32 `(10, T, T)` over `_TILE_PERIODS` periods, T a power of two.
 
-    Blurred over one pixel, so that sampling at pixel centres does not alias; then all with the same mean and spread.
+    Blurred over one pixel, so that sampling at pixel centers does not alias; then all with the same mean and spread.
     """
     per_period = 32 if image_size <= 96 else 64
     place = (np.arange(per_period * _TILE_PERIODS) + 0.5) / per_period

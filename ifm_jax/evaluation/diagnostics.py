@@ -18,7 +18,7 @@ def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: i
     """Returns all diagnostics of the embeddings of two views of the same images.
 
     Args:
-      first: `(N, D)`, N > 1; need not be normalised.
+      first: `(N, D)`, N > 1; need not be normalized.
       second: `(N, D)`; row i is a positive of row i of `first`.
       bins: of the histograms.
       chunk: rows of a block of pairs.
@@ -42,7 +42,7 @@ def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: i
 def alignment(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the mean squared distance of positives, E |x - y|^2, in [0, 4]: 0 if all are the same.
 
-    Wang and Isola 2020 with alpha = 2, of L2-normalised embeddings.
+    Wang and Isola 2020 with alpha = 2, of L2-normalized embeddings.
 
     Args:
       first: `(N, D)`.
@@ -59,7 +59,7 @@ def alignment(first: np.ndarray, second: np.ndarray) -> float:
 def uniformity(embeddings: np.ndarray, t: float = 2.0, *, chunk: int = 1024) -> float:
     """Returns log E exp(-t |x - y|^2) over all distinct pairs, in [-4 t, 0]: 0 if all are the same, lower if spread.
 
-    Wang and Isola 2020, of L2-normalised embeddings.
+    Wang and Isola 2020, of L2-normalized embeddings.
 
     Args:
       embeddings: `(N, D)`, N > 1.
@@ -84,7 +84,7 @@ def uniformity(embeddings: np.ndarray, t: float = 2.0, *, chunk: int = 1024) -> 
 def effective_rank(features: np.ndarray, epsilon: float = 1e-7) -> float:
     """Returns RankMe: the exponential of the entropy of the singular values, from 1 to min(N, D).
 
-    Garrido et al. 2023: p_k = s_k / sum(s) + epsilon, exp(-sum p_k log p_k). Neither centred nor normalised.
+    Garrido et al. 2023: p_k = s_k / sum(s) + epsilon, exp(-sum p_k log p_k). Neither centerd nor normalized.
 
     Args:
       features: `(N, D)`; the paper takes 25,600 rows.

@@ -36,7 +36,7 @@ class Wanted:
 
     Attributes:
       fast: the fast linear protocol.
-      knn: k nearest neighbours.
+      knn: k nearest neighbors.
       diagnostics: alignment, uniformity, effective rank, similarities.
       features: file to write features to.
       map: file to draw them into.
@@ -168,7 +168,7 @@ def _knn(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> 
             "test_images": len(test),
         }
         say(
-            f"{found[label]['k']} nearest neighbours of {label!r}: top-1 {found[label]['top1']:.2f} %, top-5 "
+            f"{found[label]['k']} nearest neighbors of {label!r}: top-1 {found[label]['top1']:.2f} %, top-5 "
             f"{found[label]['top5']:.2f} %, {len(test):,} images"
         )
     add_result(output, of, "knn", found)
@@ -271,4 +271,4 @@ def _export(of: Pretrained, wanted: Wanted, devices: _Devices, say: _Say) -> Non
         labels = pretrained.chosen_labels(of.config, source)
         of_shown = {label: (source.labels()[label][shown], source.label_names[label]) for label in labels}
         report.draw_map(points, of_shown, wanted.map)
-        say(f"A map of {len(points):,} images, coloured by {', '.join(labels)}, drawn into {wanted.map}.")
+        say(f"A map of {len(points):,} images, colored by {', '.join(labels)}, drawn into {wanted.map}.")

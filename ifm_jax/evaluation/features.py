@@ -22,7 +22,7 @@ LAYERS = ("backbone", "projection")
 
 
 class FrozenEncoder:
-    """A network that nothing changes: its running averages normalise, no gradient flows into it.
+    """A network that nothing changes: its running averages normalize, no gradient flows into it.
 
     Attributes:
       weights: parameters and running averages, on every device of the mesh; the first argument of `apply`.
@@ -45,7 +45,7 @@ class FrozenEncoder:
           params: of the encoder, with or without a head.
           batch_stats: of the encoder.
           mesh: the devices; None: all of them.
-          layer: "backbone", the pooled features, or "projection", the embedding, L2-normalised.
+          layer: "backbone", the pooled features, or "projection", the embedding, L2-normalized.
 
         Raises:
           UsageError: if the projection is asked for and there is no head.
@@ -80,7 +80,7 @@ class FrozenEncoder:
         return other
 
     def apply(self, weights: tuple[Tree, Tree], views: jax.Array) -> jax.Array:
-        """Returns the features of normalised views, `(N, H, W, 3)` -> `(N, features)`, float32 or better.
+        """Returns the features of normalized views, `(N, H, W, 3)` -> `(N, features)`, float32 or better.
 
         A pure function, to be part of a compiled step. The weights are an argument, not a constant: as one, XLA would
         try to compute with them while it compiles.

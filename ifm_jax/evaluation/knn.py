@@ -1,10 +1,10 @@
-"""Weighted k-nearest-neighbour classification of features (Wu et al. 2018, section 3.4): exact, in bounded memory.
+"""Weighted k-nearest-neighbor classification of features (Wu et al. 2018, section 3.4): exact, in bounded memory.
 
 A query's k most similar examples of the bank vote for their class, each with weight exp(cosine similarity / T).
 
 The queries are split over the devices; the bank passes by in chunks, and each query keeps the k best seen so far. So a
 device holds one chunk of either and their similarities, however large the bank. The votes, k numbers a query, are
-counted on the host in double precision, in the order of the neighbours.
+counted on the host in double precision, in the order of the neighbors.
 """
 
 import functools
@@ -48,18 +48,18 @@ def classify(
     query_chunk: int = 4096,
     bank_chunk: int = 8192,
 ) -> Votes:
-    """Classifies queries by their neighbours in the bank.
+    """Classifies queries by their neighbors in the bank.
 
     Similarities are computed in float32 (float64 for float64 features where 64-bit types are enabled) at the highest
     matmul precision; of equally similar examples the earlier one in the bank is the nearer. On several hosts every
     process passes the same arrays and gets the whole result.
 
     Args:
-      bank: features `(M, D)` on the host, not normalised.
+      bank: features `(M, D)` on the host, not normalized.
       bank_labels: int `(M,)` in [0, C).
-      queries: features `(N, D)` on the host, not normalised.
+      queries: features `(N, D)` on the host, not normalized.
       num_classes: C.
-      k: neighbours that vote; the whole bank where it holds fewer.
+      k: neighbors that vote; the whole bank where it holds fewer.
       temperature: T > 0.
       mesh: the devices; None: the default one.
       query_chunk: queries at a time on each device.
@@ -87,7 +87,7 @@ def classify(
     for begin in range(0, len(queries), rows):
         wanted = queries[begin : begin + rows]
         chunk = _put(_filled(wanted, rows, dtype), split)
-        # Labels stay on the host: what is kept of a neighbour is its place in the bank.
+        # Labels stay on the host: what is kept of a neighbor is its place in the bank.
         best = _put(np.full((rows, k), -np.inf, dtype), split), _put(np.zeros((rows, k), np.int32), split)
         for start in range(0, len(bank), bank_chunk):
             examples = bank[start : start + bank_chunk]
@@ -141,7 +141,7 @@ def merge(
 def _programs(one: Sharding, split: Sharding):
     """Returns `merge` compiled for a placement, and what brings its result together on every host.
 
-    Queries and their neighbours are split, a chunk of the bank is on every device.
+    Queries and their neighbors are split, a chunk of the bank is on every device.
     """
     step = jax.jit(merge, in_shardings=(split, split, split, one, one, one), out_shardings=split)
     return step, jax.jit(lambda *best: best, out_shardings=one)
@@ -169,7 +169,7 @@ def _put(x: np.ndarray, placement: Sharding) -> jax.Array:
 
 
 def _vote(similarity: np.ndarray, labels: np.ndarray, num_classes: int, temperature: float) -> Votes:
-    """Returns the best classes of each query from its neighbours' similarities and labels, both `(N, k)`."""
+    """Returns the best classes of each query from its neighbors' similarities and labels, both `(N, k)`."""
     # Relative to the nearest one: the shares are the same, and no temperature overflows.
     weight = np.exp((similarity - similarity[:, :1]) / temperature)
     cell = np.arange(len(labels))[:, None] * num_classes + labels

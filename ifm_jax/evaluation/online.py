@@ -1,4 +1,4 @@
-"""Evaluation while pre-training: frozen features of a part of the images, nearest neighbours and a linear readout.
+"""Evaluation while pre-training: frozen features of a part of the images, nearest neighbors and a linear readout.
 
 Nothing is trained along with the encoder, so that the steps in between cost nothing more and no gradient reaches it.
 """
@@ -16,7 +16,7 @@ from ifm_jax.config import Config
 from ifm_jax.data.sources import drawn
 from ifm_jax.evaluation import diagnostics, knn
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.evaluation.pretrained import chosen_labels, labelled
+from ifm_jax.evaluation.pretrained import chosen_labels, labeled
 from ifm_jax.pretrain import DeviceState
 
 
@@ -34,7 +34,7 @@ class OnlineEvaluation:
     def __init__(self, config: Config, mesh: jax.sharding.Mesh):
         self._config, self._mesh = config, mesh
         self._frozen: FrozenEncoder | None = None
-        self._sources = [drawn(labelled(config, split), config.eval.images, config.seed) for split in ("train", "test")]
+        self._sources = [drawn(labeled(config, split), config.eval.images, config.seed) for split in ("train", "test")]
         self._labels = chosen_labels(config, self._sources[0])
 
     @property
@@ -51,7 +51,7 @@ class OnlineEvaluation:
 
         Returns:
           `knn` and `linear`, held-out accuracy in percent (with several labels their mean, and each one as
-          `knn/<label>`, `linear/<label>`): weighted nearest neighbours, and ridge regression on standardised features
+          `knn/<label>`, `linear/<label>`): weighted nearest neighbors, and ridge regression on standardized features
           in closed form; `effective_rank` of the held-out features.
         """
         if self._frozen is None:

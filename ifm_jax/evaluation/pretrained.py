@@ -1,4 +1,4 @@
-"""What is evaluated: a frozen encoder, whatever holds it, and the labelled images it is evaluated on."""
+"""What is evaluated: a frozen encoder, whatever holds it, and the labeled images it is evaluated on."""
 
 import dataclasses
 import os
@@ -56,8 +56,8 @@ class Pretrained:
         )
 
     def images(self, split: str) -> ViewSource:
-        """Returns the labeled images of a split; see `labelled`."""
-        return self._once(("images", split), lambda: labelled(self.config, split))
+        """Returns the labeled images of a split; see `labeled`."""
+        return self._once(("images", split), lambda: labeled(self.config, split))
 
     def features(self, split: str, devices: list[jax.Device] | None = None, layer: str = "backbone") -> np.ndarray:
         """Returns the features of the labeled images of a split, `(images, features)`, extracted once.
@@ -102,7 +102,7 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
     return Pretrained(config, found, os.fspath(path))
 
 
-def labelled(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:
+def labeled(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:
     """Returns the images of a split that have labels, to be evaluated, or to train a classifier on.
 
     Args:
@@ -128,7 +128,7 @@ def labelled(config: Config, split: str, count: int = 1, least_area: float = PRO
     if split == "train" and config.data.limit:
         known[config.data.limit :] = False
     if not known.any():
-        raise UsageError(f"{said}: none of its {len(source)} {split} images has a label; expected labelled ones")
+        raise UsageError(f"{said}: none of its {len(source)} {split} images has a label; expected labeled ones")
     return source if known.all() else subset(source, np.flatnonzero(known))
 
 

@@ -1,7 +1,7 @@
 """Linear readouts: how much of each label a frozen representation holds, as a linear classifier can read it.
 
 After Hermann and Lampinen (2020) and Robinson et al. (2021, section 4.2): one classifier for each of shape, texture and
-colour on the features before the projection head, accuracy on held-out images.
+color on the features before the projection head, accuracy on held-out images.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def linear_readout(
     l2: float = 1e-3,
     max_iter: int = 300,
 ) -> float:
-    """Returns the held-out accuracy, in percent, of a multinomial logistic regression on standardised features.
+    """Returns the held-out accuracy, in percent, of a multinomial logistic regression on standardized features.
 
     Args:
       train_features: `(N, D)`.

@@ -73,7 +73,7 @@ def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike[str]) ->
 def draw_map(
     points: np.ndarray, labels: Mapping[str, tuple[np.ndarray, Sequence[str]]], path: str | os.PathLike[str]
 ) -> None:
-    """Draws images as points, once for each label, in the colours of its classes.
+    """Draws images as points, once for each label, in the colors of its classes.
 
     Args:
       points: `(N, 2)`.

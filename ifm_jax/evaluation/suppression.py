@@ -53,7 +53,7 @@ def read_out(name: str, config: Config, frozen: FrozenEncoder, step: int) -> Rea
     Raises:
       UsageError: if the source has no labels.
     """
-    train, test = pretrained.labelled(config, "train"), pretrained.labelled(config, "test")
+    train, test = pretrained.labeled(config, "train"), pretrained.labeled(config, "test")
     accuracy = linear_readouts(extract(frozen, train), train.labels(), extract(frozen, test), test.labels())
     return Readouts(name, step, accuracy, config.seed)
 

@@ -74,9 +74,9 @@ def contrast(query: jax.Array, key: jax.Array, queue: jax.Array, temperature: fl
     by a small temperature, and cost nothing beside the encoders.
 
     Args:
-      query: `(N, dim)` L2-normalised embeddings; the gradient flows through these.
-      key: `(N, dim)` L2-normalised embeddings of the positives.
-      queue: `(K, dim)` L2-normalised negatives, shared by all queries.
+      query: `(N, dim)` L2-normalized embeddings; the gradient flows through these.
+      key: `(N, dim)` L2-normalized embeddings of the positives.
+      queue: `(K, dim)` L2-normalized negatives, shared by all queries.
       temperature: tau > 0.
       beta: concentration on hard negatives, a Python number >= 0; 0: all count alike.
 
@@ -118,7 +118,7 @@ def contrast_in_batch(
     returns, and holds a 1/devices part of the `(2N, 2N)` similarities.
 
     Args:
-      views: `(N, 2, dim)` L2-normalised embeddings of both views of N >= 2 images.
+      views: `(N, 2, dim)` L2-normalized embeddings of both views of N >= 2 images.
       temperature: tau > 0.
       beta: as for `contrast`.
       gather: returns `views` with all rows on every device, by a sharding constraint; the gradient comes back through
@@ -232,9 +232,9 @@ def info_nce(
     With `beta` and `tau_plus` the sum is N_g, the debiased one over hard negatives (Robinson et al. 2021a, eq. 4).
 
     Args:
-      query: `(N, dim)` L2-normalised embeddings.
-      key: `(N, dim)` L2-normalised embeddings of the positives.
-      queue: `(K, dim)` L2-normalised negatives.
+      query: `(N, dim)` L2-normalized embeddings.
+      key: `(N, dim)` L2-normalized embeddings of the positives.
+      queue: `(K, dim)` L2-normalized negatives.
       temperature: tau > 0.
       beta: concentration on hard negatives, a Python number >= 0; 0: all count alike.
       tau_plus: the share of the negatives that are positives in truth, a Python number in [0, 1); 0: no debiasing.
@@ -277,9 +277,9 @@ def ifm_info_nce(
     loss alone (`ifm_only`) is `softplus(margins(...)[1])`.
 
     Args:
-      query: `(N, dim)` L2-normalised embeddings.
-      key: `(N, dim)` L2-normalised embeddings of the positives.
-      queue: `(K, dim)` L2-normalised negatives.
+      query: `(N, dim)` L2-normalized embeddings.
+      key: `(N, dim)` L2-normalized embeddings of the positives.
+      queue: `(K, dim)` L2-normalized negatives.
       temperature: tau > 0.
       epsilon: perturbation budget >= 0 in units of cosine similarity, subtracted from the positive and added to the
         negatives before the temperature; or a pair `(epsilon_positive, epsilon_negative)`.
@@ -322,8 +322,8 @@ def nt_xent(
     samples" (Robinson et al. 2021a, eq. 4, as its code has it).
 
     Args:
-      first: `(N, dim)` L2-normalised embeddings of one view of N >= 2 images.
-      second: `(N, dim)` L2-normalised embeddings of the other; gradients flow through both.
+      first: `(N, dim)` L2-normalized embeddings of one view of N >= 2 images.
+      second: `(N, dim)` L2-normalized embeddings of the other; gradients flow through both.
       temperature: tau > 0.
       epsilon: IFM's perturbation budget, as for `ifm_info_nce`; 0: InfoNCE.
       alpha: weight of the perturbed loss, >= 0.

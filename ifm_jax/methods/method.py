@@ -191,7 +191,7 @@ class Objective:
           found: of all queries, any shape; compared at this temperature and beta.
 
         Returns:
-          The loss to be minimised, and scalars: `loss`, the same; `loss_clean`, without IFM's shift; `loss_ifm`, with
+          The loss to be minimized, and scalars: `loss`, the same; `loss_clean`, without IFM's shift; `loss_ifm`, with
           it, whatever the kind; `acc1` and `acc5`, the contrast accuracy in percent.
         """
         clean, ifm = (

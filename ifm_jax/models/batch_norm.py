@@ -1,8 +1,8 @@
-"""Batch normalisation in groups, with PyTorch's semantics.
+"""Batch normalization in groups, with PyTorch's semantics.
 
 "One BatchNorm a GPU" is part of MoCo's recipe: statistics over the whole batch would leak which key belongs to which
 query. Here it is a number, `groups`, and not a property of the machine: the batch is split in G contiguous groups, each
-normalised by its own statistics, whatever the number of devices.
+normalized by its own statistics, whatever the number of devices.
 """
 
 from typing import Literal
@@ -16,9 +16,9 @@ RunningStats = Literal["first_group", "mean"]
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation over `(N, ..., C)` with G groups.
+    """Batch normalization over `(N, ..., C)` with G groups.
 
-    Training normalises group g with the mean and the biased variance of its own N/G samples (all positions), computed
+    Training normalizes group g with the mean and the biased variance of its own N/G samples (all positions), computed
     in float32 or better, and moves the running averages by `(1 - momentum)`: towards the mean and the *unbiased*
     variance of group 0 (`running_stats="first_group"`: what a DistributedDataParallel run of G processes saves, since
     it broadcasts rank 0's buffers), or towards the mean of all groups' (`"mean"`). Evaluation uses these averages.
@@ -71,9 +71,9 @@ class BatchNorm(nnx.Module):
         axes = tuple(range(1, grouped.ndim - 1))
         values = grouped.astype(dtype)
         mean = jnp.mean(values, axis=axes, keepdims=True)
-        centred = values - mean
-        var = jnp.mean(jnp.square(centred), axis=axes, keepdims=True)
-        y = centred * (jax.lax.rsqrt(var + self.epsilon) * _channels(scale, grouped.ndim))
+        centerd = values - mean
+        var = jnp.mean(jnp.square(centerd), axis=axes, keepdims=True)
+        y = centerd * (jax.lax.rsqrt(var + self.epsilon) * _channels(scale, grouped.ndim))
         y = y + _channels(bias, grouped.ndim)
 
         count = values.size // (self.groups * channels)
@@ -82,7 +82,7 @@ class BatchNorm(nnx.Module):
 
     def _move_averages(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         """Moves the running averages towards the groups' `(G, C)` statistics, each over `count` values."""
-        # PyTorch divides by count - 1 here although it normalises with the biased variance.
+        # PyTorch divides by count - 1 here although it normalizes with the biased variance.
         unbiased = var * (count / max(count - 1, 1))
         pick = (lambda s: s[0]) if self.running_stats == "first_group" else (lambda s: jnp.mean(s, axis=0))
         for average, new in ((self.mean, pick(mean)), (self.var, pick(unbiased))):

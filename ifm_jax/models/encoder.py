@@ -90,15 +90,15 @@ class Encoder:
         return nnx.merge(graphdef, param_state, stats_state)
 
     def __call__(self, params: Tree, batch_stats: Tree, images: jax.Array, *, train: bool) -> tuple[jax.Array, Tree]:
-        """Returns L2-normalised embeddings `(N, dim)`, float32 or better, and the new batch statistics.
+        """Returns L2-normalized embeddings `(N, dim)`, float32 or better, and the new batch statistics.
 
         Normalisation is PyTorch's: divided by max(norm, 1e-12).
 
         Args:
           params: of this encoder.
           batch_stats: running averages of this encoder.
-          images: `(N, H, W, 3)` float, normalised.
-          train: normalise with the batch's statistics and move the running averages.
+          images: `(N, H, W, 3)` float, normalized.
+          train: normalize with the batch's statistics and move the running averages.
         """
         module = self.bind(params, batch_stats)
         outputs = module(images, train=train)

@@ -2,7 +2,7 @@
 
 Same parameters under the same names (`conv1`, `bn1`, `layer1.0.conv1`, ..., `fc`), same arithmetic: symmetric padding
 (`SAME` pads differently at stride 2), the stride in the 3x3 convolution of a bottleneck (ResNet v1.5), ReLU after the
-stem, biased-variance normalisation, and the same distributions at the start.
+stem, biased-variance normalization, and the same distributions at the start.
 
 Sources: He et al. 2016; torchvision.models.resnet; Xie et al. 2017 (ResNeXt); Zagoruyko and Komodakis 2016 (wide).
 """
@@ -57,7 +57,7 @@ ARCHITECTURES = {
 }
 
 
-# Kaiming normal over the fan-out, gain of ReLU (torchvision's initialisation of every convolution).
+# Kaiming normal over the fan-out, gain of ReLU (torchvision's initialization of every convolution).
 _kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -81,7 +81,7 @@ def _conv(
 
 
 class Downsample(nnx.Module):
-    """The shortcut where a block changes resolution or channels: 1x1 convolution and normalisation."""
+    """The shortcut where a block changes resolution or channels: 1x1 convolution and normalization."""
 
     def __init__(self, conv: nnx.Conv, norm: BatchNorm):
         self.conv = conv
@@ -174,7 +174,7 @@ class ResNet(nnx.Module):
       bn_groups: groups of every BatchNorm in training (see `batch_norm`).
       running_stats: which statistics the running averages follow, "first_group" or "mean".
       dtype: in which convolutions and products are computed (None: that of images and parameters together);
-        normalisation statistics are always float32 or better.
+        normalization statistics are always float32 or better.
       param_dtype: of parameters and running averages.
       rngs: an `nnx.Rngs` with a `params` stream.
     """
@@ -229,8 +229,8 @@ class ResNet(nnx.Module):
         """Returns the `(N, num_features)` globally pooled features before the head, in the compute dtype.
 
         Args:
-          images: `(N, H, W, 3)` float, normalised.
-          train: normalise with the batch's statistics and move the running averages.
+          images: `(N, H, W, 3)` float, normalized.
+          train: normalize with the batch's statistics and move the running averages.
         """
         x = nnx.relu(self.bn1(self.conv1(images), train=train))
         if self.stem == "imagenet":

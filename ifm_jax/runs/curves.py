@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MAX_POINTS = 2000
 BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"  # told apart by all eyes (Okabe and Ito)
 INK, GREY = "#333333", "#8a8a8a"
-# What a picture shows: for each panel its label and its curves, as field, text and colour.
+# What a picture shows: for each panel its label and its curves, as field, text and color.
 Panels = Sequence[tuple[str, Sequence[tuple[str, str, str]]]]
 PRETRAINING: Panels = (
     ("loss", (("loss", "total", BLUE), ("loss_clean", "InfoNCE", ORANGE), ("loss_ifm", "shifted (IFM)", GREEN))),
@@ -131,9 +131,9 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
-    centre = np.arange(len(values))
+    center = np.arange(len(values))
     # Symmetric towards the ends, or a slope would be bent there; but not down to a single noisy value.
-    reach = np.clip(np.minimum(centre, len(values) - 1 - centre), window // 4, window)
-    low, high = np.maximum(centre - reach, 0), np.minimum(centre + reach + 1, len(values))
+    reach = np.clip(np.minimum(center, len(values) - 1 - center), window // 4, window)
+    low, high = np.maximum(center - reach, 0), np.minimum(center + reach + 1, len(values))
     number = counts[high] - counts[low]
     return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), math.nan)

@@ -41,7 +41,7 @@ def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = ""
 def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = "") -> ResNet:
     """Returns the backbone of the query encoder, without its head, as a live Flax NNX module in evaluation mode.
 
-    Its running averages normalise and are not moved; nothing about it trains unless you make it.
+    Its running averages normalize and are not moved; nothing about it trains unless you make it.
 
     Args:
       path: a run's working directory (the newest checkpoint), one of its checkpoints (`DIR/checkpoints/<step>`), or a
@@ -52,7 +52,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
         (`read`).
 
     Returns:
-      `model(images)`: `(N, H, W, 3)` in `dtype`, normalised with ImageNet's mean and standard deviation ->
+      `model(images)`: `(N, H, W, 3)` in `dtype`, normalized with ImageNet's mean and standard deviation ->
       `(N, model.num_features)`.
 
     Raises:

@@ -90,7 +90,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     if state + images > has:
         raise UsageError(
             f"batch_size={config.batch_size}, data.image_size={size}: a step of {config.model.arch} takes at least "
-            f"{(state + images) / 1e9:.1f} GB on each device ({state / 1e9:.1f} for weights, optimiser and queue, "
+            f"{(state + images) / 1e9:.1f} GB on each device ({state / 1e9:.1f} for weights, optimizer and queue, "
             f"{images / 1e9:.1f} for {config.batch_size // mesh.size} images) of the {has / 1e9:.1f} GB it has: take a "
             "smaller batch_size, data.image_size or network, or a recipe made for less: --config=configs/trifeature.py"
         )

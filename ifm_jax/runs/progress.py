@@ -118,7 +118,7 @@ class Progress:
         if self._live is None:
             fields = self._fields()
             names = ("step", "epoch", "loss", "acc1", "queue", "lr", "rate", "left")
-            line = "  ".join(_labelled(*fields[name]) for name in names if name in fields)
+            line = "  ".join(_labeled(*fields[name]) for name in names if name in fields)
             print(line, file=self._file, flush=True)
 
     def message(self, text: str) -> None:
@@ -179,7 +179,7 @@ class Progress:
 
         def width() -> int:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
-            return sum(len(_labelled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
+            return sum(len(_labeled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
         for name in ("elapsed", "rate", "lr", "queue", "acc1", "loss", "left"):  # the last to go is the most telling
             wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # rather no bar than no time
@@ -223,7 +223,7 @@ def _is_terminal(file: Output) -> bool:
     return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
-def _labelled(label: str, value: str) -> str:
+def _labeled(label: str, value: str) -> str:
     return f"{label} {value}" if label else value
 
 

@@ -41,7 +41,7 @@ class Origin:
       kind: "moco" (query encoder and more) or "torchvision" (one network, `fc` its classifier).
       epoch: epochs done, as the file says.
       step: updates done at conversion.
-      lr: the optimiser's last learning rate; None: the file holds no optimiser.
+      lr: the optimizer's last learning rate; None: the file holds no optimizer.
       num_batches_tracked: PyTorch's counters at conversion, under their names; they move with `step`.
     """
 

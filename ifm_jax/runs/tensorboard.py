@@ -76,14 +76,14 @@ class TensorBoardLog:
         """
         values = []
         for name, (edges, counts) in histograms.items():
-            centres = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
-            weighted = [count * centre for count, centre in zip(counts, centres, strict=True)]
+            centers = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+            weighted = [count * center for count, center in zip(counts, centers, strict=True)]
             histo = self._histogram(
                 min=edges[0],
                 max=edges[-1],
                 num=sum(counts),
                 sum=sum(weighted),
-                sum_squares=sum(each * centre for each, centre in zip(weighted, centres, strict=True)),
+                sum_squares=sum(each * center for each, center in zip(weighted, centers, strict=True)),
                 bucket_limit=list(edges[1:]),
                 bucket=list(counts),
             )

@@ -121,7 +121,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """Returns a setting of an optimiser as a number; None: it is none."""
+    """Returns a setting of an optimizer as a number; None: it is none."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else None
@@ -340,7 +340,7 @@ class _Reader:
         return None if queue is None else queue.T, np.int32(number)
 
     def _group(self) -> dict[str, Any]:
-        """The first parameter group of the optimiser; empty where there is none."""
+        """The first parameter group of the optimizer; empty where there is none."""
         optimizer = self._content.get("optimizer")
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
         return groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
@@ -367,10 +367,10 @@ class _Reader:
             return None
         if any("momentum_buffer" not in state for state in states.values()):
             found = ", ".join(sorted({_printable(name) for state in states.values() for name in state}))
-            self.notes.append(f"the optimiser is not SGD (its state: {found}): left out, momentum starts at 0")
+            self.notes.append(f"the optimizer is not SGD (its state: {found}): left out, momentum starts at 0")
             return None
         if group.get("nesterov") or group.get("dampening"):
-            self.notes.append("the optimiser used Nesterov momentum or dampening; the training step here has neither")
+            self.notes.append("the optimizer used Nesterov momentum or dampening; the training step here has neither")
         for name in ("momentum", "weight_decay"):
             if (number := _number(group.get(name, getattr(config.optim, name)))) is None:
                 self._problems["wrong"].append(f"the optimizer's {name} (expected a number)")

@@ -158,7 +158,7 @@ def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
     parameters = [e for e in encoder_table(config, head="fc" in state.params) if e.collection == "params"]
     buffers: dict[int, dict[str, Any]] = {}
     if config.optim.name != "sgd":
-        notes.append(f"the optimiser is {config.optim.name}, the original's SGD: its state is left out")
+        notes.append(f"the optimizer is {config.optim.name}, the original's SGD: its state is left out")
     elif state.opt_state is not None:
         trace = momentum_of(state)
         values = [np.asarray(get(trace, entry.path)) for entry in parameters]
