@@ -35,7 +35,7 @@ class Reptiles(tfds.core.GeneratorBasedBuilder):
         return {
             "train": self._generate_examples(20),
             "validation": self._generate_examples(4),
-            "unlabeled": self._generate_examples(3),
+            "unlabelled": self._generate_examples(3),
         }
 
     def _generate_examples(self, count):
@@ -96,7 +96,7 @@ def test_splits(root):
     assert len(both) == 23
     assert sorted(both.labels()["label"])[:4] == [-1, -1, -1, 0]
     assert len(open_source(config(test_split="train[:5]"), "test")) == 5
-    with pytest.raises(UsageError, match="no split 'nix'; expected one of 'train', 'unlabeled', 'validation', or"):
+    with pytest.raises(UsageError, match="no split 'nix'; expected one of 'train', 'unlabelled', 'validation', or"):
         open_source(config(train_split="nix"), "train")
 
 
