@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.txt
 
-.PHONY: demo test lint types format lock clean
+.PHONY: demo test check lint types format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# In two minutes, while one writes.
+check: lint types
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not hosts and not torch"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

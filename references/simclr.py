@@ -31,7 +31,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from references.torchvision_peer import torchvision
+from references.moco import resnet
 
 # Wrong variants of the step. A comparison that does not notice one of them does not cover that point.
 MUTATIONS = frozenset(
@@ -110,9 +110,9 @@ class Loss:
         return -torch.log(pos / (pos + Ng))
 
 
-def encoder(arch: str, dim: int, head: str) -> nn.Module:
+def encoder(arch: str, dim: int, head: str, width: int = 64) -> nn.Module:
     """Returns a torchvision ResNet with a projection head in the place of `fc`: "linear", "simclr" or "hcl"."""
-    network = torchvision.models.get_model(arch, num_classes=dim)
+    network = resnet(arch, dim, width)
     features = network.fc.in_features
     if head == "simclr":
         network.fc = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
@@ -135,6 +135,7 @@ class SimCLRReference:
         arch: a torchvision ResNet's name.
         dim: size of an embedding.
         head: "simclr", "hcl" or "linear".
+        width: channels of the network's first stage.
         start: a state dict under torchvision's names (head: `fc.*`), tensors or arrays; None: drawn from `seed`.
         world: W, number of ranks, each with its own BatchNorm statistics; rank 0's running averages are kept.
         lr: learning rate where `run` is given none.
@@ -155,6 +156,7 @@ class SimCLRReference:
         dim: int = 128,
         head: str = "simclr",
         *,
+        width: int = 64,
         start: Mapping[str, torch.Tensor | np.ndarray] | None = None,
         world: int = 1,
         lr: float = 0.03,
@@ -171,7 +173,7 @@ class SimCLRReference:
         self.loss = Loss(**loss)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = encoder(arch, dim, head).to(dtype).train()
+            self.model = encoder(arch, dim, head, width).to(dtype).train()
         if start is not None:
             self.model.load_state_dict({name: torch.as_tensor(value) for name, value in start.items()})
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, momentum=sgd_momentum, weight_decay=weight_decay)

@@ -173,6 +173,7 @@ def test_images_must_be_bytes_with_three_channels(images):
 # Crop boxes.
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (48, 48), (30, 90)])
 def test_crop_boxes_are_distributed_as_torchvisions(height, width):
     """In the last case, three times as wide as high, one in seven finds none that fits."""
@@ -267,6 +268,7 @@ def factors():
     return np.array([0.0, 0.4, 1.0, 1.6], np.float32)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ["brightness", "contrast"])
 def test_adjustment_equals_torchvisions(name):
     images = random_images().astype(np.float32) / 255
@@ -279,6 +281,7 @@ def test_adjustment_equals_torchvisions(name):
     np.testing.assert_allclose(ours, np.stack(theirs), rtol=0, atol=1e-6)
 
 
+@pytest.mark.torch
 def test_normalization_equals_torchvisions():
     images = random_images().astype(np.float32) / 255
     ours = augment.normalize(jnp.asarray(images))
@@ -332,6 +335,7 @@ def assert_near(ours, theirs, mean=2.0, percentile=4.0):
     assert np.percentile(error, 99) <= percentile
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", JITTER)
 def test_jitter_operations_equal_torchvisions(photographs, name):
     values = jitter_factors()[:, JITTER.index(name)]
@@ -350,6 +354,7 @@ def test_jitter_operations_equal_torchvisions(photographs, name):
     assert_near(ours, as_pil)
 
 
+@pytest.mark.torch
 def test_hue_of_pure_colors():
     """Gray, black, white, the primaries and the ties between two channels."""
     colors = np.array(np.meshgrid([0, 0.5, 1], [0, 0.5, 1], [0, 0.5, 1]), np.float32).reshape(3, -1).T[None, :, None]
@@ -358,12 +363,14 @@ def test_hue_of_pure_colors():
         np.testing.assert_allclose(adjust_hue(colors, np.full((1,), shift, np.float32)), theirs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.torch
 def test_greyscale_equals_torchvisions(photographs):
     ours = np.broadcast_to(luma(photographs.astype(np.float32) / 255), photographs.shape)
     gray = [np.asarray(FUNCTIONAL.to_grayscale(Image.fromarray(image), 3)) for image in photographs]
     assert_near(ours, gray, mean=1.0, percentile=1.0)
 
 
+@pytest.mark.torch
 def test_jitter_in_all_orders_equals_torchvisions(photographs):
     """All 24 orders in one batch, against torchvision one image after the other."""
     orders = np.array(augment._ORDERS, np.int32)
@@ -430,6 +437,7 @@ def test_blur_is_three_averages_each_of_which_repeats_the_border(x64, shape):
             np.testing.assert_allclose(our, peer, rtol=0, atol=1e-12)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("augmentation", "order"),
     [
@@ -478,6 +486,7 @@ def test_cifars_parameters_are_those_of_version_2_without_blur():
     jax.tree.map(np.testing.assert_array_equal, cifar, v2)
 
 
+@pytest.mark.torch
 def test_probe_views_equal_torchvisions(photographs, x64):
     """Each is the image, normalized, or its mirror image; half of them are."""
     for dtype, tolerance in ((jnp.float32, 2e-6), (jnp.float64, 1e-12)):
@@ -498,6 +507,7 @@ def test_probe_views_equal_torchvisions(photographs, x64):
         ProbeAugmentation(flip=2)
 
 
+@pytest.mark.torch
 def test_moco_parameters_are_distributed_as_torchvisions():
     count = 20_000
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ def values():
     return x, random.uniform(0.5, 2, C), random.normal(size=C)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("running_stats", ["first_group", "mean"])
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize(("bits", "tolerance"), [(32, 1e-6), (64, 1e-12)])
@@ -72,6 +73,7 @@ def test_equals_separate_torch_modules(values, groups, running_stats, bits, tole
         np.testing.assert_array_equal(module.mean[...], before)
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_gradient_equals_torch(values):
     x, scale, bias = values

@@ -11,6 +11,8 @@ from benchmarks import reporting
 from ifm_jax.errors import UsageError
 
 
+@pytest.mark.slow
+@pytest.mark.torch
 def test_input(tmp_path, capsys):
     network = input_benchmark.Network("resnet8", "small_stride2", 32, 16, queue_size=64, width=4)
     jpeg, decoded = (input_benchmark.Case("ifm_jax", images, "crops", 32) for images in ("JPEG", "decoded"))

@@ -311,6 +311,7 @@ def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     assert saved == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_best_of_a_run_is_kept(tmp_path):
     """By what the online evaluation finds: knn is given here, so that the best is neither the newest nor the last."""
     from ifm_jax.evaluation.online import OnlineEvaluation

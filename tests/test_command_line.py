@@ -2,10 +2,8 @@
 
 import ast
 import json
-import logging
 import os
 import pathlib
-import runpy
 import signal
 import subprocess
 import sys
@@ -15,11 +13,11 @@ import pytest
 
 from benchmarks import kill_resume
 from ifm_jax import config as configs
-from ifm_jax import process
-from ifm_jax.cli import command, convert, evaluate, suppression, train
+from ifm_jax.cli import convert, evaluate, suppression, train
 from ifm_jax.errors import UsageError
 from ifm_jax.runs import checkpoint, metrics_log
 from tests import small
+from tests.conftest import QUICK
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The fields of tests/small.py, as flags of the default recipe.
@@ -37,7 +35,7 @@ SMALL = [
 
 def environment():
     cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla-tests"), "IFM_JAX_CACHE": str(ROOT / ".cache")}
-    return os.environ | cache | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONUNBUFFERED": "1"}
+    return os.environ | cache | {"XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1"}
 
 
 def run(script, *arguments, cwd=ROOT):
@@ -54,6 +52,7 @@ def finished(tmp_path_factory):
     return cwd / "runs" / "trifeature", done
 
 
+@pytest.mark.slow
 def test_a_run_with_the_default_workdir(finished):
     workdir, done = finished
     assert "Compiling the training step (resnet8, batch 16, 1 cpu device)" in done.stdout
@@ -63,6 +62,7 @@ def test_a_run_with_the_default_workdir(finished):
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 4
 
 
+@pytest.mark.slow
 def test_eval_linear(finished):
     """A sweep over one label, and a field of the run's own config changed, from the command line."""
     workdir, _ = finished
@@ -75,26 +75,6 @@ def test_eval_linear(finished):
     assert (found["step"], found["texture"]["protocol"]) == (8, "full")
     assert [head["lr"] for head in found["texture"]["heads"]] == [0.1, 1.0]
     assert {"config.json", "metrics.jsonl", "curves.png", "checkpoints"} <= set(os.listdir(workdir / "linear-full"))
-
-
-@pytest.fixture
-def in_process(monkeypatch, capsys, tmp_path):
-    """Runs a script as `python SCRIPT ...` would, in this process: `(exit status, stdout, stderr)`."""
-    monkeypatch.setattr(command, "_keep_memory", lambda: None)
-    monkeypatch.setattr(process, "begin", lambda hosts=False: None)  # it is this process that would be supervised
-    monkeypatch.chdir(tmp_path)
-    level = logging.getLogger("absl").level
-
-    def run_in_process(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as ended:
-            return ended.code, *capsys.readouterr()
-        finally:
-            logging.getLogger("absl").setLevel(level)
-
-    return run_in_process
 
 
 MISTAKES = [
@@ -269,6 +249,7 @@ def test_spellings_of_a_recipe():
     assert flag.over(configs.Config).model.arch == "resnet50"
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_one_line_and_exit_1(tmp_path):
     done = run("train.py", *SMALL, "--config.optim.name=sgd", "--config.optim.lr=1e30", f"--workdir={tmp_path}")
     assert done.returncode == 1
@@ -276,6 +257,7 @@ def test_a_failed_run_is_one_line_and_exit_1(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGPIPE])
 def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, number):
     """By Ctrl-C, by its terminal's end, by a reader of its output that leaves; SIGTERM is in test_hosts."""
@@ -318,6 +300,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
     assert ours["loss"] == first["loss"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_the_one_that_nobody_touched(tmp_path):
     """The short form of benchmarks/kill_resume.py: killed soon after a save, then wherever it is a second later."""
     environment_, steps = environment(), 40

@@ -59,6 +59,7 @@ def assert_equal(ours, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_xla_and_torch_in_float64(shape):
     with jax.enable_x64(True):

@@ -67,6 +67,7 @@ def assert_equal(a, b):
 # Which images.
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("split", "part"), [("train", "train"), ("test", "val")])
 def test_files_and_labels_are_torchvisions(root, split, part):
     ours, theirs = source(root, split), torchvision.datasets.ImageFolder(root / part)
@@ -279,6 +280,7 @@ def snapped(draw, box, shape, size):
     return moved
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("size", [64, 224])
 def test_the_evaluated_view_is_torchvisions(photographs, tmp_path, size):
     for number, photograph in enumerate(photographs):
@@ -303,6 +305,7 @@ def test_equal_sizes_are_left_alone(photographs):
 # Which crops.
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(("height", "width", "least"), [(375, 500, 0.2), (375, 500, 0.08), (60, 200, 0.2)])
 def test_boxes_are_distributed_as_torchvisions(height, width, least):
     """In the last case, more than three times as wide as high, some find none that fits."""
@@ -594,6 +597,7 @@ def own_images(root, **fields):
     return small.config(data__source=f"folder:{root}", data__augmentation="moco_v2", **fields)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_folder(root, tmp_path):
     """Trains, stops, goes on bit for bit; its classes can be read out."""
     from ifm_jax.evaluation import suppression
@@ -620,6 +624,7 @@ def test_a_run_on_a_folder(root, tmp_path):
         training.train(own_images(tmp_path / "moved"), tmp_path / "parts", devices=jax.devices()[:1], quiet=True)
 
 
+@pytest.mark.slow
 def test_a_run_replaces_an_unreadable_image(root, tmp_path, capfd):
     """And says so itself, once: the libraries that decode say nothing."""
     shutil.copytree(root / "train", tmp_path / "images")

@@ -60,6 +60,7 @@ def torch_run(params, lr, decay, momentum=0.9):
     return fc.weight.detach().numpy(), fc.bias.detach().numpy(), losses
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_twenty_steps_are_torch_s():
     params, losses = sweep(RATES, DECAYS)
@@ -128,6 +129,7 @@ def test_schedule_of_the_linear_probe():
     np.testing.assert_allclose(rates[:, 0], rates[:, 1] / 3)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("classes", [3, 7])
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_counts_are_torch_s_and_add_up(classes, devices):

@@ -51,6 +51,7 @@ def test_more_keys_than_images():
     assert len(Health(126, 100, queue=False, full_step=0).introduction()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "negatives"), [("moco", 64), ("simclr", 30)])
 def test_a_run_begins_with_its_chance_level(tmp_path, capsys, monkeypatch, method, negatives):
     seen = {}

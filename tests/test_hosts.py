@@ -59,6 +59,7 @@ def assert_the_same_as_on_one_device(two, one, steps):
     assert max(found.values()) <= 1e-10, found
 
 
+@pytest.mark.hosts
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", ["moco", "simclr"])
 def test_two_processes_of_two_devices_are_one_process(tmp_path, method):
@@ -76,6 +77,7 @@ def test_two_processes_of_two_devices_are_one_process(tmp_path, method):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(a).max())
 
 
+@pytest.mark.hosts
 @pytest.mark.usefixtures("x64")
 def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path):
     """On a folder of images: a SIGTERM to one stops both; one killed or failed, the other ends; and on it goes."""
@@ -311,6 +313,7 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
     never.set()
 
 
+@pytest.mark.hosts
 def test_processes_that_were_told_different_numbers_all_refuse():
     """And process 0 has listened at its address alone."""
     code = """

@@ -72,6 +72,7 @@ def test_every_label_is_evaluated_on_every_image(full):
     assert (directory / "curves.png").exists()
 
 
+@pytest.mark.torch
 def test_the_training_is_pytorchs(run, full):
     """The same crops through the same backbone into torch's own linear layer: losses and accuracy agree."""
     of_run = of(run)

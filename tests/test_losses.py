@@ -257,6 +257,7 @@ def assert_near(actual, expected, tolerance=1e-12):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", ["queue", "batch"])
@@ -404,6 +405,7 @@ def test_small_beta_and_tau_plus_come_to_none():
         np.testing.assert_allclose(losses.info_nce(*arrays, 0.2, tau_plus=1e-9), plain, rtol=1e-7)
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_nt_xent_equals_other_libraries():
     first, second, _ = embeddings(3)

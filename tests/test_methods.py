@@ -5,12 +5,14 @@ import re
 
 import jax
 import numpy as np
+import pytest
 
 from ifm_jax import pretrain, sharding
 
 DOCS = pathlib.Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 
 
+@pytest.mark.slow
 def test_the_method_of_the_docs_trains():
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert len(blocks) == 2

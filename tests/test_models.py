@@ -43,6 +43,7 @@ def random_statistics(module):
             layer.running_var.copy_(0.5 + torch.rand(layer.running_var.shape, generator=generator))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("name", ALL)
 def test_same_parameters_as_torchvision(name):
     """Every parameter and statistic of torchvision's has a namesake of the same shape here, and none is left over."""
@@ -136,6 +137,7 @@ def expect(peer, images, weights):
 WIDTH, DIM = 16, 10  # the fewest channels for which every group of a ResNeXt has one
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("arch", ALL)
 def test_same_as_torchvision(arch, compiled_by_block, one_thread, x64, tmp_path):
     """Features of the loaded file, then outputs, statistics and gradients in training, all in float64."""
@@ -159,6 +161,7 @@ def test_same_as_torchvision(arch, compiled_by_block, one_thread, x64, tmp_path)
     assert {name for name, error in worst.items() if not error <= 1e-10} == set()
 
 
+@pytest.mark.torch
 def test_initial_distributions_are_torchvision_s():
     """Standard deviations of fresh weights agree with a fresh torchvision model's, layer by layer."""
     torch.manual_seed(0)
@@ -202,6 +205,7 @@ def torch_hcl_head(features, dim):
     )
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_hcl_head_equals_torch_in_groups():
     """Training and evaluation, gradient and running averages; each group normalized on its own."""
@@ -278,6 +282,7 @@ def hcl_snapshot():
     return snapshot.Snapshot(config, hcl_state())
 
 
+@pytest.mark.slow
 def test_a_head_with_statistics_is_left_behind_whole(monkeypatch, tmp_path):
     """Frozen features, `load` and torchvision's format are of the backbone: no statistics of the head come along."""
     found = hcl_snapshot()
@@ -351,6 +356,7 @@ def test_width_is_a_field():
     assert params["layer4"]["1"]["conv2"]["kernel"].shape == (3, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_embeddings_are_normalized_as_torch_does():
     encoder = models.Encoder("resnet8", dim=16, stem="small_stride2", bn_groups=2)
     params, stats = encoder.init(jax.random.key(0))

@@ -36,6 +36,7 @@ def problem():
     return params, gradients, [0.3, 0.3, 0.1, 0.1, 0.03, 0.03]
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_sgd_is_torch_s():
     params, gradients, rates = problem()
@@ -46,6 +47,7 @@ def test_sgd_is_torch_s():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), ours, theirs)
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_adamw_is_torch_s():
     params, gradients, rates = problem()
@@ -55,6 +57,7 @@ def test_adamw_is_torch_s():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_adam_is_torch_s():
     params, gradients, rates = problem()
@@ -74,6 +77,7 @@ def test_lars_scales_matrices_only():
     np.testing.assert_allclose(direction["kernel"], ratio * decayed, rtol=1e-10)
 
 
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 def test_lars_is_that_of_mocos_third_version():
     """Six steps against its update, written out in PyTorch; a parameter that starts at zero has no trust ratio yet."""
@@ -102,6 +106,7 @@ def test_cosine_once_an_epoch_is_the_original_s():
     assert rates.dtype == np.float64
 
 
+@pytest.mark.torch
 def test_cosine_is_torch_s_scheduler():
     parameter = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([parameter], lr=0.03)

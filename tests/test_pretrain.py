@@ -81,6 +81,7 @@ def run(step, steps=STEPS):
     return {name: np.asarray([m[name] for m in history]) for name in history[0]}, current, compiled
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("method", "groups", "shuffle"),
@@ -92,7 +93,7 @@ def test_the_number_of_devices_changes_nothing(method, groups, shuffle):
     options = {"method": method, "groups": groups, "shuffle": shuffle, "objective": objective}
     one, last, _ = run(make(1, **options))
     assert np.ptp(one["loss"]) > 0.01  # it moves, so that there is something to agree on
-    for devices in (2, 4, 8):
+    for devices in (2, 4, 8) if shuffle else (8,):
         many, last_many, _ = run(make(devices, **options))
         for name in one:
             np.testing.assert_allclose(many[name], one[name], rtol=1e-10, err_msg=f"{name} on {devices} devices")
@@ -101,6 +102,7 @@ def test_the_number_of_devices_changes_nothing(method, groups, shuffle):
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-10 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_a_queue_split_over_the_devices_changes_nothing():
     """Six steps, in which a queue of three batches wraps twice."""
@@ -115,6 +117,7 @@ def test_a_queue_split_over_the_devices_changes_nothing():
             np.testing.assert_allclose(b, a, rtol=0, atol=1e-10 * scale)
 
 
+@pytest.mark.slow
 def test_memory_of_a_queue_falls_with_the_devices():
     """No device holds all of it, nor in between: what a step computes takes no more than with all of it everywhere."""
     size, devices = 65536, 8
@@ -130,6 +133,7 @@ def test_memory_of_a_queue_falls_with_the_devices():
     assert computed[True] < computed[False] + whole / devices
 
 
+@pytest.mark.slow
 def test_first_step_in_float32_on_any_number_of_devices():
     one, _, _ = run(make(1, dtype="float32"), steps=1)
     many, _, _ = run(make(8, dtype="float32"), steps=1)
@@ -137,6 +141,7 @@ def test_first_step_in_float32_on_any_number_of_devices():
         np.testing.assert_allclose(many[name], one[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["moco", "simclr"])
 def test_flops_and_memory_a_device_fall_with_the_devices(method):
     """Without the constraints around the shuffle, or around SimCLR's views, every device would encode all of them."""
@@ -154,6 +159,7 @@ def test_flops_and_memory_a_device_fall_with_the_devices(method):
         assert computed[devices] * devices / computed[1] == pytest.approx(1, abs=0.35), computed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_order_of_a_step():
     """One step, re-derived line by line from the pieces: what is computed from what."""
@@ -209,6 +215,7 @@ def test_order_of_a_step():
     assert metrics["lr"] == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", ["moco", "simclr"])
 def test_objectives(method):

@@ -13,9 +13,11 @@ import torch
 
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
+from ifm_jax.models import resnet
 from ifm_jax.runs import loading, snapshot
 from ifm_jax.torch_interop import replay
 from references.moco import MUTATIONS, Reference, learning_rate, random_views
+from tests.conftest import QUICK
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -26,10 +28,6 @@ VISIBLE = 1e-6
 
 BATCH, SIZE, DIM, QUEUE = 8, 64, 128, 24  # three batches fill the queue: five steps wrap
 BASE_LR, EPOCHS, MILESTONES, EPOCH_STEPS = 0.03, 4, (1, 2), 2
-
-
-# Unlike most programs of the suite, these run for longer than they compile.
-OPTIMISED = {"xla_backend_optimization_level": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Case:
     mlp: bool = True
     momentum: float = 0.99
     arch: str = "resnet18"
-    width: int = 64
+    width: int = 8  # at which the steps take no longer than their compilation
 
     def reference(self, **options) -> Reference:
         """The peer."""
@@ -78,14 +76,24 @@ class Case:
         return config
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shortened():
+    """Under these names one block a stage, and one stage of more than ten without the thirty others of resnet101."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.ARCHITECTURES, "resnet34", resnet.Architecture(False, (1, 1, 1, 1)))
+        patch.setitem(resnet.ARCHITECTURES, "resnet101", resnet.Architecture(False, (1, 1, 11, 1)))
+        yield
+
 
 # Every value that the issue names is in at least one of them; the full product is benchmarks/parity_sweep.py's.
 CASES = {
-    "moco": Case("moco", mlp=False),
+    "moco": Case("moco", mlp=False, arch="resnet34"),
     "ifm": Case("ifm", groups=2, devices=4, schedule="step", weight_decay=0.05, resumed=True),
-    "ifm_weighted": Case("ifm", epsilon=0.05, alpha=0.5, groups=4, devices=8, schedule="step"),
-    "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=2, resumed=True),
+    "ifm_weighted": Case("ifm", epsilon=0.05, alpha=0.5, groups=4, devices=8, schedule="step", arch="resnet34"),
+    "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=2, resumed=True, arch="resnet34"),
 }
 
 
@@ -104,6 +112,7 @@ def begin(case, path, **options):
     return reference, loading.read(path), epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_trajectory(name, tmp_path):
     case = CASES[name]
@@ -119,9 +128,7 @@ def test_trajectory(name, tmp_path):
         start = loading.read(tmp_path / "converted")
         assert (start.epoch, start.steps_per_epoch) == (1, EPOCH_STEPS)
     devices = jax.devices()[: case.devices]
-    found = replay.replay(
-        case.config(start), start, views, steps_per_epoch=EPOCH_STEPS, devices=devices, compiler_options=OPTIMISED
-    )
+    found = replay.replay(case.config(start), start, views, steps_per_epoch=EPOCH_STEPS, devices=devices)
 
     assert found.keys() == expected.keys()
     comparisons = replay.compare(found, expected, rtol=RTOL, atol=0.0)
@@ -129,8 +136,9 @@ def test_trajectory(name, tmp_path):
     print(f"{name}: worst {worst(comparisons)}")
 
 
+@pytest.mark.slow
 def test_one_step_of_more_than_ten_blocks_in_a_stage(tmp_path):
-    case = Case("ifm", groups=2, arch="resnet101", width=8)
+    case = Case("ifm", groups=2, arch="resnet101")
     reference, start, _ = begin(case, tmp_path / "start.pth.tar")
     assert (start.config.model.arch, start.config.model.width) == ("resnet101", 8)
     views = random_views(1, BATCH, SIZE, world=2, seed=4) | {"lr": np.full(1, BASE_LR)}
@@ -152,9 +160,10 @@ def two_steps():
 @pytest.fixture(scope="module")
 def ours(two_steps, tmp_path_factory):
     _, start, _ = begin(MUTATED, tmp_path_factory.mktemp("mutations") / "start.pth.tar")
-    return replay.replay(MUTATED.config(start), start, two_steps, devices=jax.devices()[:1], compiler_options=OPTIMISED)
+    return replay.replay(MUTATED.config(start), start, two_steps, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_right_variant_holds(ours, two_steps):
     expected = MUTATED.reference().run(two_steps)
     assert [c for c in replay.compare(ours, expected, rtol=RTOL, atol=0.0) if not c.holds] == []
@@ -173,9 +182,10 @@ def test_cosine_per_step_is_seen(ours, two_steps):
     assert not all(c.holds for c in comparisons)
 
 
+@pytest.mark.slow
 def test_float32_first_step(tmp_path):
     case = CASES["ifm"]
-    case = dataclasses.replace(case, resumed=False)
+    case = dataclasses.replace(case, resumed=False, width=64)
     reference, start, _ = begin(case, tmp_path / "start.pth.tar", dtype=torch.float32)
     views = random_views(1, BATCH, SIZE, world=case.groups, seed=3) | {"lr": np.full(1, BASE_LR)}
     expected = reference.run(views)
@@ -194,7 +204,7 @@ def test_float32_first_step(tmp_path):
 def files(tmp_path_factory):
     """A start and views, small; the names of files made of them."""
     folder = tmp_path_factory.mktemp("replay")
-    Reference(dim=16, queue_size=16).save_checkpoint(folder / "start.pth.tar")
+    Reference(dim=16, width=8, queue_size=16).save_checkpoint(folder / "start.pth.tar")
     np.savez(folder / "views.npz", **random_views(1, 8, 16))
     return folder
 
@@ -242,7 +252,7 @@ def test_learning_rate_that_is_not_determined(files):
 
 
 def test_stripped_start_is_refused(tmp_path):
-    reference = Reference(dim=16, queue_size=16)
+    reference = Reference(dim=16, width=8, queue_size=16)
     state = {f"module.encoder_q.{name}": value for name, value in reference.model.encoder_q.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "stripped.pth.tar")
     start = loading.read(tmp_path / "stripped.pth.tar")
@@ -257,7 +267,7 @@ def test_stripped_start_is_refused(tmp_path):
 def run(*arguments):
     command = [sys.executable, "-m", "ifm_jax.replay", *map(str, arguments)]
     # One device, and the suite's compilation cache.
-    environment = {"PATH": "", "JAX_PLATFORMS": "cpu", "COLUMNS": "120", "HOME": str(ROOT)}
+    environment = {"PATH": "", "JAX_PLATFORMS": "cpu", "COLUMNS": "120", "HOME": str(ROOT), "XLA_FLAGS": QUICK}
     environment["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".cache" / "xla-tests")
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -274,14 +284,16 @@ def run(*arguments):
         (["--start=start.pth.tar", "--views=views.npz", "--dtype=float16"], "float16"),
     ],
 )
-def test_mistakes_end_with_status_2(files, arguments, message):
-    done = run(*(a.replace("=start", f"={files}/start").replace("=views", f"={files}/views") for a in arguments))
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in done.stderr
+def test_mistakes_end_with_status_2(files, in_process, arguments, message):
+    arguments = [a.replace("=start", f"={files}/start").replace("=views", f"={files}/views") for a in arguments]
+    status, _, said = in_process("ifm_jax/torch_interop/replay.py", *arguments)
+    assert status == 2, said
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_command_compares_and_reports(files, tmp_path):
     common = [f"--start={files}/start.pth.tar", f"--views={files}/views.npz", "--config.model.bn_groups=1"]
     np.savez(tmp_path / "pointer.npz", queue_ptr=np.array([8]))

@@ -135,6 +135,7 @@ def test_unreadable_images(tmp_path, pictures):
 # A run.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_run_is_that_of_the_host(tmp_path, devices, host):
@@ -154,6 +155,7 @@ def host(tmp_path_factory):
         return train(small.config(model__compute_dtype="float64"), tmp_path_factory.mktemp("host"))
 
 
+@pytest.mark.slow
 def test_one_step_a_call_is_the_same_step(tmp_path):
     """Bit for bit, also where a run goes on that has read its images from the host."""
     whole = train(small.config(), tmp_path / "host")
@@ -161,6 +163,7 @@ def test_one_step_a_call_is_the_same_step(tmp_path):
     assert train(small.config(data__cache="device"), tmp_path / "both") == whole
 
 
+@pytest.mark.slow
 def test_crops_are_cut_on_the_devices(tmp_path):
     """Of a data set that the host would crop."""
     np.savez(tmp_path / "images.npz", train_images=smooth(64, 32))

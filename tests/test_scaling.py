@@ -1,9 +1,6 @@
 """The step's cost by size, and the page that is written of all benchmarks: at sizes that say nothing about speed."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -11,8 +8,7 @@ import pytest
 from benchmarks import report, reporting, scaling, train_step
 from benchmarks.train_step import Case
 from ifm_jax.errors import UsageError
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +20,7 @@ def made():
     return reporting.report("scaling", rows, {"base": str(base)} | scaling.summarize(rows))
 
 
+@pytest.mark.slow
 def test_a_row_for_each_size(made):
     rows = {(row["axis"], row["value"]): row for row in made["results"]}
     assert list(rows) == [("batch", 8), ("batch", 16), ("pixels", 16), ("queue", 64), ("devices", 1), ("devices", 2)]
@@ -39,6 +36,7 @@ def test_a_row_for_each_size(made):
     assert "flops_exponent" not in made["summary"]["axes"]["queue"]  # of one size
 
 
+@pytest.mark.slow
 def test_what_two_devices_do_and_exchange(made):
     """Images before augmentation, permutation and keys gathered, the gradient reduced; half the work; no times."""
     alone, shared = (row for row in made["results"] if row["axis"] == "devices")
@@ -62,6 +60,7 @@ def test_exponents():
     assert scaling.exponent([1, 2, 8], [3, 12, 192]) == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_the_page(made, tmp_path, monkeypatch):
     """Tables of what there is, what there is not, pictures; the prose stays."""
     loss = {"queries": 256, "keys": 4096, "MoCo ms": 2.0, "IFM ms": 2.5, "IFM / MoCo": 1.25}
@@ -126,9 +125,9 @@ def test_what_is_no_report(tmp_path):
         ("report", "--from=missing", "--from=missing: there are no JSON files"),
     ],
 )
-def test_mistakes_are_said_in_one_line(module, flag, message):
-    command = [sys.executable, "-m", f"benchmarks.{module}", flag]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_mistakes_are_said_in_one_line(in_process, monkeypatch, module, flag, message):
+    monkeypatch.chdir(ROOT)
+    status, _, said = in_process(f"benchmarks/{module}.py", flag)
+    assert status == 2, said
+    assert said.count("\n") == 1
+    assert message in said

@@ -19,10 +19,12 @@ from ifm_jax.torch_interop.description import describe
 from references import moco, simclr
 from tests import small
 
-DIM, N, SIZE, STEPS = 16, 8, 64, 5
+DIM, N, SIZE, STEPS, WIDTH = 16, 8, 64, 5, 8
 HARD = {"objective": "ifm", "epsilon": 0.1, "alpha": 0.5, "beta": 1.0, "tau_plus": 0.1}
 
 
+@pytest.mark.slow
+@pytest.mark.torch
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("head", "loss", "devices"),
@@ -31,7 +33,7 @@ HARD = {"objective": "ifm", "epsilon": 0.1, "alpha": 0.5, "beta": 1.0, "tau_plus
 def test_follows_torch(head, loss, devices):
     """Five steps of two ranks with their own BatchNorm: losses, gradient norm, parameters, statistics."""
     views = moco.random_views(steps=STEPS, n=N, size=SIZE)
-    reference = simclr.SimCLRReference("resnet18", DIM, head, world=2, temperature=0.5, **loss)
+    reference = simclr.SimCLRReference("resnet18", DIM, head, width=WIDTH, world=2, temperature=0.5, **loss)
     start = {name: np.asarray(value) for name, value in reference.state().items()}
     expected = reference.run(views, lr_per_step=0.03)
 
@@ -40,10 +42,10 @@ def test_follows_torch(head, loss, devices):
     named = {"simclr": "mlp", "hcl": "hcl"}[head]
     wide = {"compute_dtype": "float64", "param_dtype": "float64"}
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    method = SimCLR(Encoder("resnet18", DIM, named, bn_groups=2, **wide), objective, mesh)
+    method = SimCLR(Encoder("resnet18", DIM, named, width=WIDTH, bn_groups=2, **wide), objective, mesh)
     table = [
-        *names.backbone_table(ARCHITECTURES["resnet18"]),
-        *names.head_table(512, DIM, named),
+        *names.backbone_table(ARCHITECTURES["resnet18"]._replace(width=WIDTH)),
+        *names.head_table(8 * WIDTH, DIM, named),
     ]
     trees = {"params": {}, "batch_stats": {}}
     for entry in table:
@@ -84,6 +86,7 @@ def config(**fields):
     return small.config(method="simclr", simclr__dim=8, hard__beta=0.5, **fields)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_uninterrupted(run, tmp_path):
     for steps in (3, 0):
         training.train(config(steps=steps), tmp_path, devices=jax.devices()[:1], quiet=True)
@@ -103,6 +106,7 @@ def test_what_is_moco_s_alone_says_so(run, tmp_path):
     assert describe(loading.read(run))["parts"].startswith("query encoder")
 
 
+@pytest.mark.slow
 def test_moco_starts_with_its_weights_and_the_other_way_round(run, tmp_path, capsys):
     """Across methods the network is used, and what is a method's own is new."""
     training.train(small.config(steps=1, init_from=str(run)), tmp_path / "moco", devices=jax.devices()[:1])

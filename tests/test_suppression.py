@@ -36,6 +36,7 @@ def runs(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_an_evaluation_now_and_then(runs):
     """At the end of each of two epochs, with no trace in anything else."""
     records = metrics_log.read(runs / "ifm0" / "metrics.jsonl")
@@ -54,6 +55,7 @@ def test_an_evaluation_now_and_then(runs):
     assert small.without_speed(with_it) == small.without_speed(without)
 
 
+@pytest.mark.slow
 def test_evaluation_compiles_once_and_looks_at_a_part(runs):
     config = assembly.resolve(small.config(eval__images=20))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
@@ -98,6 +100,7 @@ def test_the_same_run_twice_is_a_mistake(runs):
         suppression.grouped([runs / "moco0", runs / "moco0"])
 
 
+@pytest.mark.slow
 def test_a_pytorch_checkpoint_is_evaluated_directly(runs, tmp_path):
     """The same features from the run and from its conversion; the images are named by the config."""
     writing.to_torch(runs / "ifm0", tmp_path / "run.pth.tar")

@@ -11,6 +11,8 @@ import torch
 from references.moco import MUTATIONS, Reference, ReferenceMoCo, learning_rate, random_views
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.torch
 MODEL = {"arch": "resnet18", "dim": 16, "queue_size": 16, "mlp": True}
 TRAINING = {"epsilon": 0.1, "alpha": 0.5, "temperature": 0.2, "momentum": 0.99, "weight_decay": 1e-2}
 LR = (0.03, 0.03, 0.02, 0.02)

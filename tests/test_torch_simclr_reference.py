@@ -13,6 +13,8 @@ from references.moco import random_views
 from references.simclr import MUTATIONS, SimCLRReference
 from tests.test_torch_reference import errors, one_thread, relative_error  # noqa: F401  (a fixture, for this module too)
 
+pytestmark = pytest.mark.torch
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODEL = {"arch": "resnet18", "dim": 16, "head": "hcl"}
 LOSS = {"objective": "ifm", "temperature": 0.5, "epsilon": 0.1, "alpha": 0.5, "beta": 0.5, "tau_plus": 0.02}

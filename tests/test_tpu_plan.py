@@ -74,6 +74,7 @@ def simulated(monkeypatch, tmp_path):
     return Topology.parse("v5e:2x4")
 
 
+@pytest.mark.slow
 def test_a_step_exchanges_nothing_but_what_it_must(simulated):
     """The uint8 images of the shuffle, the permutation, the keys, gradients; and the plan of it, made once."""
     config = small.config(batch_size=64, moco__queue_size=512, model__bn_groups=8, data__source="folder:")

@@ -1,6 +1,5 @@
 """The loop: what a run leaves, exact resume, and how it ends badly."""
 
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from ifm_jax import assembly
 from ifm_jax import config as configs
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.methods import MoCoMemory
-from ifm_jax.runs import checkpoint, loading, metrics_log, snapshot, training
+from ifm_jax.runs import checkpoint, loading, loop, metrics_log, snapshot, training
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.workdir import Workdir
 from ifm_jax.torch_interop import writing
@@ -31,6 +30,12 @@ def final_state(workdir):
 
 def train(config, workdir, devices=1):
     return training.train(config, workdir, devices=jax.devices()[:devices], quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(finished, monkeypatch):
+    """Drawn once, by the run that all have in common: a picture takes as long as the steps of any other."""
+    monkeypatch.setattr(loop.Recorder, "draw", lambda self: None)
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +68,18 @@ def test_what_a_run_leaves(finished):
     assert int(state.memory.queue_ptr) == 8 * 16 % 64
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path):
     """The loss falls well below chance, log(K + 1)."""
     config = small.config(moco__queue_size=32, moco__temperature=0.1, epochs=40, optim__name="adamw", optim__lr=0.01)
-    config.checkpoint_every = config.log_every = 10
+    config.checkpoint_every, config.log_every = 1000, 10
     with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction is decay ** count
         train(config, tmp_path)
     losses = [r["loss_clean"] for r in metrics_log.read(tmp_path / "metrics.jsonl")]
     assert np.mean(losses[-3:]) < 0.9 * math.log(33)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, stop):
     """Bit for bit: the remaining lines of metrics.jsonl and the whole final state; at a checkpoint and between two."""
@@ -88,6 +95,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, stop):
     small.assert_same(final_state(tmp_path), final_state(finished))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_resumed_on_another_number_of_devices(tmp_path):
     double = {"model__compute_dtype": "float64", "steps": 6}
@@ -157,6 +165,7 @@ def test_auto_dtype_is_settled_by_the_machine_then_by_the_run():
     )
 
 
+@pytest.mark.slow
 def test_the_step_compiles_once(tmp_path):
     """Nothing is compiled while the loop runs: neither the step again, nor anything beside it, nor a second evaluation.
 
@@ -181,8 +190,9 @@ def test_the_step_compiles_once(tmp_path):
     assert not [count for count in events if count > 1 and count != 3]
 
 
+@pytest.mark.slow
 def test_runs_over_seeds_and_rates_compile_once(tmp_path):
-    """Five seeds and three learning rates of a recipe: whatever the first run has compiled serves the others."""
+    """Three seeds and learning rates of a recipe: whatever the first run has compiled serves the others."""
     least, misses = jax.config.jax_persistent_cache_min_compile_time_secs, []
 
     def note(event, **_):
@@ -192,7 +202,7 @@ def test_runs_over_seeds_and_rates_compile_once(tmp_path):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.monitoring.register_event_listener(note)
     try:
-        for number, (seed, lr) in enumerate(zip(range(5), itertools.cycle((0.03, 0.1, 0.3)), strict=False)):
+        for number, (seed, lr) in enumerate(((0, 0.03), (1, 0.1), (2, 0.3))):
             train(small.config(steps=1, seed=seed, optim__lr=lr), tmp_path / str(number))
             if number == 0:
                 misses.clear()
@@ -200,10 +210,11 @@ def test_runs_over_seeds_and_rates_compile_once(tmp_path):
         jax.monitoring.unregister_event_listener(note)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     assert misses == []
-    losses = {metrics_log.read(tmp_path / str(number) / "metrics.jsonl")[0]["loss"] for number in range(5)}
-    assert len(losses) == 5  # of the first step, before a rate has acted
+    losses = {metrics_log.read(tmp_path / str(number) / "metrics.jsonl")[0]["loss"] for number in range(3)}
+    assert len(losses) == 3  # of the first step, before a rate has acted
 
 
+@pytest.mark.slow
 def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
     """A conversion may be at step 0; its weights are what the run starts with."""
     other = jax.jit(assembly.state_creator(small.config(seed=5)))()
@@ -215,6 +226,7 @@ def test_a_checkpoint_at_step_0_is_gone_on_from(finished, tmp_path):
     assert ours != theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["run", "other head", "torch", "backbone"])
 def test_init_from(finished, tmp_path, given, capsys):
     """A new run, at step 0, with the weights of another; what that lacks is new, and said."""
@@ -314,6 +326,7 @@ def test_an_unknown_best_measure_is_refused_before_the_first_step(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_workdirs_of_version_0_1_go_on(tmp_path):
     """A run that version 0.1 stopped after step 4 ends as that version's own; so does a checkpoint it converted."""
     with tarfile.open(pathlib.Path(__file__).parent / "data" / "workdirs_0_1.tar.gz") as archive:
@@ -329,6 +342,7 @@ def test_workdirs_of_version_0_1_go_on(tmp_path):
             assert record["lr"] == theirs["lr"]
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_that_trained_on_and_is_damaged_is_set_aside(tmp_path):
     with tarfile.open(pathlib.Path(__file__).parent / "data" / "workdirs_0_1.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
