@@ -72,7 +72,7 @@ def evaluate(
       config: to evaluate under.
       output: directory of results.json.
       wanted: what to do.
-      prefix: what the network's names in a PyTorch file begin with; see `torch_checkpoint.read`.
+      prefix: what the network's names in a PyTorch file begin with; see `loading.read`.
       devices: to run on; None: all there are.
       quiet: nothing on the terminal.
 
