@@ -208,14 +208,20 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
         results(run, tmp_path / "three", devices=3)
 
 
-def test_all_at_once(run, tmp_path, capsys):
+def test_all_at_once(run, tmp_path, capsys, monkeypatch):
     """Nearest neighbors, diagnostics, features and a map, from the script's function."""
     shutil.copytree(run, tmp_path / "run")
     wanted = evaluate.Wanted(
         knn=True, diagnostics=True, features=str(tmp_path / "f.npz"), map=str(tmp_path / "map.png"), split="test"
     )
     options = {"devices": jax.devices()[:2]}
+    extracted, extract = [], features.extract
+    for module in (pretrained, evaluate, linear):
+        monkeypatch.setattr(
+            module, "extract", lambda frozen, source: extracted.append(len(source)) or extract(frozen, source)
+        )
     assert evaluate.evaluate(tmp_path / "run", Workdir(run).read_config(), tmp_path / "run", wanted, **options) is None
+    assert sorted(extracted) == [37, 60]  # each split once
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(found) == {"knn", "diagnostics"}
     assert set(LABELS) < set(found["knn"])
@@ -247,8 +253,8 @@ def test_diagnostics_are_of_images_drawn_at_random(run, monkeypatch):
     found = evaluate.diagnose(of(run, eval__images=12), jax.devices()[:1])
     assert found["images"] == 12
     assert sum(found["positive_histogram"]) == 12
+    assert [isinstance(source, ViewSource) for source in read] == [False, True]  # views as in training, and the image
     for source in read:
-        assert not isinstance(source, ViewSource)
         np.testing.assert_array_equal(source.indices, np.sort(np.random.default_rng(0).permutation(37)[:12]))
     assert len(read) == 2
 

@@ -14,7 +14,7 @@ from ifm_jax import assembly, files, sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
-from ifm_jax.data.sources import drawn
+from ifm_jax.data.sources import Source, Subset, drawn, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import diagnostics, export, knn, linear, pretrained, readout, report
 from ifm_jax.evaluation.features import extract
@@ -203,11 +203,13 @@ def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[st
     `eval.images` images, drawn at random, since a source may lie sorted by class; the same on all hosts.
     """
     config = of.config
+    split_name = "test"
     try:
-        source = open_source(config.data, "test")
+        every = open_source(config.data, split_name)
     except UsageError:  # one set of images, all of them for training
-        source = open_source(config.data, "train")
-    source = drawn(source, config.eval.images, config.linear.seed)
+        split_name = "train"
+        every = open_source(config.data, split_name)
+    source = drawn(every, config.eval.images, config.linear.seed)
     count = len(source)
     layer = "projection" if of.snapshot.state.params.get("fc") is not None else "backbone"
     embed = of.frozen(devices, layer)
@@ -243,7 +245,7 @@ def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[st
     # What fills the last batch up comes last.
     first, second = (np.concatenate(view)[:count] for view in zip(*parts, strict=True))
     found = diagnostics.diagnose(first, second)
-    features = extract(of.frozen(devices), source)
+    features = _features_of_drawn(of, split_name, len(every), source, devices)
     found |= {
         "effective_rank": diagnostics.effective_rank(features),
         "effective_rank_embeddings": found["effective_rank"],
@@ -251,6 +253,30 @@ def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[st
         "images": count,
     }
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in found.items()}
+
+
+def _features_of_drawn(
+    of: Pretrained, split: str, count: int, chosen: Source, devices: list[jax.Device] | None
+) -> np.ndarray:
+    """Returns the features of drawn images as they are evaluated; those of another evaluation where it has them.
+
+    Args:
+      of: what is evaluated.
+      split: that the images are drawn from.
+      count: images of the split.
+      chosen: the drawn ones.
+      devices: to run on.
+    """
+    try:
+        labeled = of.images(split)
+    except UsageError:  # without labels there are no others
+        return extract(of.frozen(devices), chosen)
+    if len(labeled) != count:
+        return extract(of.frozen(devices), chosen)
+    indices = chosen.indices if isinstance(chosen, Subset) else np.arange(count)
+    if of.has_features(split, devices):
+        return of.features(split, devices)[indices]
+    return extract(of.frozen(devices), subset(labeled, indices))
 
 
 def _export(of: Pretrained, wanted: Wanted, devices: _Devices, say: _Say) -> None:

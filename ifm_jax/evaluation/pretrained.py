@@ -47,13 +47,17 @@ class Pretrained:
           devices: to run on; None: all there are.
           layer: one of `features.LAYERS`.
         """
-        return FrozenEncoder(
-            assembly.make_encoder(self.config),
-            self.snapshot.state.params,
-            self.snapshot.state.batch_stats,
-            mesh=sharding.make_mesh(devices),
-            layer=layer,
-        )
+
+        def make() -> FrozenEncoder:
+            return FrozenEncoder(
+                assembly.make_encoder(self.config),
+                self.snapshot.state.params,
+                self.snapshot.state.batch_stats,
+                mesh=sharding.make_mesh(devices),
+                layer=layer,
+            )
+
+        return self._once(self._key("encoder", devices, layer), make)
 
     def images(self, split: str) -> ViewSource:
         """Returns the labeled images of a split; see `labeled`."""
@@ -67,8 +71,17 @@ class Pretrained:
           devices: as for `frozen`.
           layer: likewise.
         """
-        key = ("features", split, layer, None if devices is None else tuple(device.id for device in devices))
-        return self._once(key, lambda: extract(self.frozen(devices, layer), self.images(split)))
+        return self._once(
+            self._key(split, devices, layer), lambda: extract(self.frozen(devices, layer), self.images(split))
+        )
+
+    def has_features(self, split: str, devices: list[jax.Device] | None = None) -> bool:
+        """Returns whether the features of the backbone are extracted already; arguments as for `features`."""
+        return self._key(split, devices, "backbone") in self._known
+
+    @staticmethod
+    def _key(split: str, devices: list[jax.Device] | None, layer: str) -> tuple[Any, ...]:
+        return split, layer, None if devices is None else tuple(device.id for device in devices)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._known:
