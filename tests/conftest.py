@@ -19,6 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+# Fusions as users have them, for what must round alike in two programs.
+AS_USERS = {"xla_cpu_use_fusion_emitters": True}
 QUICK = os.environ["XLA_FLAGS"].split("device_count=8 ")[-1]  # for processes that tests start
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla-tests"))
@@ -32,6 +34,17 @@ def x64():
     """Float64 on for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def default_fusions(monkeypatch):
+    """Fusions as users have them: only so do two programs that hold the same step round alike, bit for bit."""
+    original = jax.stages.Lowered.compile
+
+    def compile_(self, compiler_options=None, **rest):
+        return original(self, AS_USERS | (compiler_options or {}), **rest)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
 
 
 @pytest.fixture(scope="module")
