@@ -373,7 +373,7 @@ def test_threads_and_processes_change_nothing(root):
 
 def test_views_are_new_in_every_epoch_and_for_every_seed(root):
     views = [batches(root, 12), batches(root, 12, seed=1)]
-    seen = {view.tobytes() for run in views for batch in run for name in batch for view in batch[name]}
+    seen = {view.tobytes() for run in views for batch in run for both in batch["views"] for view in both}
     assert len(seen) == 2 * 12 * 2 * 8
 
 
@@ -386,7 +386,8 @@ def test_no_image_comes_twice_in_an_epoch(root):
 def test_a_source_may_cut_one_view_and_say_of_which_image(root):
     single = source(root, random_crops=crops.RandomCrops(1, (0.08, 1.0)))
     batch = next(training_batches(single, 8, seed=0, indices=True))
-    assert batch.keys() == {"image", "index"}
+    assert batch.keys() == {"views", "index"}
+    assert batch["views"].shape == (8, 1, 32, 32, 3)
     assert single.random_crops.draws == crops.TWO_VIEWS.draws // 2
     small_crops = single.random_crops.boxes([0.0] * 22, 100, 100)
     assert small_crops == [(0, 0, 33, 24)]  # a share of 0.08, three to four

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend import core  # for the types of traced programs, which nothing stable gives
 
 from ifm_jax import assembly
 from ifm_jax.config import Config
