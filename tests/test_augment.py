@@ -22,7 +22,6 @@ from ifm_jax.augment import (
     example_rngs,
 )
 from references.torchvision_peer import torchvision
-from tests.conftest import AS_USERS
 
 # Compiled: one operation at a time takes longer, for every operation compiles by itself.
 crop_boxes = jax.jit(augment.random_resized_crop_boxes, static_argnums=(1, 2, 3))
@@ -543,9 +542,7 @@ def test_moco_parameters_are_distributed_as_torchvisions():
 def test_moco_views_depend_on_key_and_image_only(photographs):
     """Elsewhere in the batch, in another batch, on eight devices: the same view, and nothing said between them."""
     images = np.tile(photographs[:, :32, :32], (2, 1, 1, 1))
-    augmentation = jax.jit(
-        lambda rng, place, images: MoCoV2Augmentation()(example_rngs(rng, place), images), compiler_options=AS_USERS
-    )
+    augmentation = jax.jit(lambda rng, place, images: MoCoV2Augmentation()(example_rngs(rng, place), images))
     place, rng = jnp.arange(16), jax.random.key(7)
     views = augmentation(rng, place, images)
     some = augmentation(rng, jnp.asarray([5, 0, 11]), images[[5, 0, 11]])

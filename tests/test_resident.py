@@ -156,7 +156,7 @@ def host(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_one_step_a_call_is_the_same_step(tmp_path, default_fusions):
+def test_one_step_a_call_is_the_same_step(tmp_path):
     """Bit for bit, also where a run goes on that has read its images from the host."""
     whole = train(small.config(), tmp_path / "host")
     train(small.config(steps=3), tmp_path / "both")
