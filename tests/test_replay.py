@@ -91,7 +91,7 @@ def shortened():
 # Every value that the issue names is in at least one of them; the full product is benchmarks/parity_sweep.py's.
 CASES = {
     "moco": Case("moco", mlp=False, arch="resnet34"),
-    "ifm": Case("ifm", groups=2, devices=4, schedule="step", weight_decay=0.05, resumed=True),
+    "ifm": Case("ifm", groups=2, devices=4, schedule="step", weight_decay=0.05, resumed=True, width=64),
     "ifm_weighted": Case("ifm", epsilon=0.05, alpha=0.5, groups=4, devices=8, schedule="step", arch="resnet34"),
     "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=2, resumed=True, arch="resnet34"),
 }
