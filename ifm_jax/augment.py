@@ -31,11 +31,11 @@ def example_rngs(rng: jax.Array, indices: jax.Array) -> jax.Array:
     """Derives one key per example.
 
     Args:
-        rng: The key of this step and view.
-        indices: Integers `(N,)`, each example's position in the global batch.
+      rng: The key of this step and view.
+      indices: Integers `(N,)`, each example's position in the global batch.
 
     Returns:
-        Typed keys `(N,)`.
+      Typed keys `(N,)`.
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, indices)
 
@@ -54,14 +54,14 @@ def random_resized_crop_boxes(
     difference: boxes are not rounded to whole pixels.
 
     Args:
-        uniforms: `(N, CROP_DRAWS)` in [0, 1): the draws for ten areas, ten ratios, top and left.
-        height: The image's height in pixels.
-        width: The image's width in pixels.
-        scale: Least and greatest area, relative to the image's.
-        ratio: Least and greatest width over height.
+      uniforms: `(N, CROP_DRAWS)` in [0, 1): the draws for ten areas, ten ratios, top and left.
+      height: The image's height in pixels.
+      width: The image's width in pixels.
+      scale: Least and greatest area, relative to the image's.
+      ratio: Least and greatest width over height.
 
     Returns:
-        `(N, 4)` of the dtype of `uniforms`: top, left, height and width in pixels.
+      `(N, 4)` of the dtype of `uniforms`: top, left, height and width in pixels.
     """
     area = (scale[0] + (scale[1] - scale[0]) * uniforms[:, :10]) * (height * width)
     aspect = jnp.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * uniforms[:, 10:20])
@@ -86,14 +86,14 @@ def crop_matrices(boxes: jax.Array, angles: jax.Array, flips: jax.Array, height:
     result is mirrored. Pixel (0, 0) has its center at (0, 0), and a box of the whole image is the identity.
 
     Args:
-        boxes: `(N, 4)`: top, left, height and width in pixels.
-        angles: `(N,)` in radians; positive turns the picture counter-clockwise.
-        flips: bool `(N,)`: mirror left and right.
-        height: The view's height in pixels.
-        width: The view's width in pixels.
+      boxes: `(N, 4)`: top, left, height and width in pixels.
+      angles: `(N,)` in radians; positive turns the picture counter-clockwise.
+      flips: bool `(N,)`: mirror left and right.
+      height: The view's height in pixels.
+      width: The view's width in pixels.
 
     Returns:
-        `(N, 2, 3)`: `matrix @ (x, y, 1)` is the place (x, y) in the image that pixel (x, y) of the view shows.
+      `(N, 2, 3)`: `matrix @ (x, y, 1)` is the place (x, y) in the image that pixel (x, y) of the view shows.
     """
     top, left, box_height, box_width = boxes.T
     step_x = box_width / width * jnp.where(flips, -1, 1).astype(boxes.dtype)
@@ -113,11 +113,11 @@ def affine_warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
     As `cv2.warpAffine` with `WARP_INVERSE_MAP`, `INTER_LINEAR` and `BORDER_REPLICATE`, without its rounding.
 
     Args:
-        images: `(N, H, W, C)` of any real type.
-        matrices: `(N, 2, 3)`, the maps from the result's pixels (x, y) to the images', in pixels.
+      images: `(N, H, W, C)` of any real type.
+      matrices: `(N, 2, 3)`, the maps from the result's pixels (x, y) to the images', in pixels.
 
     Returns:
-        `(N, H, W, C)` of the dtype of `matrices`, in the units of `images`.
+      `(N, H, W, C)` of the dtype of `matrices`, in the units of `images`.
     """
     _, height, width, _ = images.shape
     dtype = matrices.dtype
@@ -149,12 +149,12 @@ def resized_crops(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
     rounded to whole values.
 
     Args:
-        images: uint8 `(N, H, W, C)`.
-        boxes: float32 `(N, 4)`: top, left, height and width in pixels; they need not be whole ones.
-        size: Of the squares in pixels.
+      images: uint8 `(N, H, W, C)`.
+      boxes: float32 `(N, 4)`: top, left, height and width in pixels; they need not be whole ones.
+      size: Of the squares in pixels.
 
     Returns:
-        uint8 `(N, size, size, C)`; within 1 of PIL's for boxes of whole pixels.
+      uint8 `(N, size, size, C)`; within 1 of PIL's for boxes of whole pixels.
     """
 
     def weights(first: jax.Array, length: jax.Array, pixels: int) -> jax.Array:
@@ -183,11 +183,11 @@ def adjust_brightness(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Multiplies each image by its factor, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives black, 1 the image.
+      images: `(N, H, W, 3)` in [0, 1].
+      factors: `(N,)`; 0 gives black, 1 the image.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     return jnp.clip(images * factors[:, None, None, None], 0, 1)
 
@@ -196,11 +196,11 @@ def adjust_contrast(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Blends each image with the mean of its gray version, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives plain gray, 1 the image, more than 1 a stronger contrast.
+      images: `(N, H, W, 3)` in [0, 1].
+      factors: `(N,)`; 0 gives plain gray, 1 the image, more than 1 a stronger contrast.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     channel_means = images.mean(axis=(1, 2))
     gray = (channel_means * jnp.asarray(_LUMA, images.dtype)[None, :]).sum(axis=1)
@@ -212,11 +212,11 @@ def adjust_saturation(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Blends each pixel with its gray, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives the gray image, 1 the image, more than 1 stronger colors.
+      images: `(N, H, W, 3)` in [0, 1].
+      factors: `(N,)`; 0 gives the gray image, 1 the image, more than 1 stronger colors.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     factors = factors[:, None, None, None]
     return jnp.clip(factors * images + (1 - factors) * luma(images), 0, 1)
@@ -226,11 +226,11 @@ def adjust_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
     """Turns each pixel's hue in HSV space, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        shifts: `(N,)` in turns of the color circle, from -0.5 to 0.5; 0 gives the image.
+      images: `(N, H, W, 3)` in [0, 1].
+      shifts: `(N,)` in turns of the color circle, from -0.5 to 0.5; 0 gives the image.
 
     Returns:
-        `(N, H, W, 3)` in [0, 1].
+      `(N, H, W, 3)` in [0, 1].
     """
     red, green, blue = images[..., 0], images[..., 1], images[..., 2]
     value, low = jnp.maximum(jnp.maximum(red, green), blue), jnp.minimum(jnp.minimum(red, green), blue)
@@ -264,13 +264,13 @@ def color_jitter(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax
     The four are numbered as torchvision numbers them: 0 brightness, 1 contrast, 2 saturation, 3 hue.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        order: integers `(N, 4)`, each row a permutation of 0 to 3: what comes first, second, third and last.
-        factors: `(N, 4)`, of brightness, contrast and saturation, and the shift of the hue; (1, 1, 1, 0) gives the
-            image.
+      images: `(N, H, W, 3)` in [0, 1].
+      order: integers `(N, 4)`, each row a permutation of 0 to 3: what comes first, second, third and last.
+      factors: `(N, 4)`, of brightness, contrast and saturation, and the shift of the hue; (1, 1, 1, 0) gives the
+        image.
 
     Returns:
-        `(N, H, W, 3)` in [0, 1].
+      `(N, H, W, 3)` in [0, 1].
     """
     # Every example goes through the same program, whatever its order: to switch between operations, under `vmap`, is to
     # compute all of them and select. The shift of the hue costs most and is computed once: before it, three rounds for
@@ -303,11 +303,11 @@ def blur_weights(sigmas: jax.Array, largest: float) -> jax.Array:
     asked for (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering").
 
     Args:
-        sigmas: `(N,)` in pixels, up to `largest`; 0 is no blur.
-        largest: Decides how many weights there are: 5 for a sigma of 2.
+      sigmas: `(N,)` in pixels, up to `largest`; 0 is no blur.
+      largest: Decides how many weights there are: 5 for a sigma of 2.
 
     Returns:
-        `(N, taps)`, `taps` odd; each row is symmetric and sums to 1.
+      `(N, taps)`, `taps` odd; each row is symmetric and sums to 1.
     """
     half = int((math.sqrt(4 * largest**2 + 1) - 1) / 2) + 1
     variance = (sigmas * sigmas / 3)[:, None]
@@ -325,11 +325,11 @@ def gaussian_blur(images: jax.Array, weights: jax.Array) -> jax.Array:
     repeated border: there they differ by up to 22 levels of 255.
 
     Args:
-        images: `(N, H, W, C)`.
-        weights: `(N, taps)` of one average; see `blur_weights`.
+      images: `(N, H, W, C)`.
+      weights: `(N, taps)` of one average; see `blur_weights`.
 
     Returns:
-        `(N, H, W, C)`.
+      `(N, H, W, C)`.
     """
     # Products halve the cycles on a TPU; on a CPU they take two to four times as long, on a GPU as long.
     return jax.lax.platform_dependent(images, weights, tpu=_blur_by_products, default=_blur_by_sums)
@@ -410,12 +410,12 @@ def _border_matrices(weights: jax.Array, size: int) -> jax.Array:
     """Returns what pixels weigh in the first ones of a blurred row, which are those that its beginning changes.
 
     Args:
-        weights: `(N, taps)` of one average; three of them reach `radius = 3 * (taps // 2)` pixels to either side.
-        size: Pixels of a row.
+      weights: `(N, taps)` of one average; three of them reach `radius = 3 * (taps // 2)` pixels to either side.
+      size: Pixels of a row.
 
     Returns:
-        `(N, radius, 2 * radius)` for the first pixels; turned about, it is for the last. Of a row of at most
-        `2 * radius` pixels `(N, size, size)`, for all of them.
+      `(N, radius, 2 * radius)` for the first pixels; turned about, it is for the last. Of a row of at most
+      `2 * radius` pixels `(N, size, size)`, for all of them.
     """
     half = weights.shape[1] // 2
     radius = 3 * half
@@ -439,12 +439,12 @@ def add_noise(rngs: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     """Adds normal noise, drawn for each pixel and channel.
 
     Args:
-        rngs: Keys `(N,)`.
-        images: `(N, H, W, 3)` in [0, 1].
-        strength: The standard deviation of the noise.
+      rngs: Keys `(N,)`.
+      images: `(N, H, W, 3)` in [0, 1].
+      strength: The standard deviation of the noise.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     noise = jax.vmap(lambda rng: jax.random.normal(rng, images.shape[1:], jnp.float32))(rngs)
     return jnp.clip(images + strength * noise.astype(images.dtype), 0, 1)
@@ -456,12 +456,12 @@ def normalize(
     """Subtracts the mean and divides by the standard deviation of each channel.
 
     Args:
-        images: `(N, H, W, C)` in [0, 1].
-        mean: One number per channel.
-        std: One number per channel.
+      images: `(N, H, W, C)` in [0, 1].
+      mean: One number per channel.
+      std: One number per channel.
 
     Returns:
-        `(N, H, W, C)` of the same dtype.
+      `(N, H, W, C)` of the same dtype.
     """
     means, stds = (jnp.asarray(values, images.dtype)[None, None, None, :] for values in (mean, std))
     return (images - means) / stds
@@ -477,14 +477,14 @@ def jitter_parameters(
     """Draws what `color_jitter` needs, as torchvision's `ColorJitter` does.
 
     Args:
-        uniforms: `(N, 5)` in [0, 1): for the order and for the four factors.
-        brightness: The factor is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: Likewise.
-        saturation: Likewise.
-        hue: The shift is uniform in -`hue` to `hue`, in turns.
+      uniforms: `(N, 5)` in [0, 1): for the order and for the four factors.
+      brightness: The factor is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: Likewise.
+      saturation: Likewise.
+      hue: The shift is uniform in -`hue` to `hue`, in turns.
 
     Returns:
-        order int32 `(N, 4)`, any of the 24 with the same probability, and factors `(N, 4)`.
+      order int32 `(N, 4)`, any of the 24 with the same probability, and factors `(N, 4)`.
     """
     order = jnp.asarray(_ORDERS, jnp.int32)[(uniforms[:, 0] * len(_ORDERS)).astype(jnp.int32)]
     strengths = jnp.asarray([brightness, contrast, saturation, hue], uniforms.dtype)[None, :]
@@ -505,18 +505,18 @@ class TrifeatureAugmentation:
         (2, 32, 32, 3)
 
     Attributes:
-        crop_scale: Least and greatest area of the crop, relative to the image's; (1, 1) does not crop.
-        rotation: The image is turned by a uniform angle of up to so many degrees to either side.
-        flip: The probability of a left-right flip.
-        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: The factor of the contrast, likewise.
-        noise: Standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
-        mean: Mean of each channel, for the normalization.
-        std: Standard deviation of each channel, for the normalization.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      crop_scale: Least and greatest area of the crop, relative to the image's; (1, 1) does not crop.
+      rotation: The image is turned by a uniform angle of up to so many degrees to either side.
+      flip: The probability of a left-right flip.
+      brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: The factor of the contrast, likewise.
+      noise: Standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
+      mean: Mean of each channel, for the normalization.
+      std: Standard deviation of each channel, for the normalization.
+      dtype: Of the views, and of the computation: float32, or float64 for parity runs.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: If a strength is outside its range.
     """
 
     crop_scale: tuple[float, float] = (0.36, 1.0)
@@ -541,14 +541,14 @@ class TrifeatureAugmentation:
         """Makes one view of each image.
 
         Args:
-            rngs: Keys `(N,)`, one per example (`example_rngs`).
-            images: uint8 `(N, H, W, 3)`.
+          rngs: Keys `(N,)`, one per example (`example_rngs`).
+          images: uint8 `(N, H, W, 3)`.
 
         Returns:
-            Normalised views, `(N, H, W, 3)` of `dtype`.
+          Normalised views, `(N, H, W, 3)` of `dtype`.
 
         Raises:
-            ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
+          ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
         """
         _check_images(images)
         _, height, width, _ = images.shape
@@ -575,18 +575,18 @@ class MoCoStrengths:
     """What MoCo's augmentations have in common.
 
     Attributes:
-        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: The factor of the contrast, likewise.
-        saturation: The factor of the saturation, likewise.
-        hue: The hue turns by up to so much of the color circle to either side.
-        grayscale: The probability of a view without color.
-        flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalization.
-        std: Standard deviation of each channel, for the normalization.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: The factor of the contrast, likewise.
+      saturation: The factor of the saturation, likewise.
+      hue: The hue turns by up to so much of the color circle to either side.
+      grayscale: The probability of a view without color.
+      flip: The probability of a left-right flip.
+      mean: Mean of each channel, for the normalization.
+      std: Standard deviation of each channel, for the normalization.
+      dtype: Of the views, and of the computation: float32, or float64 for parity runs.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: If a strength is outside its range.
     """
 
     brightness: float = 0.4
@@ -621,13 +621,13 @@ class MoCoV2Augmentation(MoCoStrengths):
         (2, 32, 32, 3)
 
     Attributes:
-        jitter: The probability of color jitter.
-        hue: The hue turns by up to so much of the color circle to either side.
-        blur: The probability of a blur.
-        blur_sigma: Least and greatest sigma of the blur in pixels.
+      jitter: The probability of color jitter.
+      hue: The hue turns by up to so much of the color circle to either side.
+      blur: The probability of a blur.
+      blur_sigma: Least and greatest sigma of the blur in pixels.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: If a strength is outside its range.
     """
 
     jitter: float = 0.8
@@ -648,11 +648,11 @@ class MoCoV2Augmentation(MoCoStrengths):
         """Draws the parameters of each example's view.
 
         Args:
-            rngs: Keys `(N,)`.
+          rngs: Keys `(N,)`.
 
         Returns:
-            `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)`
-            `jitter`, `grayscale` and `flip`. Without jitter the factors are those that change nothing.
+          `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)`
+          `jitter`, `grayscale` and `flip`. Without jitter the factors are those that change nothing.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (10,), jnp.float32))(rngs)
         jitter, grayscale, blur, flip = (
@@ -675,14 +675,14 @@ class MoCoV2Augmentation(MoCoStrengths):
         """Makes one view of each image.
 
         Args:
-            rngs: Keys `(N,)`, one per example (`example_rngs`).
-            images: uint8 `(N, H, W, 3)`: crops.
+          rngs: Keys `(N,)`, one per example (`example_rngs`).
+          images: uint8 `(N, H, W, 3)`: crops.
 
         Returns:
-            Normalised views, `(N, H, W, 3)` of `dtype`.
+          Normalised views, `(N, H, W, 3)` of `dtype`.
 
         Raises:
-            ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
+          ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
         """
         _check_images(images)
         drawn = self.parameters(rngs)
@@ -719,10 +719,10 @@ class MoCoV1Augmentation(MoCoStrengths):
         """Draws the parameters of each example's view.
 
         Args:
-            rngs: Keys `(N,)`.
+          rngs: Keys `(N,)`.
 
         Returns:
-            `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `grayscale` and `flip`.
+          `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `grayscale` and `flip`.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (7,), jnp.float32))(rngs)
         order, factors = self._jitter_parameters(uniforms[:, 2:])
@@ -746,13 +746,13 @@ class ProbeAugmentation:
     As the original's main_lincls.py has it, like all training of classifiers on ImageNet.
 
     Attributes:
-        flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalization.
-        std: Standard deviation of each channel, for the normalization.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      flip: The probability of a left-right flip.
+      mean: Mean of each channel, for the normalization.
+      std: Standard deviation of each channel, for the normalization.
+      dtype: Of the views, and of the computation: float32, or float64 for parity runs.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: If a strength is outside its range.
     """
 
     flip: float = 0.5

@@ -44,10 +44,10 @@ def draw_curves(
     points a curve are drawn. The picture takes the place of the old one at once; no state of matplotlib is touched.
 
     Args:
-        records: as `read` returns them; fields that are missing are not drawn. Without records nothing is drawn.
-        path: the PNG file, 1080 x 1080 px.
-        panels: what it shows; a panel without any value is left out.
-        chance: the loss by chance, InfoNCE's, drawn as a dashed line among the losses; None: no line.
+      records: as `read` returns them; fields that are missing are not drawn. Without records nothing is drawn.
+      path: the PNG file, 1080 x 1080 px.
+      panels: what it shows; a panel without any value is left out.
+      chance: the loss by chance, InfoNCE's, drawn as a dashed line among the losses; None: no line.
     """
     if not records:
         return

@@ -31,11 +31,11 @@ class MetricsLog:
     there is something to cut, and leaves every line that stays as it is, byte for byte.
 
     Args:
-        path: the file; it is created where there is none, its folder must exist. Also an attribute.
-        last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
+      path: the file; it is created where there is none, its folder must exist. Also an attribute.
+      last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
 
     Raises:
-        UsageError: if a line in the middle of the file is not a record.
+      UsageError: if a line in the middle of the file is not a record.
     """
 
     def __init__(self, path: str | os.PathLike[str], last_step: int = 0):
@@ -59,10 +59,10 @@ class MetricsLog:
         and JAX are taken as the Python number they hold.
 
         Args:
-            record: at least `step`; the fields of `FIELDS` come first, in that order.
+          record: at least `step`; the fields of `FIELDS` come first, in that order.
 
         Raises:
-            ValueError: if a number is not finite (JSON has no such numbers), or the step is not beyond the last one.
+          ValueError: if a number is not finite (JSON has no such numbers), or the step is not beyond the last one.
         """
         names = [name for name in FIELDS if name in record] + [name for name in record if name not in FIELDS]
         plain = {name: record[name].item() if hasattr(record[name], "item") else record[name] for name in names}
@@ -97,11 +97,11 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     The last line may be half-written (by a run that goes on, or that was killed); it is left out then.
 
     Args:
-        path: the file.
+      path: the file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        UsageError: if a line before the last is not a record.
+      FileNotFoundError: if there is no such file.
+      UsageError: if a line before the last is not a record.
     """
     return [record for _, record in _parse(pathlib.Path(path))]
 

@@ -38,14 +38,14 @@ class Progress:
     starts at the first update, so that compilation does not count.
 
     Args:
-        total_steps: the step the run ends with.
-        epochs: the epochs of the whole recipe.
-        start_step: the step the run goes on from; 0 for a run from the start.
-        steps_per_epoch: `total_steps / epochs` where not given; needed when the run ends before its recipe does.
-        full_step: the step at which MoCo's queue is full of real keys; how full it is is shown until then.
-        file: where to write; standard output where not given. A bar is drawn if it is a terminal.
-        console: a rich console to write to instead of `file`.
-        clock: what time it is, in seconds.
+      total_steps: the step the run ends with.
+      epochs: the epochs of the whole recipe.
+      start_step: the step the run goes on from; 0 for a run from the start.
+      steps_per_epoch: `total_steps / epochs` where not given; needed when the run ends before its recipe does.
+      full_step: the step at which MoCo's queue is full of real keys; how full it is is shown until then.
+      file: where to write; standard output where not given. A bar is drawn if it is a terminal.
+      console: a rich console to write to instead of `file`.
+      clock: what time it is, in seconds.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class Progress:
         """Notes that a step is done. Costs microseconds on a terminal, and elsewhere without a record.
 
         Args:
-            step: the step just done (1 for the first).
-            record: what was logged at it, as in `metrics.jsonl`, or None if nothing was.
+          step: the step just done (1 for the first).
+          record: what was logged at it, as in `metrics.jsonl`, or None if nothing was.
         """
         now = self._clock()
         self._step = step

@@ -27,9 +27,9 @@ class TensorBoardLog:
     has died of an error (a full disk), the run waits for it for ever; here the error is raised where it happens.
 
     Args:
-        directory: where the event files go; created where missing.
-        last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
-        flush_every: seconds after which what was written is forced to disk with the next record.
+      directory: where the event files go; created where missing.
+      last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
+      flush_every: seconds after which what was written is forced to disk with the next record.
     """
 
     def __init__(self, directory: str | os.PathLike[str], last_step: int = 0, flush_every: float = 10.0):
@@ -56,8 +56,8 @@ class TensorBoardLog:
         A name that already has a group (`probe/acc`) keeps it.
 
         Args:
-            step: the step they belong to.
-            record: name -> number; other values are passed over.
+          step: the step they belong to.
+          record: name -> number; other values are passed over.
         """
         values = []
         for name, value in record.items():
@@ -71,8 +71,8 @@ class TensorBoardLog:
         """Adds histograms of that step.
 
         Args:
-            step: the step they belong to.
-            histograms: name -> edges of the bins, `(bins + 1,)`, and their counts, `(bins,)`.
+          step: the step they belong to.
+          histograms: name -> edges of the bins, `(bins + 1,)`, and their counts, `(bins,)`.
         """
         values = []
         for name, (edges, counts) in histograms.items():
