@@ -36,7 +36,7 @@ def resolve(config: Config, stored: Config | None = None) -> Config:
 
     Args:
       config: as the caller gave it.
-      stored: of the run that is to go on; it goes on as it began, whatever the machine is now.
+      stored: config of the run to resume; it continues as it began, whatever the machine is now.
     """
     config = configs.from_dict(configs.to_dict(config))
     if config.model.compute_dtype == "auto":

@@ -31,8 +31,8 @@ def example_rngs(rng: jax.Array, indices: jax.Array) -> jax.Array:
     """Derives one key per example.
 
     Args:
-      rng: The key of this step and view.
-      indices: Integers `(N,)`, each example's position in the global batch.
+      rng: the key of this step and view.
+      indices: integers `(N,)`, each example's position in the global batch.
 
     Returns:
       Typed keys `(N,)`.
@@ -55,10 +55,10 @@ def random_resized_crop_boxes(
 
     Args:
       uniforms: `(N, CROP_DRAWS)` in [0, 1): the draws for ten areas, ten ratios, top and left.
-      height: The image's height in pixels.
-      width: The image's width in pixels.
-      scale: Least and greatest area, relative to the image's.
-      ratio: Least and greatest width over height.
+      height: the image's height in pixels.
+      width: the image's width in pixels.
+      scale: least and greatest area, relative to the image's.
+      ratio: least and greatest width over height.
 
     Returns:
       `(N, 4)` of the dtype of `uniforms`: top, left, height and width in pixels.
@@ -89,8 +89,8 @@ def crop_matrices(boxes: jax.Array, angles: jax.Array, flips: jax.Array, height:
       boxes: `(N, 4)`: top, left, height and width in pixels.
       angles: `(N,)` in radians; positive turns the picture counter-clockwise.
       flips: bool `(N,)`: mirror left and right.
-      height: The view's height in pixels.
-      width: The view's width in pixels.
+      height: the view's height in pixels.
+      width: the view's width in pixels.
 
     Returns:
       `(N, 2, 3)`: `matrix @ (x, y, 1)` is the place (x, y) in the image that pixel (x, y) of the view shows.
@@ -151,7 +151,7 @@ def resized_crops(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
     Args:
       images: uint8 `(N, H, W, C)`.
       boxes: float32 `(N, 4)`: top, left, height and width in pixels; they need not be whole ones.
-      size: Of the squares in pixels.
+      size: side of the squares in pixels.
 
     Returns:
       uint8 `(N, size, size, C)`; within 1 of PIL's for boxes of whole pixels.
@@ -304,7 +304,7 @@ def blur_weights(sigmas: jax.Array, largest: float) -> jax.Array:
 
     Args:
       sigmas: `(N,)` in pixels, up to `largest`; 0 is no blur.
-      largest: Decides how many weights there are: 5 for a sigma of 2.
+      largest: decides how many weights there are: 5 for a sigma of 2.
 
     Returns:
       `(N, taps)`, `taps` odd; each row is symmetric and sums to 1.
@@ -411,7 +411,7 @@ def _border_matrices(weights: jax.Array, size: int) -> jax.Array:
 
     Args:
       weights: `(N, taps)` of one average; three of them reach `radius = 3 * (taps // 2)` pixels to either side.
-      size: Pixels of a row.
+      size: pixels of a row.
 
     Returns:
       `(N, radius, 2 * radius)` for the first pixels; turned about, it is for the last. Of a row of at most
@@ -439,9 +439,9 @@ def add_noise(rngs: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     """Adds normal noise, drawn for each pixel and channel.
 
     Args:
-      rngs: Keys `(N,)`.
+      rngs: keys `(N,)`.
       images: `(N, H, W, 3)` in [0, 1].
-      strength: The standard deviation of the noise.
+      strength: the standard deviation of the noise.
 
     Returns:
       `(N, H, W, 3)`, clipped to [0, 1].
@@ -457,8 +457,8 @@ def normalize(
 
     Args:
       images: `(N, H, W, C)` in [0, 1].
-      mean: One number per channel.
-      std: One number per channel.
+      mean: one number per channel.
+      std: one number per channel.
 
     Returns:
       `(N, H, W, C)` of the same dtype.
@@ -478,10 +478,10 @@ def jitter_parameters(
 
     Args:
       uniforms: `(N, 5)` in [0, 1): for the order and for the four factors.
-      brightness: The factor is uniform in 1 - `brightness` to 1 + `brightness`.
-      contrast: Likewise.
-      saturation: Likewise.
-      hue: The shift is uniform in -`hue` to `hue`, in turns.
+      brightness: the factor is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: likewise.
+      saturation: likewise.
+      hue: the shift is uniform in -`hue` to `hue`, in turns.
 
     Returns:
       order int32 `(N, 4)`, any of the 24 with the same probability, and factors `(N, 4)`.
@@ -505,18 +505,18 @@ class TrifeatureAugmentation:
         (2, 32, 32, 3)
 
     Attributes:
-      crop_scale: Least and greatest area of the crop, relative to the image's; (1, 1) does not crop.
-      rotation: The image is turned by a uniform angle of up to so many degrees to either side.
-      flip: The probability of a left-right flip.
-      brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-      contrast: The factor of the contrast, likewise.
-      noise: Standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
-      mean: Mean of each channel, for the normalization.
-      std: Standard deviation of each channel, for the normalization.
-      dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      crop_scale: least and greatest area of the crop, relative to the image's; (1, 1) does not crop.
+      rotation: the image is turned by a uniform angle of up to so many degrees to either side.
+      flip: the probability of a left-right flip.
+      brightness: the factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: the factor of the contrast, likewise.
+      noise: standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
+      mean: mean of each channel, for the normalization.
+      std: standard deviation of each channel, for the normalization.
+      dtype: dtype of the views and of the computation: float32, or float64 for parity runs.
 
     Raises:
-      ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     crop_scale: tuple[float, float] = (0.36, 1.0)
@@ -541,14 +541,14 @@ class TrifeatureAugmentation:
         """Makes one view of each image.
 
         Args:
-          rngs: Keys `(N,)`, one per example (`example_rngs`).
+          rngs: keys `(N,)`, one per example (`example_rngs`).
           images: uint8 `(N, H, W, 3)`.
 
         Returns:
           Normalised views, `(N, H, W, 3)` of `dtype`.
 
         Raises:
-          ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
+          ValueError: if `images` is not uint8 of shape `(N, H, W, 3)`.
         """
         _check_images(images)
         _, height, width, _ = images.shape
@@ -575,18 +575,18 @@ class MoCoStrengths:
     """What MoCo's augmentations have in common.
 
     Attributes:
-      brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-      contrast: The factor of the contrast, likewise.
-      saturation: The factor of the saturation, likewise.
-      hue: The hue turns by up to so much of the color circle to either side.
-      grayscale: The probability of a view without color.
-      flip: The probability of a left-right flip.
-      mean: Mean of each channel, for the normalization.
-      std: Standard deviation of each channel, for the normalization.
-      dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      brightness: the factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: the factor of the contrast, likewise.
+      saturation: the factor of the saturation, likewise.
+      hue: the hue turns by up to so much of the color circle to either side.
+      grayscale: the probability of a view without color.
+      flip: the probability of a left-right flip.
+      mean: mean of each channel, for the normalization.
+      std: standard deviation of each channel, for the normalization.
+      dtype: dtype of the views and of the computation: float32, or float64 for parity runs.
 
     Raises:
-      ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     brightness: float = 0.4
@@ -621,13 +621,13 @@ class MoCoV2Augmentation(MoCoStrengths):
         (2, 32, 32, 3)
 
     Attributes:
-      jitter: The probability of color jitter.
-      hue: The hue turns by up to so much of the color circle to either side.
-      blur: The probability of a blur.
-      blur_sigma: Least and greatest sigma of the blur in pixels.
+      jitter: the probability of color jitter.
+      hue: the hue turns by up to so much of the color circle to either side.
+      blur: the probability of a blur.
+      blur_sigma: least and greatest sigma of the blur in pixels.
 
     Raises:
-      ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     jitter: float = 0.8
@@ -648,7 +648,7 @@ class MoCoV2Augmentation(MoCoStrengths):
         """Draws the parameters of each example's view.
 
         Args:
-          rngs: Keys `(N,)`.
+          rngs: keys `(N,)`.
 
         Returns:
           `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)`
@@ -675,14 +675,14 @@ class MoCoV2Augmentation(MoCoStrengths):
         """Makes one view of each image.
 
         Args:
-          rngs: Keys `(N,)`, one per example (`example_rngs`).
+          rngs: keys `(N,)`, one per example (`example_rngs`).
           images: uint8 `(N, H, W, 3)`: crops.
 
         Returns:
           Normalised views, `(N, H, W, 3)` of `dtype`.
 
         Raises:
-          ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
+          ValueError: if `images` is not uint8 of shape `(N, H, W, 3)`.
         """
         _check_images(images)
         drawn = self.parameters(rngs)
@@ -719,7 +719,7 @@ class MoCoV1Augmentation(MoCoStrengths):
         """Draws the parameters of each example's view.
 
         Args:
-          rngs: Keys `(N,)`.
+          rngs: keys `(N,)`.
 
         Returns:
           `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `grayscale` and `flip`.
@@ -746,13 +746,13 @@ class ProbeAugmentation:
     As the original's main_lincls.py has it, like all training of classifiers on ImageNet.
 
     Attributes:
-      flip: The probability of a left-right flip.
-      mean: Mean of each channel, for the normalization.
-      std: Standard deviation of each channel, for the normalization.
-      dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      flip: the probability of a left-right flip.
+      mean: mean of each channel, for the normalization.
+      std: standard deviation of each channel, for the normalization.
+      dtype: dtype of the views and of the computation: float32, or float64 for parity runs.
 
     Raises:
-      ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     flip: float = 0.5

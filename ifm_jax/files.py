@@ -42,7 +42,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | Non
     """Returns the JSON object that a file holds; None where there is no file.
 
     Args:
-      path: of the file.
+      path: path of the file.
       remedy: what to do about a file that cannot be read, for the error.
 
     Raises:

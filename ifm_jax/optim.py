@@ -61,7 +61,7 @@ def make(name: Optimizer, momentum: float, weight_decay: float) -> optax.Gradien
 
     Args:
       name: one of `OPTIMIZERS`.
-      momentum: of SGD and LARS; Adam and AdamW keep their own (0.9, 0.999).
+      momentum: momentum of SGD and LARS; Adam and AdamW keep their own (0.9, 0.999).
       weight_decay: as the named optimizer uses it.
 
     Raises:

@@ -20,9 +20,9 @@ class TrainState(NamedTuple, Generic[Leaf, Part, OptState, Memory]):
 
     Attributes:
       step: int32 scalar, updates done.
-      params: of the network that is trained, evaluated and exported; nested dicts under torchvision's names.
+      params: parameters of the network that is trained, evaluated and exported; nested dicts under torchvision's names.
       batch_stats: running averages of that network.
-      opt_state: of the optimizer (for SGD: the momentum buffers).
+      opt_state: state of the optimizer (for SGD: the momentum buffers).
       memory: what the method carries beside the network: MoCo's key encoder and queue; `()` for SimCLR. A checkpoint
         holds its fields beside the others.
     """

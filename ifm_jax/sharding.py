@@ -211,7 +211,7 @@ def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Has the compiler split an array's leading axis over the devices; inside a compiled program.
 
     Args:
-      x: of any rank above 0.
+      x: array of any rank above 0.
       mesh: the devices; None: `x` stays as it is.
     """
     return x if mesh is None else jax.lax.with_sharding_constraint(x, split(mesh))

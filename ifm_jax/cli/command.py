@@ -112,7 +112,7 @@ def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | Non
 
     Args:
       main: does the work; returns the exit status, None for 0.
-      flags: of the command.
+      flags: flags of the command.
       argv: the command line; None: the process's.
     """
     argv = sys.argv if argv is None else argv

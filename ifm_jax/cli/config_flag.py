@@ -72,7 +72,7 @@ def read_recipe(text: str | None, given: str) -> str:
     """Returns path or name of a recipe.
 
     Args:
-      text: of the flag; None: it has none.
+      text: value of the flag; None: it has none.
       given: the flag as it was spelled, `--config`.
 
     Raises:

@@ -37,7 +37,7 @@ class Tfds(EncodedImages):
 
     Attributes:
       records: what `as_data_source` returned, images left encoded.
-      full_name: of the data set, with its version and split.
+      full_name: full name of the data set, with its version and split.
       image_key: the feature that is the image.
     """
 
@@ -55,7 +55,7 @@ class Tfds(EncodedImages):
 
         Args:
           records: what `as_data_source` returned.
-          full_name: of the data set, with its version and split.
+          full_name: full name of the data set, with its version and split.
           image_key: the feature that is the image.
           label_names: the classes of each feature that is a label.
           image_size: side of a view in pixels.
@@ -72,7 +72,7 @@ class Tfds(EncodedImages):
 
         Args:
           label: which label.
-          names: of the classes.
+          names: names of the classes.
         """
         number = np.full(len(self.label_names[label]) + 1, -1, np.int32)  # the last for label -1: unlabeled
         number[[self.label_names[label].index(name) for name in names]] = np.arange(len(names), dtype=np.int32)
@@ -162,7 +162,7 @@ def open_tfds(
     """Opens a prepared data set.
 
     Args:
-      name: of the data set, or the folder that holds its dataset_info.json.
+      name: name of the data set, or the folder that holds its dataset_info.json.
       split: "train" or "test".
       image_size: side of a view in pixels.
       classes: a file that names the classes to keep, see `classes.read_names`; empty: all.

@@ -70,21 +70,21 @@ class Trifeature:
 
     Attributes:
       split: `"train"` or `"test"`; the two share no random draw.
-      size: The number of images.
-      image_size: Height and width in pixels, 32 to 224.
-      seed: Any non-negative integer below 2**64.
-      num_shapes: The first so many of `SHAPES`, 2 to 10.
-      num_textures: The first so many of `TEXTURES`, 2 to 10.
-      num_colors: The first so many of `COLORS`, 2 to 10.
-      rotation: The shape is turned by a uniform angle of up to so many degrees to either side.
-      texture_rotation: The texture likewise, by an angle of its own; 180 is any angle.
-      texture_period: One period of a texture, relative to the image side.
-      scale: Least and greatest diameter of the circle around the shape, relative to the image side. The shape always
+      size: the number of images.
+      image_size: height and width in pixels, 32 to 224.
+      seed: any non-negative integer below 2**64.
+      num_shapes: the first so many of `SHAPES`, 2 to 10.
+      num_textures: the first so many of `TEXTURES`, 2 to 10.
+      num_colors: the first so many of `COLORS`, 2 to 10.
+      rotation: the shape is turned by a uniform angle of up to so many degrees to either side.
+      texture_rotation: the texture likewise, by an angle of its own; 180 is any angle.
+      texture_period: one period of a texture, relative to the image side.
+      scale: least and greatest diameter of the circle around the shape, relative to the image side. The shape always
         lies within the image.
-      noise: Amplitude of the uniform noise on the gray background, relative to the full range of a pixel.
+      noise: amplitude of the uniform noise on the gray background, relative to the full range of a pixel.
 
     Raises:
-      ValueError: If an attribute is outside its range.
+      ValueError: if an attribute is outside its range.
     """
 
     split: str = "train"
@@ -129,7 +129,7 @@ class Trifeature:
         """One example: `image`, uint8 `(H, W, 3)`, and the labels `shape`, `texture` and `color`.
 
         Raises:
-          IndexError: If `index` is not in 0..size - 1.
+          IndexError: if `index` is not in 0..size - 1.
         """
         example = self.examples(np.asarray([index]))
         return {"image": example["image"][0], **{name: int(example[name][0]) for name in self.label_names}}
@@ -138,13 +138,13 @@ class Trifeature:
         """Several examples at once.
 
         Args:
-          indices: Integers `(N,)`, each in 0..size - 1.
+          indices: integers `(N,)`, each in 0..size - 1.
 
         Returns:
           `image`, uint8 `(N, H, W, 3)`, and `shape`, `texture` and `color`, int32 `(N,)`.
 
         Raises:
-          IndexError: If an index is out of range.
+          IndexError: if an index is out of range.
         """
         indices = self._checked(indices)
         cached = self.__dict__.get("_all_images")

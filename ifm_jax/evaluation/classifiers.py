@@ -25,7 +25,7 @@ class HeadsState(NamedTuple):
     Attributes:
       step: int32 scalar, updates done.
       params: `weight` `(H, C, D)` and `bias` `(H, C)`; head h is PyTorch's `fc.weight` and `fc.bias`.
-      opt_state: of `optim.sgd`, one for each head: the momentum buffers, of the shapes of `params`.
+      opt_state: state of `optim.sgd`, one for each head: the momentum buffers, of the shapes of `params`.
     """
 
     step: jax.Array
@@ -43,7 +43,7 @@ def create(
       num_heads: H.
       num_features: D.
       num_classes: C.
-      dtype: of weights, biases and momentum buffers.
+      dtype: dtype of weights, biases and momentum buffers.
     """
     weight = 0.01 * jax.random.normal(rng, (num_classes, num_features), dtype)
     params = {
@@ -91,7 +91,7 @@ def update(
       labels: int `(N,)` in [0, C).
       lr: `(H,)`, of this step.
       weight_decay: `(H,)`; acts on the biases too, as in PyTorch.
-      momentum: of all heads.
+      momentum: momentum of all heads.
       mask: bool or float `(N,)`, the weight of each example; None: all count alike. The loss is the weighted mean.
 
     Returns:

@@ -20,7 +20,7 @@ def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: i
     Args:
       first: `(N, D)`, N > 1; need not be normalized.
       second: `(N, D)`; row i is a positive of row i of `first`.
-      bins: of the histograms.
+      bins: number of bins of the histograms.
       chunk: rows of a block of pairs.
 
     Returns:
@@ -63,7 +63,7 @@ def uniformity(embeddings: np.ndarray, t: float = 2.0, *, chunk: int = 1024) -> 
 
     Args:
       embeddings: `(N, D)`, N > 1.
-      t: of the Gaussian potential.
+      t: parameter of the Gaussian potential.
       chunk: rows of a block of pairs.
 
     Raises:
@@ -89,7 +89,7 @@ def effective_rank(features: np.ndarray, epsilon: float = 1e-7) -> float:
     Args:
       features: `(N, D)`; the paper takes 25,600 rows.
         All zeros count as rank 1.
-      epsilon: of the formula.
+      epsilon: epsilon of the formula.
 
     Raises:
       RunError: if features are not finite.

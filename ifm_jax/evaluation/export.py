@@ -21,9 +21,9 @@ def write(path: str | os.PathLike[str], features: np.ndarray, source: ViewSource
     `flax.serialization.msgpack_restore` reads it: `features` `(D,)`, `name`, `label_<name>`.
 
     Args:
-      path: of the file; its suffix decides.
+      path: path of the file; its suffix decides.
       features: `(N, D)`.
-      source: of the N images.
+      source: source of the N images.
 
     Raises:
       UsageError: for another suffix, or a file that cannot be written.
@@ -75,7 +75,7 @@ def two_dimensions(features: np.ndarray, method: str = "tsne", seed: int = 0) ->
     Args:
       features: `(N, D)`; compared by cosine.
       method: "tsne" (scikit-learn's t-SNE) or "umap" (needs umap-learn).
-      seed: of the choice and of the method.
+      seed: seed of the choice and of the method.
 
     Returns:
       Places in `features`, int `(n,)`, and float `(n, 2)`.

@@ -42,8 +42,8 @@ class FrozenEncoder:
 
         Args:
           encoder: which network it is.
-          params: of the encoder, with or without a head.
-          batch_stats: of the encoder.
+          params: parameters of the encoder, with or without a head.
+          batch_stats: statistics of the encoder.
           mesh: the devices; None: all of them.
           layer: "backbone", the pooled features, or "projection", the embedding, L2-normalized.
 
@@ -118,7 +118,7 @@ def extract(
 
     Args:
       frozen: the network.
-      source: of images.
+      source: source of images.
       batch_size: images at a time on all devices, rounded up to a multiple of their number; the last batch is filled
         up, so that one program serves all.
       progress: is told how many images are done.

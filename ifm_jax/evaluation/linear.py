@@ -62,7 +62,7 @@ class Head:
 
     Attributes:
       lr: base learning rate.
-      weight_decay: of weights and bias.
+      weight_decay: weight decay of weights and bias.
       top1: held-out accuracy in percent, after the last epoch.
       top5: likewise, among the five highest.
       best_top1: the highest of any epoch.
@@ -219,8 +219,8 @@ class _Probe:
         """Writes which evaluation this is, or checks that the directory is this one's.
 
         Args:
-          workdir: of the evaluation.
-          digest: of the backbone.
+          workdir: working directory of the evaluation.
+          digest: hash of the backbone.
 
         Raises:
           UsageError: if it cannot be written to, or belongs to another.
@@ -410,7 +410,7 @@ class _Views:
         Args:
           start: steps done before.
           say: shows a line.
-          features: of the images as they are evaluated, `(N, D)`, to be used without any views; None: with views.
+          features: features of the evaluation views, `(N, D)`, to be used without random views; None: with views.
         """
         count, linear = len(self._source), self._config.linear
         stored = self._compute(min(linear.views, linear.epochs), say) if features is None else features[None]

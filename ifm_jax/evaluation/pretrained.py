@@ -26,7 +26,7 @@ class Pretrained:
 
     Attributes:
       config: resolved; its network is the checkpoint's.
-      snapshot: of a run, one of its checkpoints, or a PyTorch file.
+      snapshot: snapshot of a run, one of its checkpoints, or a PyTorch file.
       path: where it is.
     """
 
@@ -109,7 +109,7 @@ def labeled(config: Config, split: str, count: int = 1, least_area: float = PROB
       config: a validated one.
       split: "train" or "test".
       count: views of an image.
-      least_area: of a view, relative to the image's.
+      least_area: least area of a view, relative to the image's.
 
     Returns:
       The source; of its labels, only `data.label` if that names one.

@@ -19,10 +19,10 @@ class Readouts:
     """The linear readouts of one encoder, or their mean over seeds.
 
     Attributes:
-      name: of the run.
+      name: name of the run.
       step: updates it had; 0: untrained.
       accuracy: label -> held-out accuracy in percent.
-      seed: of the run.
+      seed: seed of the run.
     """
 
     name: str
@@ -62,7 +62,7 @@ def linear_readout(
       test_features: `(M, D)`.
       test_labels: int `(M,)`.
       l2: penalty on the weights, relative to the mean loss.
-      max_iter: of the L-BFGS solver.
+      max_iter: most iterations of the L-BFGS solver.
     """
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (l2 * len(train_labels)), max_iter=max_iter))
     classifier.fit(train_features, train_labels)

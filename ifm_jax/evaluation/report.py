@@ -52,7 +52,7 @@ def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike[str]) ->
 
     Args:
       found: what `evaluate.diagnose` returns.
-      path: of the PNG.
+      path: path of the PNG.
     """
     figure, axes = _figure(8, 4)
     edges = np.asarray(found["edges"])
@@ -78,7 +78,7 @@ def draw_map(
     Args:
       points: `(N, 2)`.
       labels: name -> int `(N,)`, and the names of the classes.
-      path: of the PNG.
+      path: path of the PNG.
     """
     figure, grid = _figure(1 + 5.5 * len(labels), 6, len(labels))
     for axes, (name, (classes, names)) in zip(np.atleast_1d(grid), labels.items(), strict=True):
@@ -113,7 +113,7 @@ def draw_readouts(
 
     Args:
       rows: one for each run; the same labels in all.
-      path: of the PNG.
+      path: path of the PNG.
       chance: label -> accuracy of guessing in percent, drawn as a dashed line.
       errors: run -> label -> standard error in points, drawn as a bar of its own.
     """
@@ -158,7 +158,7 @@ def draw_samples(images: np.ndarray, views: Sequence[np.ndarray], path: str | os
     Args:
       images: uint8 `(N, H, W, 3)`.
       views: each float or uint8 `(N, h, w, 3)`; floats in [0, 1].
-      path: of the PNG.
+      path: path of the PNG.
     """
     rows = [("image", images), *((f"view {i + 1}", view) for i, view in enumerate(views))]
     figure = Figure(figsize=(0.9 + len(images), len(rows) * 1.06), layout="constrained")

@@ -71,7 +71,7 @@ def read_out_workdir(workdir: str | os.PathLike[str], name: str | None = None) -
     """Reads out the newest checkpoint of a run.
 
     Args:
-      workdir: of the run.
+      workdir: working directory of the run.
       name: for the result; None: what its config says of the method.
 
     Raises:
@@ -151,7 +151,7 @@ class Difference:
 
     Attributes:
       mean: over the seeds that both have.
-      standard_error: of the mean; None for a single seed.
+      standard_error: standard error of the mean; None for a single seed.
       seeds: how many.
     """
 
@@ -246,7 +246,7 @@ def compare(workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLik
     """Reads out runs, method by method, prints the table and writes the report.
 
     Args:
-      workdirs: of the runs; those of the first method also say what the untrained network is.
+      workdirs: working directories of the runs; those of the first method also say what the untrained network is.
       output: directory of the report.
 
     Returns:

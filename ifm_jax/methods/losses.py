@@ -187,7 +187,7 @@ def margins(
     the shift of the negatives together say where the second one is, since they meet in N_g.
 
     Args:
-      found: of `contrast` or `contrast_in_batch`.
+      found: result of `contrast` or `contrast_in_batch`.
       temperature: tau > 0, the one of `found`.
       epsilon: as for `ifm_info_nce`.
       tau_plus: the share of the negatives that are positives in truth, a Python number in [0, 1); 0: no debiasing.

@@ -45,7 +45,7 @@ class Views:
     """The two views of every image of a batch, made when a method asks for them.
 
     Attributes:
-      images: of which the two views are made, each `(N, H, W, 3)`; the same array twice, or two crops of each image.
+      images: images from which the two views are made, each `(N, H, W, 3)`; the same array twice, or two crops.
       rngs: a random key for either view.
       augment: makes a view of each image; an image keeps the randomness of its own place in whatever order.
       permutation: int32 `(N,)`, where the order in which MoCo shuffles is given and not drawn; None: it is drawn.
@@ -104,8 +104,8 @@ class Method(Protocol[Memory]):
 
         Args:
           rng: a JAX random key.
-          params: of the fresh network.
-          batch_stats: of the fresh network.
+          params: parameters of the fresh network.
+          batch_stats: statistics of the fresh network.
         """
 
     def placements(self, mesh: jax.sharding.Mesh) -> Any:
@@ -117,10 +117,10 @@ class Method(Protocol[Memory]):
         """Returns the loss of a batch, of which the gradient with respect to `params` is taken, and what it leaves.
 
         Args:
-          params: of the network, before the step.
-          batch_stats: of the network.
-          memory: of the step before.
-          views: of the batch.
+          params: parameters of the network, before the step.
+          batch_stats: statistics of the network.
+          memory: memory of the step before.
+          views: views of the batch.
           rng: a JAX random key of this step, for what the method draws.
         """
 
@@ -141,7 +141,7 @@ class Method(Protocol[Memory]):
         Args:
           given: the other run's memory, perhaps of another method, or with parts missing; NumPy arrays.
           fresh: that of a new run, NumPy arrays, as what is returned.
-          params: of the network that the new run starts with.
+          params: parameters of the network that the new run starts with.
           batch_stats: likewise.
           same_head: the other run's projection head is the new one's too.
         """
@@ -155,8 +155,8 @@ OBJECTIVES: tuple[str, ...] = get_args(Kind)
 class Objective:
     """InfoNCE, IFM's loss, or their mean, with or without hard negatives: the same for every method.
 
-    A method compares its queries with their keys and negatives at `objective.temperature` and `objective.beta`, by
-    `losses.contrast` or `losses.contrast_in_batch`, and gives the objective what it has found:
+    A method compares its queries with their keys and negatives at `objective.temperature` and `objective.beta`, with
+    `losses.contrast` or `losses.contrast_in_batch`, and passes the result to the objective:
 
         found = losses.contrast(queries, keys, queue, objective.temperature, objective.beta)
         loss, metrics = objective(found)
@@ -185,10 +185,10 @@ class Objective:
             raise ValueError(f"unknown objective {self.kind!r}: expected one of {', '.join(OBJECTIVES)}")
 
     def __call__(self, found: losses.Contrast) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss, a scalar, and what is told of it.
+        """Returns the loss, a scalar, and its metrics.
 
         Args:
-          found: of all queries, any shape; compared at this temperature and beta.
+          found: comparison of all queries, any shape, at this temperature and beta.
 
         Returns:
           The loss to be minimized, and scalars: `loss`, the same; `loss_clean`, without IFM's shift; `loss_ifm`, with

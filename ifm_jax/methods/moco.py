@@ -18,7 +18,7 @@ class MoCoMemory(NamedTuple, Generic[Leaf, Part]):
     """What MoCo carries from step to step: arrays, or as in `pretrain.TrainState` what stands in their place.
 
     Attributes:
-      key_params: of the key encoder, the momentum average of the query encoder's.
+      key_params: parameters of the key encoder, the momentum average of the query encoder's.
       key_batch_stats: running averages of the key encoder; its own, not averaged by the momentum update.
       queue: `(K, dim)` keys, L2-normalized; the oldest at row `queue_ptr`.
       queue_ptr: int32 scalar.

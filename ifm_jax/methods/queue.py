@@ -13,7 +13,7 @@ def create(rng: jax.Array, size: int, dim: int, dtype: jnp.dtype = jnp.float32) 
       rng: a JAX random key.
       size: K, the number of negatives.
       dim: length of an embedding.
-      dtype: of the queue.
+      dtype: dtype of the queue.
     """
     queue = jax.random.normal(rng, (size, dim), dtype)
     return queue / jnp.linalg.norm(queue, axis=1, keepdims=True)

@@ -29,7 +29,7 @@ class BatchNorm(nnx.Module):
       running_stats: which statistics the running averages follow.
       momentum: weight of the old running average (PyTorch's `1 - momentum`).
       epsilon: added to the variance.
-      param_dtype: of scale, bias and the running averages.
+      param_dtype: dtype of scale, bias and the running averages.
 
     Raises:
       ValueError: in training, if N is not a multiple of `groups`.

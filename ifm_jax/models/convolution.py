@@ -35,7 +35,7 @@ def conv_general_dilated(
     Args:
       x: `(N, H, W, C_in)`.
       kernel: `(k_h, k_w, C_in / groups, C_out)`, dtype of `x`.
-      window_strides: of height and width.
+      window_strides: strides along height and width.
       padding: zeros before and after, for height and width.
       **options: of `jax.lax.conv_general_dilated`; groups, dilations and whatever else changes the computation leave
         all of it to XLA.

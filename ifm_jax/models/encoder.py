@@ -40,8 +40,8 @@ class Encoder:
       width: channels of the first stage; 0: the architecture's own.
       bn_groups: groups of every BatchNorm in training.
       running_stats: which statistics the running averages follow, "first_group" or "mean".
-      compute_dtype: of convolutions and products.
-      param_dtype: of parameters and running averages.
+      compute_dtype: dtype of convolutions and products.
+      param_dtype: dtype of parameters and running averages.
       mlp: an argument only: whether the head is "mlp" or "linear", as it was said before there were more.
     """
 
@@ -95,7 +95,7 @@ class Encoder:
         Normalisation is PyTorch's: divided by max(norm, 1e-12).
 
         Args:
-          params: of this encoder.
+          params: parameters of this encoder.
           batch_stats: running averages of this encoder.
           images: `(N, H, W, 3)` float, normalized.
           train: normalize with the batch's statistics and move the running averages.

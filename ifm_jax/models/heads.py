@@ -105,7 +105,7 @@ def create(
 
     Args:
       head: one of `HEADS`: "linear" (MoCo v1's, and a classifier), "mlp" (MoCo-v2's and SimCLR's) or "hcl".
-      in_features: of the backbone.
+      in_features: features of the backbone.
       out_features: length of an embedding.
       norm: makes a `BatchNorm` for a number of features.
       **options: dtype, param_dtype, rngs.

@@ -175,7 +175,7 @@ class ResNet(nnx.Module):
       running_stats: which statistics the running averages follow, "first_group" or "mean".
       dtype: in which convolutions and products are computed (None: that of images and parameters together);
         normalization statistics are always float32 or better.
-      param_dtype: of parameters and running averages.
+      param_dtype: dtype of parameters and running averages.
       rngs: an `nnx.Rngs` with a `params` stream.
     """
 

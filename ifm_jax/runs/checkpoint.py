@@ -40,7 +40,7 @@ class Stored(NamedTuple):
 
     Attributes:
       state: as it was asked for.
-      config: of the run when it was saved, JSON.
+      config: config of the run when it was saved, JSON.
     """
 
     state: Any
@@ -228,7 +228,7 @@ def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None
     """Returns the newest checkpoint that can be read, and why the newer ones cannot.
 
     Args:
-      directory: of the checkpoints.
+      directory: directory of the checkpoints.
       like: the structure, shapes and dtypes its state must have, and comes in; None: nested dicts, as they are.
 
     Returns:

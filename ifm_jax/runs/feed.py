@@ -34,7 +34,7 @@ class Feed(Protocol):
         """Returns what the step is called with, one after another; close it at the end.
 
         Args:
-          length: of the loop.
+          length: length of the loop.
           session: shows lines, and takes note of unreadable images.
         """
 
@@ -44,7 +44,7 @@ def make_feed(config: Config, source: Source, size: int, mesh: jax.sharding.Mesh
 
     Args:
       config: resolved.
-      source: of the images.
+      source: source of the images.
       size: the first so many of them.
       mesh: the devices.
 

@@ -18,7 +18,7 @@ class Health:
 
     Args:
       negatives: K, of a query.
-      images: of the training set.
+      images: number of images in the training set.
       queue: whether the negatives are in a queue.
       full_step: the step after which all of them are real keys; 0: from the start.
       window: logged steps that a mean is taken over; those of an epoch, so that its order does not matter.
@@ -37,9 +37,9 @@ class Health:
         """Returns the watch over a run of a method.
 
         Args:
-          method: of the run.
-          batch_size: global.
-          images: of the training set.
+          method: method of the run.
+          batch_size: number of images in a global batch.
+          images: number of images in the training set.
           window: logged steps of an epoch.
         """
         full_step = method.full_step(batch_size)

@@ -16,7 +16,7 @@ def together(action: Callable[[], Answer], facts: Callable[[Answer], Mapping[str
     """Does a part of the start on every host, and ends all of them if one cannot, or if they find different facts.
 
     Args:
-      action: of this host.
+      action: what this host does.
       facts: what its answer must have in common with the others', by name, as JSON.
 
     Returns:

@@ -20,8 +20,8 @@ def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = ""
     Args:
       path: a run's workdir (its newest checkpoint that can be read), its `checkpoints`, or `checkpoints/<step>`; or a
         PyTorch file, `.pth`, `.pth.tar` or `.safetensors`.
-      step: of a PyTorch file, updates done; see `torch_interop.reading.read`.
-      prefix: of a PyTorch file, what the network's names begin with; likewise.
+      step: updates done, for a PyTorch file; see `torch_interop.reading.read`.
+      prefix: what the network's names begin with in a PyTorch file; likewise.
 
     Returns:
       The snapshot; its `notes` name damaged checkpoints that were passed over.
@@ -47,7 +47,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
       path: a run's working directory (the newest checkpoint), one of its checkpoints (`DIR/checkpoints/<step>`), or a
         `.pth`, `.pth.tar` or `.safetensors` in the original's or torchvision's format, or another library's that holds
         a ResNet under a prefix.
-      dtype: of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
+      dtype: dtype of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
       prefix: what the network's names in a PyTorch file begin with, as `backbone.`; "": found where it can only be one
         (`read`).
 

@@ -54,7 +54,7 @@ class Length:
     Attributes:
       first: updates done before.
       last_step: the update to end with.
-      epochs: of the whole recipe, which may be longer.
+      epochs: epochs of the whole recipe, which may be longer.
       epoch_steps: updates in an epoch.
       batch_size: images in an update.
     """
@@ -135,7 +135,7 @@ def run(
       evaluate_every: steps between two evaluations; 0: none.
       save_evaluated: save after each evaluation too.
       check: called after each step; raises what has gone wrong in the background.
-      vote: of several hosts: the elementwise maximum of what each of them gives, as `sharding.maximum_over_hosts`.
+      vote: returns the elementwise maximum over all hosts, like `sharding.maximum_over_hosts`.
 
     Returns:
       The steps done in all, and the state after them.
@@ -262,7 +262,7 @@ class Recorder:
 
         Args:
           before: steps done before the call.
-          steps: of the call.
+          steps: steps in the call.
           step_metrics: scalars, or `(N,)` of N >= `steps`.
         """
         self._pending.append((before, steps, step_metrics))

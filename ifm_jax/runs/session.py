@@ -29,8 +29,8 @@ class Session:
 
     Args:
       workdir: which exists and is held.
-      config: of the run.
-      length: of the loop.
+      config: config of the run.
+      length: length of the loop.
       keep: checkpoints to keep; 0: all.
       best: the name of the measurement whose best checkpoint is kept too; empty: none.
       full_step: the step at which MoCo's queue is full of real keys, for the progress line.
@@ -119,7 +119,7 @@ class Session:
           measured: returns what an evaluation has measured of a state, for the best checkpoint.
           checkpoint_minutes: most minutes between two checkpoints; 0: steps alone decide.
           health: watches the metrics; None: nobody does.
-          panels: of curves.png.
+          panels: panels of curves.png.
           remedy: what the user is told when a loss is not finite.
 
         Returns:

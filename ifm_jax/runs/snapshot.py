@@ -58,9 +58,9 @@ class Snapshot:
     """A training state on the host; `None` for each part that is not there.
 
     Attributes:
-      config: of the run; of a PyTorch file: the defaults, with what can be read off its tensors.
+      config: config of the run; for a PyTorch file, the defaults with what its tensors show.
       state: NumPy arrays; `opt_state` as nested dicts.
-      origin: of a converted checkpoint.
+      origin: origin of a converted checkpoint.
       steps_per_epoch: updates in an epoch, where that is known.
       notes: what the reader of a file should be told, a sentence each.
     """
@@ -97,7 +97,7 @@ def structure(config: Config, backbone: bool = False) -> dict[str, Any]:
     """Returns those fields of a config that the shapes of the tensors determine, by name.
 
     Args:
-      config: of a run.
+      config: config of a run.
       backbone: only those of the backbone.
     """
     flat = configs.flatten(configs.to_dict(config))
@@ -113,7 +113,7 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str
     Args:
       config: to check.
       snapshot: whose tensors it is to describe.
-      path: of the snapshot, for the error.
+      path: path of the snapshot, for the error.
       backbone: only the backbone counts.
 
     Raises:
@@ -221,7 +221,7 @@ def write(snapshot: Snapshot, directory: str | os.PathLike[str], overwrite: bool
     """Writes a snapshot as the working directory of a run, under another name first.
 
     Args:
-      snapshot: of which the parts that are `None` stay out.
+      snapshot: snapshot to write; parts that are `None` are left out.
       directory: to make; an empty one may be there.
       overwrite: replace a run that is there.
 

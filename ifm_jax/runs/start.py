@@ -76,8 +76,8 @@ def open_workdir(config: Config, workdir: Workdir, source: Source) -> Start:
 
     Args:
       config: resolved.
-      workdir: of the run.
-      source: of the training images.
+      workdir: working directory of the run.
+      source: source of the training images.
 
     Raises:
       UsageError: if it cannot be written to, or belongs to another run, or what is there cannot be read.
@@ -96,7 +96,7 @@ def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method[
       begin: what `open_workdir` found; what the user is told of the weights is added to it.
       config: resolved.
       mesh: the devices.
-      method: of the run.
+      method: method of the run.
     """
     placement = placements(mesh, method)
     create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placement)

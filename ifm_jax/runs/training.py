@@ -34,8 +34,8 @@ def train(
     Writes config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png there.
 
     Args:
-      config: of the run.
-      workdir: of the run; made if it is not there.
+      config: config of the run.
+      workdir: working directory of the run; created if it does not exist.
       devices: to run on; None: all there are.
       quiet: no progress on the terminal.
 

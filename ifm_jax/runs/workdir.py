@@ -21,7 +21,7 @@ class Workdir:
     """The directory of a run, or of an evaluation. It knows the names; what lies there is written and read by others.
 
     Args:
-      path: of the directory, which may not exist yet.
+      path: path of the directory, which may not exist yet.
       flag: that names another one, for errors.
 
     Attributes:

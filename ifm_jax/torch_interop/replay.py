@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
     """How a quantity compares with the reference.
 
     Attributes:
-      name: of the quantity.
+      name: name of the quantity.
       max_abs: largest absolute error.
       max_rel: the same, over the largest magnitude in the reference.
       holds: whether it is within the tolerances.
