@@ -2,11 +2,11 @@
 
 import numpy as np
 
-ORDER, CROPS = 0, 1  # what random numbers are for
+ORDER, CROPS = 0, 1  # uses of random numbers, the first part of `where`
 
 
 def random_numbers(seed: int, *where: int) -> np.random.Generator:
-    """Returns a generator that depends only on the seed and the key of the draw."""
+    """Returns a generator that depends only on `seed` and `where`, the numbers that identify the draw."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *where))))
 
 

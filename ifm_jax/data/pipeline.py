@@ -73,11 +73,11 @@ def training_batches(
       bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends
         the iteration. Images that are not cut on the host are always readable.
       indices: also yield the numbers of the images.
-      remainder: end an epoch with its remaining images, padded with copies to a full batch, instead of dropping them.
+      remainder: end an epoch with its remaining images, filled up with copies; else drop them.
 
     Yields:
       `{"views": uint8 (batch_size / hosts, V, H, W, 3)}`: the V crops of each image that a `ViewSource` cuts, two for
-      pre-training and one for a linear probe; for another source the image itself, V = 1. With `indices` also `"index"`,
+      pre-training and one for a linear probe; for other sources the image itself, V = 1. With `indices` also `"index"`,
       int64 `(batch_size / hosts,)`; with `remainder` also `"weight"`, float32 `(batch_size / hosts,)`, 0 for a copy,
       else 1.
 
@@ -90,7 +90,7 @@ def training_batches(
     cuts = isinstance(source, ViewSource)
     threads = threads or (max(1, _processors() // max(1, processes)) if cuts else 2)
     if cuts:
-        # All threads work on the same batch, with two batches in progress: as fast as one batch per thread, in less memory.
+        # All threads share a batch, with two batches in progress: as fast as one batch per thread, in less memory.
         load, readers, ahead = _Cutter(source, size, batch_size, seed, threads, bad_images is not None, indices), 2, 3
     else:
         load, readers, ahead = _LookUp(source, indices), threads, 2 * threads

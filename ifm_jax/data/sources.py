@@ -33,7 +33,7 @@ class Source(Images, Protocol):
     """Random access to images and their labels.
 
     Attributes:
-      label_names: names of the classes of each label, for example `{"shape": ("circle", ...), ...}`; empty without labels.
+      label_names: class names of each label, for example `{"shape": ("circle", ...), ...}`; empty without labels.
       fingerprint: a hash of the images and their order, independent of where they are stored.
       earlier_fingerprints: its values in earlier versions, so that their runs can resume; empty: the same.
     """
@@ -77,7 +77,7 @@ class ViewSource(Source, Protocol):
         """
 
     def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns one image stretched or shrunk to a square, uint8 `(side, side, 3)`, and its original height and width.
+        """Returns one image stretched or shrunk to a square, uint8 `(side, side, 3)`, and its original size.
 
         Raises:
           UnreadableImageError: if the image cannot be read.
@@ -117,7 +117,7 @@ def open_views(data: DataConfig, split: str, *, count: int, least_area: float) -
     Raises:
       UsageError: see `open_source`.
     """
-    # Imports OpenCV, which the trifeature images do not need.
+    # These import OpenCV, which Trifeature alone does not need.
     from ifm_jax.data.crops import RandomCrops
     from ifm_jax.data.images import Cropped
 
