@@ -132,9 +132,9 @@ def on_device_batches(
       start: the number of the first batch.
 
     Yields:
-      The arrays of a call, and the number of its filled batches. The arrays are `index`, int32 `(most, batch_size)`; where
-      crops are cut also `boxes`, float32 `(most, batch_size, crops, 4)`: top, left, height and width in pixels of the copy;
-      `steps` int32 `()`, the number of filled batches.
+      The arrays of a call, and the number of its filled batches. The arrays are `index`, int32 `(most, batch_size)`;
+      where crops are cut also `boxes`, float32 `(most, batch_size, crops, 4)`: top, left, height and width in pixels of
+      the copy; `steps` int32 `()`, the number of filled batches.
     """
     order, epoch_steps = EpochOrder(copies.count, seed), steps_per_epoch(copies.count, batch_size)
     number = start

@@ -4,7 +4,8 @@ The data set follows Hermann and Lampinen, "What shapes feature representations?
 to see which features a contrastive encoder keeps and which it suppresses. An image shows a shape, filled with a rotated
 texture, in a color, at a random place on a gray background. The texture is a light and dark modulation of the color
 with zero mean and the same strength for every pattern, so that neither mean brightness nor hue tells the textures
-apart. The first entries of `SHAPES`, `TEXTURES` and `COLORS` are the easiest to tell apart; a smaller set takes the first few.
+apart. The first entries of `SHAPES`, `TEXTURES` and `COLORS` are the easiest to tell apart; a smaller set takes the
+first few.
 
 Every random number is a hash of (seed, split, index, number of the draw), so an image depends on nothing else, and not
 on the images drawn beside it. A shape is a table of signed distances, a texture one periodic

@@ -182,7 +182,7 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 
 def read(step_dir: pathlib.Path) -> Stored:
-    """Returns the contents of a checkpoint: the state as nested dicts of NumPy arrays, for any devices it was saved from.
+    """Returns the contents of a checkpoint, the state as nested dicts of NumPy arrays, wherever it was saved.
 
     Involves no other host.
 
@@ -232,8 +232,8 @@ def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None
       like: required structure, shapes and dtypes of the state, in which it is returned; None: nested dicts as stored.
 
     Returns:
-      The checkpoint, with a state of NumPy arrays, or None if none can be read; and a dict from the step of each damaged
-      checkpoint to its error.
+      The checkpoint, with a state of NumPy arrays, or None if none can be read; and a dict from the step of each
+      damaged checkpoint to its error.
     """
     damaged: dict[int, str] = {}
     with _abandoned_work_is_silent(), warnings.catch_warnings():

@@ -40,8 +40,8 @@ def draw_curves(
 ) -> None:
     """Draws `curves.png`: loss, accuracy and learning rate over the steps; the legends show the latest values.
 
-    For a long run the noisy curves are pale, with their running mean (over a fiftieth of the run) on top. A curve has at
-    most 2000 points. The picture replaces the old one atomically; matplotlib's global state stays unchanged.
+    For a long run the noisy curves are pale, with their running mean (over a fiftieth of the run) on top. A curve has
+    at most 2000 points. The picture replaces the old one atomically; matplotlib's global state stays unchanged.
 
     Args:
       records: records from `read`; missing fields are not drawn. Without records nothing is drawn.

@@ -123,7 +123,8 @@ def run(
       step_fn: `(state, batch) -> (state, metrics)`, compiled; it may use the state's memory for the new one. Metrics
         are scalars, or for a call of several steps `(N,)` with room for them.
       state: state before the first step.
-      calls: arguments of each call of `step_fn`. A call of several steps ends wherever a checkpoint or evaluation is due.
+      calls: arguments of each call of `step_fn`. A call of several steps ends wherever a checkpoint or evaluation is
+        due.
       first: steps done before.
       last_step: number of the last step.
       recorder: receives the metrics.
