@@ -94,11 +94,11 @@ _HEADS = {"moco": ("moco.dim", "moco.mlp"), "simclr": ("simclr.dim", "simclr.hea
 
 
 def structure(config: Config, backbone: bool = False) -> dict[str, Any]:
-    """Returns the config fields that determine the shapes of the tensors, by name.
+    """Returns the config fields that the shapes of the tensors determine, by name.
 
     Args:
       config: config of a run.
-      backbone: only those of the backbone.
+      backbone: return only the fields of the backbone.
     """
     flat = configs.flatten(configs.to_dict(config))
     names = _BACKBONE
