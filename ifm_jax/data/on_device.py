@@ -240,7 +240,7 @@ class OnDeviceStep:
         return {"views": jnp.stack([resized_crops(chosen, boxes[:, i], self.image_size) for i in range(2)], axis=1)}
 
     def jit(self) -> jax.stages.Wrapped:
-        """Returns the compiled form; the state's memory is reused for the new state."""
+        """Returns the compiled step; the new state reuses the old state's memory."""
         method, mesh = self.step.method, self.step.method.mesh
         if mesh is None:
             return jax.jit(self.__call__, donate_argnums=0)

@@ -181,7 +181,7 @@ def _blocks(
 
 
 def _normalized(x: np.ndarray) -> np.ndarray:
-    """Returns rows scaled to length 1, in float32 or a wider float type of x; a row of zeros stays."""
+    """Returns rows scaled to length 1, in float32 or the wider float type of x; a row of zeros stays."""
     _check_finite(x)
     x = np.asarray(x).astype(np.result_type(x.dtype, np.float32))
     length = np.linalg.norm(x, axis=1, keepdims=True)
