@@ -42,7 +42,7 @@ def resolve(config: Config, stored: Config | None = None) -> Config:
     if config.model.compute_dtype == "auto":
         here = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         settled = stored.model.compute_dtype if stored else "auto"
-        config.model.compute_dtype = here if settled == "auto" else settled  # "auto" means converted and not trained yet
+        config.model.compute_dtype = here if settled == "auto" else settled  # "auto": converted, not trained
     config.model.bn_groups = configs.bn_groups(config)
     return config
 
