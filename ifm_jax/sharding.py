@@ -157,7 +157,7 @@ def _bind_address(coordinator: str) -> str | None:
 
 
 def _compare_num_processes(num_processes: int) -> None:
-    """Raises a `ValueError` on all processes if they were given different numbers; process 0's number decides."""
+    """Raises a `ValueError` on all processes if they were given different numbers. Process 0's have all joined."""
     client, folder = distributed.global_state.client, "ifm_jax/num_processes/"
     assert client is not None  # the processes have joined
     client.key_value_set(f"{folder}{process_index()}", str(num_processes))

@@ -308,7 +308,7 @@ class _Reader:
         return trees["params"], trees["batch_stats"]
 
     def _array(self, name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Returns a tensor as a float32 or float64 array; if it is not as expected, notes a problem and returns None."""
+        """Returns a tensor as a float32 or float64 array; notes a problem and returns None if it is wrong."""
         if not isinstance(values, np.ndarray) or not jnp.issubdtype(values.dtype, np.floating):
             what = values.dtype if isinstance(values, np.ndarray) else getattr(values, "what", type(values).__name__)
             self._problems["of a wrong type"].append(f"{name} ({what}, expected floating point)")
