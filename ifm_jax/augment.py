@@ -653,8 +653,8 @@ class MoCoV2Augmentation(MoCoStrengths):
           rngs: keys `(N,)`.
 
         Returns:
-          `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)`
-          `jitter`, `grayscale` and `flip`. Without jitter the factors change nothing.
+          `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)` `jitter`,
+          `grayscale` and `flip`. Without jitter the factors change nothing.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (10,), jnp.float32))(rngs)
         jitter, grayscale, blur, flip = (

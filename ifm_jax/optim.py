@@ -121,8 +121,8 @@ def learning_rates(
       epochs: length of the run, E.
       steps_per_epoch: updates in an epoch.
       milestones: epochs at which "step" divides by ten.
-      warmup_epochs: number of first epochs in which the rate rises linearly to `lr`, step by step; the cosine spans
-        the rest.
+      warmup_epochs: number of first epochs in which the rate rises linearly to `lr`, step by step; the cosine spans the
+        rest.
       per_step: update the schedule every step instead of once per epoch.
     """
     step = np.arange(epochs * steps_per_epoch, dtype=np.float64)

@@ -93,8 +93,8 @@ class PretrainStep:
         Args:
           state: state before the step.
           batch: `views`, images `(N, V, H, W, 3)`: two crops of each image, or with V = 1 the image that both views are
-            cut from on the device; optionally `permutation`, int32 `(N,)`, the order of MoCo's shuffle, which
-              is otherwise drawn.
+            cut from on the device; optionally `permutation`, int32 `(N,)`, the order of MoCo's shuffle, which is
+            otherwise drawn.
           rng: a JAX random key; the draws of a step depend only on it, the step's number and the example's position.
           learning_rates: float `(steps,)`, the rate of every step of the run, for an optimizer that takes one; an
             argument, so that runs with other rates share the program.

@@ -38,8 +38,8 @@ def begin(hosts: bool = False) -> None:
     From then on Ctrl-C gives one line and status 130; `command.run` later handles it in its own way.
 
     Args:
-      hosts: whether the script may be one of several processes (`command.Hosts`). If it is, a child does the work,
-        and this process reports how it ended.
+      hosts: whether the script may be one of several processes (`command.Hosts`). If it is, a child does the work, and
+        this process reports how it ended.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)

@@ -1,7 +1,7 @@
 """Devices and hosts: the mesh, the two placements, multi-host start-up.
 
-There is one global program: the step is written for the global batch on one device, and `jax.jit` places it. Images
-are split along the only mesh axis, `data`; parameters, queue and optimizer state are on every device.
+There is one global program: the step is written for the global batch on one device, and `jax.jit` places it. Images are
+split along the only mesh axis, `data`; parameters, queue and optimizer state are on every device.
 """
 
 import errno

@@ -251,7 +251,7 @@ def _reader(known: Field, name: str) -> Read:
 
 
 def _type(known: Field) -> str:
-    """Returns the type of a field, such as `int`, or its values if these say more."""
+    """Returns the type of a field, such as `int`, and its allowed values if the type alone does not tell them."""
     kind, expected = f"list of {known.kind.__name__}" if known.many else known.kind.__name__, known.expected()
     for words in ("a whole number", "a number", "an integer"):
         if expected.startswith(words):

@@ -289,8 +289,8 @@ def decode(name: str, encoded: np.ndarray, reduction: int = 1) -> np.ndarray:
     """Decodes an image file by its content, not its name.
 
     The pixels equal those of PIL's `Image.open(path).convert("RGB")`, which the original's loader uses: the orientation
-    tag is ignored, transparency is dropped, gray is repeated three times. The one exception: 16-bit gray is scaled to
-    8 bits, where PIL clips values above 255.
+    tag is ignored, transparency is dropped, gray is repeated three times. The one exception: 16-bit gray is scaled to 8
+    bits, where PIL clips values above 255.
 
     Args:
       name: name of the image, for the error.

@@ -73,8 +73,7 @@ def read_all(
       size: how many images to read, from the first on.
       side: see `copies_side`.
       threads: number of reading threads; 0: automatic.
-      bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends
-        the reading.
+      bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends the reading.
 
     Returns:
       Pixels, uint8 `(size, side, side, 3)`, and their description.

@@ -67,11 +67,11 @@ def training_batches(
       size: use only the first `size` examples of the source; 0: all.
       host: number of this host. It gets the rows of the global batch from `host * batch_size / hosts` on.
       hosts: number of hosts; a divisor of `batch_size`.
-      threads: threads in each process that look up images or cut views; 0: two to look up, or one for each processor
-        to cut.
+      threads: threads in each process that look up images or cut views; 0: two to look up, or one for each processor to
+        cut.
       processes: worker processes that do so; 0: this process does it.
-      bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends
-        the iteration. Images that are not cut on the host are always readable.
+      bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends the iteration.
+        Images that are not cut on the host are always readable.
       indices: also yield the numbers of the images.
       remainder: end an epoch with its remaining images, filled up with copies; else drop them.
 

@@ -171,8 +171,8 @@ def open_tfds(
       random_crops: what the source's `views` cuts.
 
     Raises:
-      UsageError: if the name is unknown, the data set is not prepared as ArrayRecord or has no images, or the split
-        or a class does not exist.
+      UsageError: if the name is unknown, the data set is not prepared as ArrayRecord or has no images, or the split or
+        a class does not exist.
     """
     said = f"data.source='tfds:{name}'"
     tfds = _tfds(said)

@@ -8,9 +8,9 @@ apart. The first entries of `SHAPES`, `TEXTURES` and `COLORS` are the easiest to
 first few.
 
 Every random number is a hash of (seed, split, index, number of the draw), so an image depends on nothing else, and not
-on the images drawn beside it. A shape is a table of signed distances, a texture one periodic
-tile; both are sampled at the rotated, shifted pixel centers. Each pixel takes additions, multiplications and two
-look-ups, which give the same result on every machine with IEEE arithmetic.
+on the images drawn beside it. A shape is a table of signed distances, a texture one periodic tile; both are sampled at
+the rotated, shifted pixel centers. Each pixel takes additions, multiplications and two look-ups, which give the same
+result on every machine with IEEE arithmetic.
 """
 
 import dataclasses
@@ -60,9 +60,9 @@ _NUM_DRAWS = 11  # per image, besides the noise
 class Trifeature:
     """A random-access source of Trifeature images with their three labels.
 
-    An image is a pure function of (`seed`, `split`, index) and the drawing parameters; `size` is only their
-    number. The labels are drawn independently and uniformly. Images are drawn on access until `images` has drawn them
-    all; after that they are looked up.
+    An image is a pure function of (`seed`, `split`, index) and the drawing parameters; `size` is only their number. The
+    labels are drawn independently and uniformly. Images are drawn on access until `images` has drawn them all; after
+    that they are looked up.
 
     Example:
         >>> source = Trifeature("train", size=1000, image_size=32)

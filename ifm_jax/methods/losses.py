@@ -224,8 +224,8 @@ def info_nce(
 ) -> jax.Array:
     """Returns the InfoNCE loss of each query, `(N,)`.
 
-    This is the cross entropy of picking the key among itself and the K negatives (van den Oord et al. 2018, eq. 4;
-    He et al. 2020, eq. 1), as softplus(z):
+    This is the cross entropy of picking the key among itself and the K negatives (van den Oord et al. 2018, eq. 4; He
+    et al. 2020, eq. 1), as softplus(z):
 
         -log(e^s+ / (e^s+ + sum_j e^x_j))
 

@@ -211,7 +211,7 @@ def _kernel_gradient_by_taps(
 def _kernel_gradient_by_rows(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
-    """Computes the taps of a kernel's row as one matrix product: with few channels, a single tap's would be too narrow."""
+    """Computes the taps of a kernel's row as one matrix product: with few channels, one tap's would be too narrow."""
     height, width = gradient.shape[1:3]
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
@@ -228,7 +228,7 @@ def _kernel_gradient_by_rows(
 
 
 class _Overlap(NamedTuple):
-    """For one tap and axis: the output positions for which it lies within the input, and the input positions it reads."""
+    """For one tap and axis: the output positions for which the tap lies in the input, and the inputs it reads."""
 
     outputs: slice
     inputs: slice

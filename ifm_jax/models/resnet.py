@@ -173,8 +173,8 @@ class ResNet(nnx.Module):
         "small_stride2" (5x5 stride 2, no pooling: the cheaper one for processors without an accelerator).
       bn_groups: groups of every BatchNorm in training (see `batch_norm`).
       running_stats: which statistics the running averages follow, "first_group" or "mean".
-      dtype: dtype of convolutions and products (None: the promoted dtype of images and parameters);
-        normalization statistics are always float32 or better.
+      dtype: dtype of convolutions and products (None: the promoted dtype of images and parameters); normalization
+        statistics are always float32 or better.
       param_dtype: dtype of parameters and running averages.
       rngs: an `nnx.Rngs` with a `params` stream.
     """

@@ -46,7 +46,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
     Args:
       path: a run's working directory (the newest checkpoint), one of its checkpoints (`DIR/checkpoints/<step>`), or a
         `.pth`, `.pth.tar` or `.safetensors` in the original's or torchvision's format, or another library's file that
-          holds a ResNet under a prefix.
+        holds a ResNet under a prefix.
       dtype: dtype of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
       prefix: what the network's names in a PyTorch file begin with, such as `backbone.`; "": detected if unambiguous
         (`read`).

@@ -26,9 +26,9 @@ FIELDS = (
 class MetricsLog:
     """`metrics.jsonl`, opened for a run that continues after step `last_step`.
 
-    Lines of an earlier process beyond that step, and a last line that it left incomplete, are cut off first, so that
-    no step appears twice. The cut is atomic (a new file replaces the old one), happens only if there is something to
-    cut, and leaves all other lines unchanged, byte for byte.
+    Lines of an earlier process beyond that step, and a last line that it left incomplete, are cut off first, so that no
+    step appears twice. The cut is atomic (a new file replaces the old one), happens only if there is something to cut,
+    and leaves all other lines unchanged, byte for byte.
 
     Args:
       path: path of the file, which is created if it does not exist; its folder must exist. Also an attribute.
@@ -55,8 +55,8 @@ class MetricsLog:
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record as one line and flushes it to the operating system.
 
-        Floats are written in full precision (the shortest text that reads back as the same float64). NumPy and
-        JAX scalars are written as Python numbers.
+        Floats are written in full precision (the shortest text that reads back as the same float64). NumPy and JAX
+        scalars are written as Python numbers.
 
         Args:
           record: fields of the record, at least `step`; those in `FIELDS` come first, in that order.

@@ -1,7 +1,7 @@
 """A stored training state: the arrays on the host, the config, and the known history.
 
-Saved runs and converted PyTorch checkpoints share this form. A converted checkpoint is written as the working
-directory of a run, so that all code that reads a run reads it too:
+Saved runs and converted PyTorch checkpoints share this form. A converted checkpoint is written as the working directory
+of a run, so that all code that reads a run reads it too:
 
     DIR/config.json           the config; architecture, head, dim and K as the tensors have them
     DIR/checkpoints/<step>/   Orbax

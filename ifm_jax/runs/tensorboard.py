@@ -23,8 +23,8 @@ class TensorBoardLog:
     A run that continues after step `last_step` opens its own file, whose first event tells TensorBoard to drop all
     later steps of earlier files, so that no step is shown twice.
 
-    Events are written by the calling thread. tensorboardX's `SummaryWriter` hands them to a thread; once an error
-    (such as a full disk) has ended that thread, the run waits for it forever. Here the caller gets the error.
+    Events are written by the calling thread. tensorboardX's `SummaryWriter` hands them to a thread; once an error (such
+    as a full disk) has ended that thread, the run waits for it forever. Here the caller gets the error.
 
     Args:
       directory: directory of the event files; created if it does not exist.

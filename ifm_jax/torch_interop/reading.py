@@ -54,11 +54,11 @@ def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = ""
 
     The arrays of a file in PyTorch's current (zip) format stay on disk until they are used.
 
-    The state dict is the file itself, or its entry `state_dict`, `model`, `model_state_dict` or `backbone`;
-    `module.` before a name is ignored. The network's names may have a prefix (`backbone.conv1.weight`), or be an
-    `nn.Sequential`'s (`backbone.0.weight`, ..., `backbone.7.1.bn2.weight`: torchvision's children by number). If a
-    file holds only one network, or only one of several under a usual prefix (`backbone.`, `encoder.`, `model.`), that
-    one is read, with a note.
+    The state dict is the file itself, or its entry `state_dict`, `model`, `model_state_dict` or `backbone`; `module.`
+    before a name is ignored. The network's names may have a prefix (`backbone.conv1.weight`), or be an
+    `nn.Sequential`'s (`backbone.0.weight`, ..., `backbone.7.1.bn2.weight`: torchvision's children by number). If a file
+    holds only one network, or only one of several under a usual prefix (`backbone.`, `encoder.`, `model.`), that one is
+    read, with a note.
 
     Args:
       path: path of a `.pth`, `.pth.tar` or `.safetensors` file.
