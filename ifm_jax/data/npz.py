@@ -36,7 +36,7 @@ class Npz(Mapping[str, np.ndarray]):
             self._file = zipfile.ZipFile(path)
         except FileNotFoundError:
             raise
-        except Exception as error:  # whatever damage makes the library raise, here and below
+        except Exception as error:  # damage can make the library raise anything, here and below
             raise NpzError(_reason(error)) from None
         names = (name for name in self._file.namelist() if name.endswith(_SUFFIX))
         self._members = {name.removesuffix(_SUFFIX): name for name in names}

@@ -42,7 +42,7 @@ def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: i
 def alignment(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the mean squared distance of positives, E |x - y|^2, in [0, 4]: 0 if all pairs are equal.
 
-    See Wang and Isola 2020, with alpha = 2. Normalizes the embeddings.
+    See Wang and Isola 2020, with alpha = 2. The embeddings are L2-normalized first.
 
     Args:
       first: `(N, D)`.
@@ -59,7 +59,7 @@ def alignment(first: np.ndarray, second: np.ndarray) -> float:
 def uniformity(embeddings: np.ndarray, t: float = 2.0, *, chunk: int = 1024) -> float:
     """Returns log E exp(-t |x - y|^2) over all distinct pairs, in [-4 t, 0]: 0 if all are the same, lower if spread.
 
-    See Wang and Isola 2020. Normalizes the embeddings.
+    See Wang and Isola 2020. The embeddings are L2-normalized first.
 
     Args:
       embeddings: `(N, D)`, N > 1.

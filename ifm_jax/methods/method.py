@@ -47,7 +47,7 @@ class Views:
     Attributes:
       images: images from which the two views are made, each `(N, H, W, 3)`; the same array twice, or two crops.
       rngs: a random key for each view.
-      augment: makes a view of each image; an image's randomness follows its own position, whatever the order.
+      augment: makes a view of each image; an image's randomness follows its own position, in any order.
       permutation: order in which MoCo shuffles, int32 `(N,)`; None: drawn at random.
       mesh: mesh of the devices; None: arrays stay where they are.
     """

@@ -84,7 +84,7 @@ class Call(NamedTuple):
 
 
 def counts(first: int, last_step: int, most: int, *stops: int) -> Iterator[int]:
-    """Yields the number of steps in each call: the most allowed, but ending wherever something is due.
+    """Yields the number of steps in each call: as many as allowed, ending wherever something is due.
 
     Args:
       first: steps done before.

@@ -20,7 +20,7 @@ FIELDS = (
     *("step", "epoch", "loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm"),
     *("images_per_sec", "data_wait"),
 )
-"""The fields of a line of `metrics.jsonl`, in their order there; whatever else a record holds follows them."""
+"""The fields of a line of `metrics.jsonl`, in their order there; other fields of a record follow them."""
 
 
 class MetricsLog:

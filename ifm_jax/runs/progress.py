@@ -74,7 +74,7 @@ class Progress:
 
     @property
     def closed(self) -> bool:
-        """Whether the reader of the output has closed it; later lines were lost."""
+        """Whether the reader of the output has closed it; later lines are lost."""
         return self._file.closed_by_reader
 
     def __enter__(self) -> Progress:

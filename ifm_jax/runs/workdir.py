@@ -1,4 +1,4 @@
-"""The working directory of a run: the names of what lies in it, its lock, its config."""
+"""The working directory of a run: its file names, its lock, its config."""
 
 import contextlib
 import json
