@@ -295,6 +295,6 @@ def place_key(mesh: Mesh, rng: jax.Array) -> jax.Array:
 
 
 def place_everywhere(mesh: Mesh, tree: Any) -> Any:
-    """Puts host arrays, the same on every process, whole on every device."""
+    """Puts host arrays, the same on every process, into global arrays that are whole on every device."""
     placement = replicated(mesh)
     return jax.device_put(tree, placement) if jax.process_count() == 1 else place(tree, placement)

@@ -1,7 +1,7 @@
 """Views cut on the host: random resized crops for training, the central view for evaluation.
 
-Boxes follow torchvision's `RandomResizedCrop`, computed from given random numbers; OpenCV resamples each crop to within
-3/255of PIL's antialiased bilinear filter, on average over each view of a photograph, in a fraction of its time.
+Boxes follow torchvision's `RandomResizedCrop`, computed from given random numbers. OpenCV resamples each crop to within
+3/255 of PIL's antialiased bilinear filter, on average over each view of a photograph, in a fraction of its time.
 """
 
 import dataclasses
@@ -138,7 +138,7 @@ def reduced_box(box: Box, reduction: int, height: int, width: int) -> Box:
     """Returns a box in the pixels of a reduced image, rounded to whole ones.
 
     Args:
-      box: in the whole image.
+      box: box in pixels of the whole image.
       reduction: how many pixels of the whole image, along each side, make one of the reduced image.
       height: height of the reduced image.
       width: width of the reduced image.
@@ -159,7 +159,7 @@ def cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 
     Args:
       image: uint8 `(H, W, 3)`.
-      box: within the image.
+      box: box within the image.
       size: size of the square in pixels.
 
     Returns:

@@ -111,8 +111,8 @@ def _checked(
     """Yields batches without their entry for unreadable images, which it records."""
     for batch in batches:
         for index, reason in batch.pop(_BAD, ()):
-            assert bad_images is not None  # no other batches
-            assert isinstance(source, ViewSource)  # name unreadable images
+            assert bad_images is not None  # else no batch lists any
+            assert isinstance(source, ViewSource)  # only its batches list any
             bad_images.add(source.name(index), reason)
         yield batch
 

@@ -1,7 +1,7 @@
 """Lists the image files below a folder, reading many folders at a time.
 
-Every start lists them anew: 130,000 files in 1,000 folders take half a second on a local disk, as long as a check would
-take that no folder has changed since an earlier listing.
+Every start lists them anew: 130,000 files in 1,000 folders take half a second on a local disk. A check for changes
+since an earlier listing would take as long.
 """
 
 import concurrent.futures
