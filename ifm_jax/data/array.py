@@ -47,7 +47,7 @@ class ArrayFile(PixelImages):
           image_size: side of a view in pixels.
           class_names: names of all classes; empty: there are none.
           classes: class of each image as an index into `class_names`, int32 `(N,)`; None: there are none.
-          random_crops: what `views` cuts.
+          random_crops: crops that `views` cuts.
         """
         self._labels = {} if classes is None or not class_names else {"class": classes}
         super().__init__(image_size, random_crops, {"class": class_names} if self._labels else {})
@@ -89,7 +89,7 @@ def open_array(
       split: "train" or "test".
       image_size: side of a view in pixels.
       classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
-      random_crops: what the source's `views` cuts.
+      random_crops: crops that `views` of the source cuts.
 
     Raises:
       UsageError: if the file is missing or holds something else, or the split or a class does not exist.
@@ -153,7 +153,7 @@ def _checked(labels: np.ndarray, count: int, said: str) -> np.ndarray:
     """Returns labels `(count,)`.
 
     Raises:
-      UsageError: if these are not labels.
+      UsageError: if they are not integers of at least 0, one for each image.
     """
     if not np.issubdtype(labels.dtype, np.integer) or labels.size != count or not count:
         raise UsageError(

@@ -50,7 +50,7 @@ class Folder(EncodedImages):
           image_size: side of a view in pixels.
           class_names: names of all classes; empty: there are none.
           classes: class of each file as an index into `class_names`.
-          random_crops: what `views` cuts.
+          random_crops: crops that `views` cuts.
         """
         super().__init__(image_size, random_crops, {"class": tuple(class_names)} if class_names else {})
         self.root, self.paths = os.fspath(root), paths
@@ -129,7 +129,7 @@ def open_folder(
       split: "train" or "test".
       image_size: side of a view in pixels.
       classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
-      random_crops: what the source's `views` cuts.
+      random_crops: crops that `views` of the source cuts.
 
     Returns:
       The source. Files are in the order of torchvision's `ImageFolder`. The held-out images have the classes of the

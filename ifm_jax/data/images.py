@@ -55,7 +55,7 @@ class Images(abc.ABC):
 
     Attributes:
       image_size: side of a view in pixels.
-      random_crops: what `views` cuts.
+      random_crops: crops that `views` cuts.
       label_names: names of the classes of each label; empty without labels.
       earlier_fingerprints: values of `fingerprint` in earlier versions, so that their runs can resume.
     """
@@ -211,7 +211,7 @@ class Cropped(PixelImages):
 
     Args:
       source: source whose images have the size of a view.
-      random_crops: what `views` cuts.
+      random_crops: crops that `views` cuts.
     """
 
     def __init__(self, source: "Trifeature", random_crops: crops.RandomCrops):

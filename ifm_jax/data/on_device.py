@@ -197,8 +197,8 @@ class OnDeviceStep:
           state: state before the first step.
           images: all images, uint8 `(images, S, S, 3)`.
           call: arrays from `on_device_batches`.
-          rng: as for `PretrainStep`.
-          learning_rates: as for `PretrainStep`.
+          rng: see `PretrainStep`.
+          learning_rates: see `PretrainStep`.
 
         Returns:
           The state after the last step; the metrics of all steps, each `(most,)`, padded with 0 where the call has

@@ -59,7 +59,7 @@ class Tfds(EncodedImages):
           image_key: name of the feature that holds the image.
           label_names: class names of each label.
           image_size: side of a view in pixels.
-          random_crops: what `views` cuts.
+          random_crops: crops that `views` cuts.
           memory: identity of the prepared files, the key under which their labels are cached; empty: no cache.
         """
         super().__init__(image_size, random_crops, label_names)
@@ -168,7 +168,7 @@ def open_tfds(
       classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
       expression: which of the data set's splits to use ("train+unlabelled", "train[:90%]"); empty: "train" for
         training; "validation", or else "test", for the held-out images.
-      random_crops: what the source's `views` cuts.
+      random_crops: crops that `views` of the source cuts.
 
     Raises:
       UsageError: if the name is unknown, the data set is not prepared as ArrayRecord or has no images, or the split or
@@ -277,7 +277,7 @@ def _check_features(path: pathlib.Path, said: str) -> None:
     """Rejects features that are not TensorFlow Datasets' own: it would import any module that they name.
 
     Raises:
-      UsageError: for the first such class.
+      UsageError: at the first such class.
     """
     try:
         pending = [json.loads(path.read_text())]

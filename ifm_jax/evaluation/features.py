@@ -26,7 +26,7 @@ class FrozenEncoder:
 
     Attributes:
       weights: parameters and running averages, on every device of the mesh; the first argument of `apply`.
-      mesh: the devices.
+      mesh: mesh of the devices.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FrozenEncoder:
           encoder: architecture of the network.
           params: parameters of the encoder, with or without a head.
           batch_stats: statistics of the encoder.
-          mesh: the devices; None: all of them.
+          mesh: mesh of the devices; None: all of them.
           layer: "backbone", the pooled features, or "projection", the embedding, L2-normalized.
 
         Raises:

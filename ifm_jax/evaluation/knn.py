@@ -61,7 +61,7 @@ def classify(
       num_classes: number of classes, C.
       k: number of neighbors that vote; the whole bank if it holds fewer.
       temperature: T > 0.
-      mesh: the devices; None: the default one.
+      mesh: mesh of the devices; None: the default one.
       query_chunk: number of queries at a time on each device.
       bank_chunk: number of bank examples at a time; a device holds `(query_chunk, bank_chunk)` similarities.
 

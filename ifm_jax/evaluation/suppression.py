@@ -147,7 +147,7 @@ def standard_errors(rows: Sequence[Readouts]) -> dict[str, float] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much better one method reads out a label than another, in points, paired by seed.
+    """The difference of two methods in the readout of a label, in points, paired by seed.
 
     Attributes:
       mean: mean over the seeds that both have.

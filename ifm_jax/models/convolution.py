@@ -61,7 +61,7 @@ _Saved = tuple[jax.Array, jax.Array]  # input and kernel
 
 
 class _Choice(NamedTuple):
-    """Which of the three computations are not XLA's convolution on a CPU, but matrix products."""
+    """Tells which of the three computations are matrix products on a CPU instead of XLA's convolution."""
 
     output: bool
     input_gradient: bool

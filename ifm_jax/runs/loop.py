@@ -34,7 +34,7 @@ State = TypeVar("State")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a loop ended.
+    """The end of a loop.
 
     Attributes:
       step: updates done.
