@@ -34,8 +34,8 @@ def load(recipe: str | os.PathLike[str]) -> Config:
     """Returns a recipe's config.
 
     Args:
-      recipe: path of a file, or the name of one of the package's recipes, such as `ifm_cifar10`. A named recipe is the
-        module `ifm_jax.configs.ifm_cifar10`; a file is read anew each time.
+      recipe: path of a file, or the name of one of the package's recipes, such as `ifm_cifar10`. A named recipe is a
+        module like `ifm_jax.configs.ifm_cifar10`; a file is read anew each time.
 
     Returns:
       The result of its `get_config()`.

@@ -123,12 +123,12 @@ def on_device_batches(
     """Yields the image numbers for the batches of the next calls, several batches at a time.
 
     Args:
-      copies: the images.
+      copies: images on the devices.
       batch_size: number of images in a global batch.
       counts: number of batches in each call, 1 to `most`.
       most: number of batches that the arrays have room for in every call.
       seed: seed of the order, and of the crops.
-      start: the number of the first batch.
+      start: number of the first batch.
 
     Yields:
       The arrays of a call, and the number of its filled batches. The arrays are `index`, int32 `(most, batch_size)`;

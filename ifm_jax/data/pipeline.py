@@ -63,7 +63,7 @@ def training_batches(
       source: source of images, or of views cut on the host (`ViewSource`).
       batch_size: number of images in a global batch.
       seed: seed of the order, and of the views cut on the host.
-      start: the number of the first batch; a run resumed after step s starts at s.
+      start: number of the first batch; a run resumed after step s starts at s.
       size: use only the first `size` examples of the source; 0: all.
       host: number of this host. It gets the rows of the global batch from `host * batch_size / hosts` on.
       hosts: number of hosts; a divisor of `batch_size`.

@@ -71,7 +71,7 @@ class Trifeature:
 
     Attributes:
       split: `"train"` or `"test"`; the two share no random draw.
-      size: the number of images.
+      size: number of images.
       image_size: height and width in pixels, 32 to 224.
       seed: any non-negative integer below 2**64.
       num_shapes: how many of `SHAPES` to use, from the first on, 2 to 10.
