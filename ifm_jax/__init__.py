@@ -5,14 +5,14 @@
     ifm_jax.models.resnet50(num_classes=..., rngs=...)                        torchvision's networks
     ifm_jax.PretrainStep(...)                                                 one training step
     ifm_jax.train(config, workdir)                                            a run
-    ifm_jax.load(path)                                                        the frozen backbone of one
+    ifm_jax.load(path)                                                        the frozen backbone of a run
 
 Importing this takes no time: every name is imported when it is first used.
 """
 
 import importlib
 
-TYPE_CHECKING = False  # as typing has it, which takes its time
+TYPE_CHECKING = False  # same as typing's, without its slow import
 if TYPE_CHECKING:
     from ifm_jax import augment, models, optim, sharding
     from ifm_jax.config import Config
@@ -42,7 +42,7 @@ __all__ = [
     "train",
 ]
 
-# A script prepares its process before JAX is imported (`process.begin`), so that nothing is imported here.
+# A script prepares its process (`process.begin`) before it imports JAX, so nothing is imported here.
 _HOMES = {
     "Config": "config",
     "Encoder": "models",

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: encoder, method, augmentation, optimizer, step, the state it starts with."""
+"""Builds the parts of a run from a config: encoder, method, augmentation, optimizer, step and first state."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from ifm_jax.pretrain import PretrainStep
 
 
 def configure_jax(compute_dtype: str = "float32") -> None:
-    """Sets what has to be set before the first computation: 64-bit types if asked for, the compilation cache.
+    """Configures JAX before the first computation: 64-bit types if requested, and the compilation cache.
 
     Compiled programs are kept in `$JAX_COMPILATION_CACHE_DIR` (`~/.cache/ifm_jax/xla` if unset), so that only the first
     start of a recipe waits for the compiler.
@@ -32,17 +32,17 @@ def configure_jax(compute_dtype: str = "float32") -> None:
 
 
 def resolve(config: Config, stored: Config | None = None) -> Config:
-    """Returns a copy of the config with what is automatic settled: as in `stored`, or for this machine.
+    """Returns a copy of the config with its automatic values resolved: as in `stored`, or for this machine.
 
     Args:
-      config: as the caller gave it.
-      stored: of the run that is to go on; it goes on as it began, whatever the machine is now.
+      config: config as the caller gave it.
+      stored: config of the run to resume; it continues as it began, whatever the machine is now.
     """
     config = configs.from_dict(configs.to_dict(config))
     if config.model.compute_dtype == "auto":
         here = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         settled = stored.model.compute_dtype if stored else "auto"
-        config.model.compute_dtype = here if settled == "auto" else settled  # "auto": converted, not trained yet
+        config.model.compute_dtype = here if settled == "auto" else settled  # "auto": converted, not trained
     config.model.bn_groups = configs.bn_groups(config)
     return config
 
@@ -66,10 +66,10 @@ def make_encoder(config: Config) -> Encoder:
 def make_augmentation(config: Config):
     """Returns the augmentation that the config names, `(rngs (N,), images (N, H, W, 3)) -> views`.
 
-    Of MoCo's, it is what comes after the crop: they take the crops of a `ViewSource`.
+    MoCo's augmentations only cover the steps after the crop: their input is the crops of a `ViewSource`.
 
     Raises:
-      UsageError: if it is not for the config's source.
+      UsageError: if the augmentation does not fit the config's source.
     """
     name, dtype = config.data.augmentation, jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
     if name != "trifeature":
@@ -98,7 +98,7 @@ def make_optimizer(config: Config):
 
 
 def initial_rngs(config: Config) -> tuple[jax.Array, jax.Array]:
-    """Returns the random keys of the start (weights, queue) and of the steps."""
+    """Returns the random keys of the initialization (weights, queue) and of the steps."""
     start, steps = jax.random.split(jax.random.key(config.seed))
     return start, steps
 
@@ -107,8 +107,8 @@ def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method
     """Returns the method of a resolved config.
 
     Args:
-      config: resolved.
-      mesh: the devices; None: wherever the arrays are.
+      config: resolved config.
+      mesh: mesh of the devices; None: arrays stay where they are.
     """
     objective = Objective(
         kind=config.ifm.objective,
@@ -126,22 +126,22 @@ def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method
 
 
 def make_step(config: Config, mesh: jax.sharding.Mesh) -> PretrainStep:
-    """Returns the training step of a resolved config; neither its seed nor its learning rates are part of it.
+    """Returns the training step of a resolved config; its seed and learning rates are not part of it.
 
     Args:
-      config: resolved.
-      mesh: the devices.
+      config: resolved config.
+      mesh: mesh of the devices.
     """
     return PretrainStep(make_method(config, mesh), make_optimizer(config), make_augmentation(config))
 
 
 def step_arguments(config: Config, epoch_steps: int, mesh: jax.sharding.Mesh) -> tuple[jax.Array, jax.Array]:
-    """Returns what a step takes beside state and batch: its random key and the run's learning rates, on every device.
+    """Returns a step's arguments beside state and batch: its random key and the run's learning rates, on every device.
 
     Args:
-      config: resolved.
+      config: resolved config.
       epoch_steps: updates in an epoch.
-      mesh: the devices.
+      mesh: mesh of the devices.
     """
     rates = optim.learning_rates(
         config.optim.lr,
@@ -157,14 +157,14 @@ def step_arguments(config: Config, epoch_steps: int, mesh: jax.sharding.Mesh) ->
 
 
 def state_creator(config: Config, mesh: jax.sharding.Mesh | None = None):
-    """Returns the function that makes the state a run starts with.
+    """Returns the function that creates the first state of a run.
 
     Args:
-      config: resolved.
-      mesh: the devices; None: wherever the arrays are.
+      config: resolved config.
+      mesh: mesh of the devices; None: arrays stay where they are.
 
     Returns:
-      `(rng=...) -> TrainState`; `rng`, a JAX random key, is the config's own where it is not given.
+      `(rng=...) -> TrainState`; `rng` is a JAX random key, by default the config's own.
     """
     own = initial_rngs(config)[0]
     method, optimizer = make_method(config, mesh), make_optimizer(config)

@@ -1,12 +1,12 @@
 """Random views of images, on the device, inside the compiled step: `f(rngs, images) -> images`.
 
 Each operation is a pure function of a batch and of one parameter per example; an augmentation draws the parameters and
-puts the operations together. An example's draws come from its own key, which derives from the key of the step and the
+combines the operations. An example's draws come from its own key, which derives from the key of the step and the
 example's position in the global batch (`example_rngs`), and no operation looks at another example: the views do not
 depend on how many devices or hosts share the batch.
 
-Everything is computed in the `dtype` asked for, float32 unless told otherwise. Random numbers are always drawn in
-float32, so that float64, for parity runs, sees the same views.
+Everything is computed in the given `dtype`, by default float32. Random numbers are always drawn in float32, so that
+float64, for parity runs, gives the same views.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Random numbers that a crop takes: ten areas, ten aspect ratios, the place.
+# Random numbers for each crop: ten areas, ten aspect ratios, the place.
 CROP_DRAWS = 22
 
 # ITU-R 601-2 luma, with torchvision's digits.
@@ -31,11 +31,11 @@ def example_rngs(rng: jax.Array, indices: jax.Array) -> jax.Array:
     """Derives one key per example.
 
     Args:
-        rng: The key of this step and view.
-        indices: Integers `(N,)`, each example's position in the global batch.
+      rng: the key of this step and view.
+      indices: integers `(N,)`, each example's position in the global batch.
 
     Returns:
-        Typed keys `(N,)`.
+      Typed keys `(N,)`.
     """
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, indices)
 
@@ -49,19 +49,19 @@ def random_resized_crop_boxes(
 ) -> jax.Array:
     """Chooses a crop per example, as torchvision's `RandomResizedCrop` does.
 
-    The area is uniform and so is the logarithm of the aspect ratio; of ten such draws the first that fits in the image
-    is taken, at a uniform place. If none fits, the largest central box is, whose aspect ratio is in range. The one
-    difference: boxes are not rounded to whole pixels.
+    The area and the logarithm of the aspect ratio are uniform. The function uses the first of ten such draws that fits
+    in the image, at a uniform position. If none fits, it uses the largest central box whose aspect ratio is in range.
+    The one difference: boxes are not rounded to whole pixels.
 
     Args:
-        uniforms: `(N, CROP_DRAWS)` in [0, 1): the draws for ten areas, ten ratios, top and left.
-        height: The image's height in pixels.
-        width: The image's width in pixels.
-        scale: Least and greatest area, relative to the image's.
-        ratio: Least and greatest width over height.
+      uniforms: `(N, CROP_DRAWS)` in [0, 1): the draws for ten areas, ten ratios, top and left.
+      height: the image's height in pixels.
+      width: the image's width in pixels.
+      scale: least and greatest area, relative to the image's.
+      ratio: least and greatest width over height.
 
     Returns:
-        `(N, 4)` of the dtype of `uniforms`: top, left, height and width in pixels.
+      `(N, 4)` of the dtype of `uniforms`: top, left, height and width in pixels.
     """
     area = (scale[0] + (scale[1] - scale[0]) * uniforms[:, :10]) * (height * width)
     aspect = jnp.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * uniforms[:, 10:20])
@@ -80,20 +80,20 @@ def random_resized_crop_boxes(
 
 
 def crop_matrices(boxes: jax.Array, angles: jax.Array, flips: jax.Array, height: int, width: int) -> jax.Array:
-    """Puts crop, rotation and flip into one affine map from the view's pixels to the image's.
+    """Combines crop, rotation and flip into one affine map from the view's pixels to the image's.
 
     The image is turned about the center of the box, the box is cut out and stretched to `height` x `width`, and the
     result is mirrored. Pixel (0, 0) has its center at (0, 0), and a box of the whole image is the identity.
 
     Args:
-        boxes: `(N, 4)`: top, left, height and width in pixels.
-        angles: `(N,)` in radians; positive turns the picture counter-clockwise.
-        flips: bool `(N,)`: mirror left and right.
-        height: The view's height in pixels.
-        width: The view's width in pixels.
+      boxes: `(N, 4)`: top, left, height and width in pixels.
+      angles: `(N,)` in radians; positive turns the picture counter-clockwise.
+      flips: bool `(N,)`: mirror left and right.
+      height: the view's height in pixels.
+      width: the view's width in pixels.
 
     Returns:
-        `(N, 2, 3)`: `matrix @ (x, y, 1)` is the place (x, y) in the image that pixel (x, y) of the view shows.
+      `(N, 2, 3)`: `matrix @ (x, y, 1)` is the position in the image that pixel (x, y) of the view shows.
     """
     top, left, box_height, box_width = boxes.T
     step_x = box_width / width * jnp.where(flips, -1, 1).astype(boxes.dtype)
@@ -108,16 +108,16 @@ def crop_matrices(boxes: jax.Array, angles: jax.Array, flips: jax.Array, height:
 
 
 def affine_warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
-    """Resamples each image under its own affine map: bilinear, the border repeated outwards.
+    """Resamples each image under its own affine map: bilinear, with the border repeated outward.
 
-    As `cv2.warpAffine` with `WARP_INVERSE_MAP`, `INTER_LINEAR` and `BORDER_REPLICATE`, without its rounding.
+    This is `cv2.warpAffine` with `WARP_INVERSE_MAP`, `INTER_LINEAR` and `BORDER_REPLICATE`, without its rounding.
 
     Args:
-        images: `(N, H, W, C)` of any real type.
-        matrices: `(N, 2, 3)`, the maps from the result's pixels (x, y) to the images', in pixels.
+      images: `(N, H, W, C)` of any real type.
+      matrices: `(N, 2, 3)`, the maps from the result's pixels (x, y) to the images', in pixels.
 
     Returns:
-        `(N, H, W, C)` of the dtype of `matrices`, in the units of `images`.
+      `(N, H, W, C)` of the dtype of `matrices`, in the units of `images`.
     """
     _, height, width, _ = images.shape
     dtype = matrices.dtype
@@ -145,31 +145,31 @@ def affine_warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
 def resized_crops(images: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
     """Cuts a box out of each image and resizes it to a square, as PIL's `crop` and `resize(..., BILINEAR)` do.
 
-    PIL's filter is a triangle, as wide as two pixels of the result where it shrinks the image; across, then down, each
-    rounded to whole values.
+    PIL's filter is a triangle, two pixels of the result wide if it shrinks the image. It runs across, then down, and
+    rounds to whole values each time.
 
     Args:
-        images: uint8 `(N, H, W, C)`.
-        boxes: float32 `(N, 4)`: top, left, height and width in pixels; they need not be whole ones.
-        size: Of the squares in pixels.
+      images: uint8 `(N, H, W, C)`.
+      boxes: float32 `(N, 4)`: top, left, height and width in pixels; they need not be whole ones.
+      size: side of the squares in pixels.
 
     Returns:
-        uint8 `(N, size, size, C)`; within 1 of PIL's for boxes of whole pixels.
+      uint8 `(N, size, size, C)`; within 1 of PIL's for boxes of whole pixels.
     """
 
     def weights(first: jax.Array, length: jax.Array, pixels: int) -> jax.Array:
-        """Returns `(N, size, pixels)`: what each pixel of the image weighs in each one of the result."""
+        """Returns the weight of each image pixel in each pixel of the result, `(N, size, pixels)`."""
         place = jnp.arange(pixels, dtype=jnp.float32)[None, None, :] + 0.5
         first, length = first[:, None, None], length[:, None, None]
         shrink = length / size
         center = first + (jnp.arange(size, dtype=jnp.float32)[None, :, None] + 0.5) * shrink
         triangle = jnp.maximum(1 - jnp.abs(place - center) / jnp.maximum(shrink, 1), 0)
-        inside = (place > first) & (place < first + length)  # a crop's neighbors in the image are not its own
+        inside = (place > first) & (place < first + length)  # exclude pixels outside the crop
         triangle = jnp.where(inside, triangle, 0)
         return triangle / jnp.maximum(triangle.sum(axis=2, keepdims=True), 1e-6)
 
     def product(pattern: str, weights: jax.Array, values: jax.Array) -> jax.Array:
-        # Whole values of eight bits: more than bfloat16 has, in which some devices would multiply.
+        # Whole values of eight bits need more precision than bfloat16, in which some devices would multiply.
         total = jnp.einsum(pattern, weights, values.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
         return jnp.clip(jnp.floor(total + 0.5), 0, 255)
 
@@ -183,11 +183,11 @@ def adjust_brightness(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Multiplies each image by its factor, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives black, 1 the image.
+      images: `(N, H, W, 3)` in [0, 1].
+      factors: `(N,)`; 0 gives black, 1 the image.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     return jnp.clip(images * factors[:, None, None, None], 0, 1)
 
@@ -196,11 +196,11 @@ def adjust_contrast(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Blends each image with the mean of its gray version, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives plain gray, 1 the image, more than 1 a stronger contrast.
+      images: `(N, H, W, 3)` in [0, 1].
+      factors: `(N,)`; 0 gives plain gray, 1 the image, more than 1 a stronger contrast.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     channel_means = images.mean(axis=(1, 2))
     gray = (channel_means * jnp.asarray(_LUMA, images.dtype)[None, :]).sum(axis=1)
@@ -212,11 +212,11 @@ def adjust_saturation(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Blends each pixel with its gray, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        factors: `(N,)`; 0 gives the gray image, 1 the image, more than 1 stronger colors.
+      images: `(N, H, W, 3)` in [0, 1].
+      factors: `(N,)`; 0 gives the gray image, 1 the image, more than 1 stronger colors.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     factors = factors[:, None, None, None]
     return jnp.clip(factors * images + (1 - factors) * luma(images), 0, 1)
@@ -226,11 +226,11 @@ def adjust_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
     """Turns each pixel's hue in HSV space, as torchvision does on float images.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        shifts: `(N,)` in turns of the color circle, from -0.5 to 0.5; 0 gives the image.
+      images: `(N, H, W, 3)` in [0, 1].
+      shifts: `(N,)` in turns of the color circle, from -0.5 to 0.5; 0 gives the image.
 
     Returns:
-        `(N, H, W, 3)` in [0, 1].
+      `(N, H, W, 3)` in [0, 1].
     """
     red, green, blue = images[..., 0], images[..., 1], images[..., 2]
     value, low = jnp.maximum(jnp.maximum(red, green), blue), jnp.minimum(jnp.minimum(red, green), blue)
@@ -243,7 +243,7 @@ def adjust_hue(images: jax.Array, shifts: jax.Array) -> jax.Array:
         jnp.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
     )
     hue = hue + 6 * shifts[:, None, None]
-    # Each channel is at its height over a third of the circle, at nothing over another, and linear in between.
+    # Each channel is at its maximum over a third of the circle, at zero over another third, and linear in between.
     channels = []
     for height in (0, 2, 4):
         distance = hue - height
@@ -259,24 +259,24 @@ def luma(images: jax.Array) -> jax.Array:
 
 
 def color_jitter(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax.Array:
-    """Changes brightness, contrast, saturation and hue of each image, in an order of its own: `ColorJitter`.
+    """Changes brightness, contrast, saturation and hue of each image in its own order, like `ColorJitter`.
 
-    The four are numbered as torchvision numbers them: 0 brightness, 1 contrast, 2 saturation, 3 hue.
+    Their numbers are torchvision's: 0 brightness, 1 contrast, 2 saturation, 3 hue.
 
     Args:
-        images: `(N, H, W, 3)` in [0, 1].
-        order: integers `(N, 4)`, each row a permutation of 0 to 3: what comes first, second, third and last.
-        factors: `(N, 4)`, of brightness, contrast and saturation, and the shift of the hue; (1, 1, 1, 0) gives the
-            image.
+      images: `(N, H, W, 3)` in [0, 1].
+      order: integers `(N, 4)`, each row a permutation of 0 to 3, from the first operation to the last.
+      factors: `(N, 4)`: factors of brightness, contrast and saturation, and the shift of the hue; (1, 1, 1, 0) changes
+        nothing.
 
     Returns:
-        `(N, H, W, 3)` in [0, 1].
+      `(N, H, W, 3)` in [0, 1].
     """
-    # Every example goes through the same program, whatever its order: to switch between operations, under `vmap`, is to
-    # compute all of them and select. The shift of the hue costs most and is computed once: before it, three rounds for
-    # the operations that precede it, after it three for those that follow. The other three are one operation, a blend
-    # with black, with the mean gray or with the pixel's gray; a round that an example has no use for has a factor of
-    # 1, which changes nothing. Four rounds of everything take 2.4 times as long.
+    # Every example goes through the same program, whatever its order: under `vmap`, a switch between operations
+    # computes all of them and selects. The shift of the hue costs most and is computed once: before it, three rounds
+    # for the operations that precede it, after it three for those that follow. The other three are one operation, a
+    # blend with black, with the mean gray or with the pixel's gray; a round that an example does not need has a factor
+    # of 1, which changes nothing. Four rounds of everything take 2.4 times as long.
     ordered = jnp.take_along_axis(factors, order, axis=1)
     hue_place = jnp.argmax(order == 3, axis=1)
     one, zero = jnp.ones((), images.dtype), jnp.zeros((), images.dtype)
@@ -297,17 +297,18 @@ def color_jitter(images: jax.Array, order: jax.Array, factors: jax.Array) -> jax
 
 
 def blur_weights(sigmas: jax.Array, largest: float) -> jax.Array:
-    """Returns the weights of one of the three averages, one after another, of PIL's `GaussianBlur(radius=sigma)`.
+    """Returns the weights of one of the three successive averages in PIL's `GaussianBlur(radius=sigma)`.
 
-    An average is over 2 l + 1 pixels and a fraction of the next to either side, so that the three have the variance
-    asked for (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box filtering").
+    An average covers 2 l + 1 pixels and a fraction of the next on either side, so that the three together have the
+    requested variance (Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box
+    filtering").
 
     Args:
-        sigmas: `(N,)` in pixels, up to `largest`; 0 is no blur.
-        largest: Decides how many weights there are: 5 for a sigma of 2.
+      sigmas: `(N,)` in pixels, up to `largest`; 0 means no blur.
+      largest: greatest sigma; determines the number of weights: 5 for a sigma of 2.
 
     Returns:
-        `(N, taps)`, `taps` odd; each row is symmetric and sums to 1.
+      `(N, taps)`, `taps` odd; each row is symmetric and sums to 1.
     """
     half = int((math.sqrt(4 * largest**2 + 1) - 1) / 2) + 1
     variance = (sigmas * sigmas / 3)[:, None]
@@ -319,26 +320,26 @@ def blur_weights(sigmas: jax.Array, largest: float) -> jax.Array:
 
 
 def gaussian_blur(images: jax.Array, weights: jax.Array) -> jax.Array:
-    """Blurs each image with weights of its own, as PIL does but for its rounding: three averages down, three across.
+    """Blurs each image with its own weights, as PIL does except for its rounding: three averages down, three across.
 
-    Each average repeats the border of what it is given, so that near the border the three are not one average with a
+    Each average repeats the border of its input, so near the border the three are not the same as one average with a
     repeated border: there they differ by up to 22 levels of 255.
 
     Args:
-        images: `(N, H, W, C)`.
-        weights: `(N, taps)` of one average; see `blur_weights`.
+      images: `(N, H, W, C)`.
+      weights: weights of one average, `(N, taps)`; see `blur_weights`.
 
     Returns:
-        `(N, H, W, C)`.
+      `(N, H, W, C)`.
     """
-    # Products halve the cycles on a TPU; on a CPU they take two to four times as long, on a GPU as long.
+    # Matrix products halve the cycles on a TPU; on a CPU they take two to four times as long, on a GPU the same time.
     return jax.lax.platform_dependent(images, weights, tpu=_blur_by_products, default=_blur_by_sums)
 
 
 def _blur_by_sums(images: jax.Array, weights: jax.Array) -> jax.Array:
-    """`gaussian_blur` as weighted sums of shifted images, but for the pixels near the border, which are products."""
-    # A convolution would have to be one for every example and channel, which some back ends compute one at a time.
-    # What the sums read is computed first: fused, it would be computed for every weight again.
+    """Computes `gaussian_blur` as weighted sums of shifted images, and the pixels near the border as products."""
+    # A convolution would be separate for every example and channel; some back ends compute these one at a time.
+    # Compute the input of the sums first: fused, it would be recomputed for every weight.
     count, height, width, channels = images.shape
     rows = jax.lax.optimization_barrier(images.reshape(count, height, width * channels))
     down = jax.lax.optimization_barrier(_blur_axis(rows, weights, 1, 1))
@@ -346,7 +347,7 @@ def _blur_by_sums(images: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _blur_axis(rows: jax.Array, weights: jax.Array, axis: int, step: int) -> jax.Array:
-    """Blurs `(N, H, W * C)` along an axis, in which the next pixel is `step` places further."""
+    """Blurs `(N, H, W * C)` along an axis on which adjacent pixels are `step` entries apart."""
     size = rows.shape[axis] // step
     inner, border = _three_averages(weights), _border_matrices(weights, size)
     radius = inner.shape[1] // 2
@@ -369,11 +370,11 @@ def _blur_axis(rows: jax.Array, weights: jax.Array, axis: int, step: int) -> jax
 
 
 def _blur_by_products(images: jax.Array, weights: jax.Array) -> jax.Array:
-    """`gaussian_blur` as two products of each image with banded matrices."""
+    """Computes `gaussian_blur` as two products of each image with banded matrices."""
     _, height, width, _ = images.shape
     down = _blur_matrices(weights, height)
     across = down if width == height else _blur_matrices(weights, width)
-    # Three bfloat16 products instead of six: an error of 0.01 levels of 255, but where nothing is to change, none.
+    # Three bfloat16 products instead of six: an error of 0.01 levels of 255, and none where nothing changes.
     precision = jax.lax.Precision.HIGH
     blurred = jnp.einsum("nab,nbwc->nawc", down, images, precision=precision)
     blurred = jnp.einsum("nab,nhbc->nhac", across, blurred, precision=precision)
@@ -382,7 +383,7 @@ def _blur_by_products(images: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _blur_matrices(weights: jax.Array, size: int) -> jax.Array:
-    """Returns `(N, size, size)`: what each pixel of a row weighs in each one of the blurred row."""
+    """Returns the weight of each pixel of a row in each pixel of the blurred row, `(N, size, size)`."""
     inner, border = _three_averages(weights), _border_matrices(weights, size)
     radius = inner.shape[1] // 2
     if size <= 2 * radius:
@@ -397,7 +398,7 @@ def _blur_matrices(weights: jax.Array, size: int) -> jax.Array:
 
 
 def _three_averages(weights: jax.Array) -> jax.Array:
-    """Returns the weights of three averages in one, away from the border: `(N, 3 * taps - 2)`."""
+    """Returns the combined weights of three averages, away from the border, `(N, 3 * taps - 2)`."""
     taps = weights.shape[1]
     result = weights
     for _ in range(2):
@@ -407,15 +408,16 @@ def _three_averages(weights: jax.Array) -> jax.Array:
 
 
 def _border_matrices(weights: jax.Array, size: int) -> jax.Array:
-    """Returns what pixels weigh in the first ones of a blurred row, which are those that its beginning changes.
+    """Returns the weights of pixels in the first pixels of a blurred row, those that the border affects.
 
     Args:
-        weights: `(N, taps)` of one average; three of them reach `radius = 3 * (taps // 2)` pixels to either side.
-        size: Pixels of a row.
+      weights: weights of one average, `(N, taps)`; three averages reach `radius = 3 * (taps // 2)` pixels to either
+        side.
+      size: number of pixels in a row.
 
     Returns:
-        `(N, radius, 2 * radius)` for the first pixels; turned about, it is for the last. Of a row of at most
-        `2 * radius` pixels `(N, size, size)`, for all of them.
+      `(N, radius, 2 * radius)` for the first pixels; reversed, it is for the last ones. For a row of at most
+      `2 * radius` pixels, `(N, size, size)` for all of them.
     """
     half = weights.shape[1] // 2
     radius = 3 * half
@@ -427,7 +429,7 @@ def _border_matrices(weights: jax.Array, size: int) -> jax.Array:
     )
     average = jnp.asarray(sum(shares))
     thrice = _batch_product("nab,nbc->nac", average, _batch_product("nab,nbc->nac", average, average))
-    # What the end of these 2 * radius pixels has changed, the end of a longer row does not.
+    # Drop the pixels that the end of these 2 * radius pixels affects: a longer row ends elsewhere.
     return thrice if size <= 2 * radius else thrice[:, :radius]
 
 
@@ -439,12 +441,12 @@ def add_noise(rngs: jax.Array, images: jax.Array, strength: float) -> jax.Array:
     """Adds normal noise, drawn for each pixel and channel.
 
     Args:
-        rngs: Keys `(N,)`.
-        images: `(N, H, W, 3)` in [0, 1].
-        strength: The standard deviation of the noise.
+      rngs: keys `(N,)`.
+      images: `(N, H, W, 3)` in [0, 1].
+      strength: the standard deviation of the noise.
 
     Returns:
-        `(N, H, W, 3)`, clipped to [0, 1].
+      `(N, H, W, 3)`, clipped to [0, 1].
     """
     noise = jax.vmap(lambda rng: jax.random.normal(rng, images.shape[1:], jnp.float32))(rngs)
     return jnp.clip(images + strength * noise.astype(images.dtype), 0, 1)
@@ -456,12 +458,12 @@ def normalize(
     """Subtracts the mean and divides by the standard deviation of each channel.
 
     Args:
-        images: `(N, H, W, C)` in [0, 1].
-        mean: One number per channel.
-        std: One number per channel.
+      images: `(N, H, W, C)` in [0, 1].
+      mean: one number per channel.
+      std: one number per channel.
 
     Returns:
-        `(N, H, W, C)` of the same dtype.
+      `(N, H, W, C)` of the same dtype.
     """
     means, stds = (jnp.asarray(values, images.dtype)[None, None, None, :] for values in (mean, std))
     return (images - means) / stds
@@ -474,17 +476,17 @@ _ORDERS = tuple(itertools.permutations(range(4)))
 def jitter_parameters(
     uniforms: jax.Array, brightness: float, contrast: float, saturation: float, hue: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws what `color_jitter` needs, as torchvision's `ColorJitter` does.
+    """Draws the parameters of `color_jitter`, as torchvision's `ColorJitter` does.
 
     Args:
-        uniforms: `(N, 5)` in [0, 1): for the order and for the four factors.
-        brightness: The factor is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: Likewise.
-        saturation: Likewise.
-        hue: The shift is uniform in -`hue` to `hue`, in turns.
+      uniforms: `(N, 5)` in [0, 1), for the order and the four factors.
+      brightness: the factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: the same for the contrast.
+      saturation: the same for the saturation.
+      hue: the shift is uniform in -`hue` to `hue`, in turns.
 
     Returns:
-        order int32 `(N, 4)`, any of the 24 with the same probability, and factors `(N, 4)`.
+      order int32 `(N, 4)`, any of the 24 with the same probability, and factors `(N, 4)`.
     """
     order = jnp.asarray(_ORDERS, jnp.int32)[(uniforms[:, 0] * len(_ORDERS)).astype(jnp.int32)]
     strengths = jnp.asarray([brightness, contrast, saturation, hue], uniforms.dtype)[None, :]
@@ -493,10 +495,10 @@ def jitter_parameters(
 
 @dataclasses.dataclass(frozen=True)
 class TrifeatureAugmentation:
-    """Random views of Trifeature images: crop, flip, small rotation, mild brightness and contrast, noise if wanted.
+    """Random views of Trifeature images: crop, flip, small rotation, mild brightness and contrast, optional noise.
 
-    No change of hue: it would destroy color, one of the features measured. Brightness comes before contrast, where
-    torchvision's `ColorJitter` draws the order.
+    The hue does not change: that would destroy color, one of the measured features. Brightness always comes before
+    contrast, while torchvision's `ColorJitter` draws the order.
 
     Example:
         >>> augmentation = TrifeatureAugmentation()
@@ -505,18 +507,18 @@ class TrifeatureAugmentation:
         (2, 32, 32, 3)
 
     Attributes:
-        crop_scale: Least and greatest area of the crop, relative to the image's; (1, 1) does not crop.
-        rotation: The image is turned by a uniform angle of up to so many degrees to either side.
-        flip: The probability of a left-right flip.
-        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: The factor of the contrast, likewise.
-        noise: Standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
-        mean: Mean of each channel, for the normalization.
-        std: Standard deviation of each channel, for the normalization.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      crop_scale: least and greatest area of the crop, relative to the image's; (1, 1) does not crop.
+      rotation: greatest angle in degrees by which the image is turned to either side; the angle is uniform.
+      flip: the probability of a left-right flip.
+      brightness: the factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: the same for the contrast.
+      noise: standard deviation of normal noise, relative to the full range of a pixel; 0 draws none.
+      mean: mean of each channel, for the normalization.
+      std: standard deviation of each channel, for the normalization.
+      dtype: dtype of the views and of the computation: float32, or float64 for parity runs.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     crop_scale: tuple[float, float] = (0.36, 1.0)
@@ -541,18 +543,18 @@ class TrifeatureAugmentation:
         """Makes one view of each image.
 
         Args:
-            rngs: Keys `(N,)`, one per example (`example_rngs`).
-            images: uint8 `(N, H, W, 3)`.
+          rngs: keys `(N,)`, one per example (`example_rngs`).
+          images: uint8 `(N, H, W, 3)`.
 
         Returns:
-            Normalised views, `(N, H, W, 3)` of `dtype`.
+          Normalized views, `(N, H, W, 3)` of `dtype`.
 
         Raises:
-            ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
+          ValueError: if `images` is not uint8 of shape `(N, H, W, 3)`.
         """
         _check_images(images)
         _, height, width, _ = images.shape
-        # All parameters of an example in one draw; `noise` has a key of its own, so it changes none of them.
+        # All parameters of an example in one draw; `noise` has its own key, so it changes none of them.
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (CROP_DRAWS + 4,), jnp.float32))(rngs)
         flips = uniforms[:, CROP_DRAWS] < self.flip
         uniforms = uniforms.astype(self.dtype)
@@ -572,21 +574,21 @@ class TrifeatureAugmentation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoCoStrengths:
-    """What MoCo's augmentations have in common.
+    """The common parameters of MoCo's augmentations.
 
     Attributes:
-        brightness: The factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
-        contrast: The factor of the contrast, likewise.
-        saturation: The factor of the saturation, likewise.
-        hue: The hue turns by up to so much of the color circle to either side.
-        grayscale: The probability of a view without color.
-        flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalization.
-        std: Standard deviation of each channel, for the normalization.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      brightness: the factor of the brightness is uniform in 1 - `brightness` to 1 + `brightness`.
+      contrast: the same for the contrast.
+      saturation: the same for the saturation.
+      hue: greatest turn of the hue to either side, as a share of the color circle.
+      grayscale: the probability of a view without color.
+      flip: the probability of a left-right flip.
+      mean: mean of each channel, for the normalization.
+      std: standard deviation of each channel, for the normalization.
+      dtype: dtype of the views and of the computation: float32, or float64 for parity runs.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     brightness: float = 0.4
@@ -612,7 +614,7 @@ class MoCoV2Augmentation(MoCoStrengths):
     """MoCo-v2's views of images already cropped: color jitter, grayscale, Gaussian blur, flip, in this order.
 
     After Chen et al. 2020, "Improved baselines with momentum contrastive learning", and its code (--aug-plus). Sizes
-    are in pixels of the view, whatever its size: the original's are for 224.
+    are in pixels of the view, for every view size: the original's are for 224.
 
     Example:
         >>> augmentation = MoCoV2Augmentation()
@@ -621,13 +623,13 @@ class MoCoV2Augmentation(MoCoStrengths):
         (2, 32, 32, 3)
 
     Attributes:
-        jitter: The probability of color jitter.
-        hue: The hue turns by up to so much of the color circle to either side.
-        blur: The probability of a blur.
-        blur_sigma: Least and greatest sigma of the blur in pixels.
+      jitter: the probability of color jitter.
+      hue: greatest turn of the hue to either side, as a share of the color circle.
+      blur: the probability of a blur.
+      blur_sigma: least and greatest sigma of the blur in pixels.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     jitter: float = 0.8
@@ -648,11 +650,11 @@ class MoCoV2Augmentation(MoCoStrengths):
         """Draws the parameters of each example's view.
 
         Args:
-            rngs: Keys `(N,)`.
+          rngs: keys `(N,)`.
 
         Returns:
-            `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)`
-            `jitter`, `grayscale` and `flip`. Without jitter the factors are those that change nothing.
+          `order` and `factors` of the jitter, `(N, 4)`; `sigma` of the blur, `(N,)`, 0 for none; bool `(N,)` `jitter`,
+          `grayscale` and `flip`. Without jitter the factors change nothing.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (10,), jnp.float32))(rngs)
         jitter, grayscale, blur, flip = (
@@ -675,18 +677,18 @@ class MoCoV2Augmentation(MoCoStrengths):
         """Makes one view of each image.
 
         Args:
-            rngs: Keys `(N,)`, one per example (`example_rngs`).
-            images: uint8 `(N, H, W, 3)`: crops.
+          rngs: keys `(N,)`, one per example (`example_rngs`).
+          images: uint8 `(N, H, W, 3)`: crops.
 
         Returns:
-            Normalised views, `(N, H, W, 3)` of `dtype`.
+          Normalized views, `(N, H, W, 3)` of `dtype`.
 
         Raises:
-            ValueError: If `images` is not uint8 of shape `(N, H, W, 3)`.
+          ValueError: if `images` is not uint8 of shape `(N, H, W, 3)`.
         """
         _check_images(images)
         drawn = self.parameters(rngs)
-        # The flip changes nothing else and nothing else changes it: done while the images are bytes.
+        # The flip commutes with everything else: do it while the images are bytes.
         views = _flipped(images, drawn["flip"]).astype(self.dtype) / 255
         views = color_jitter(views, drawn["order"], drawn["factors"])
         views = jnp.where(drawn["grayscale"][:, None, None, None], luma(views), views)
@@ -700,9 +702,9 @@ class MoCoCIFARAugmentation(MoCoV2Augmentation):
     """MoCo's views of 32-pixel images already cropped: MoCo-v2's without the blur.
 
     After the CIFAR-10 demo of MoCo's code (colab/moco_cifar10_demo.ipynb in facebookresearch/moco): a crop of 0.08 to 1
-    of the area, flip, color jitter, grayscale. That the flip comes first there makes no difference. The demo
+    of the area, flip, color jitter, grayscale. There the flip comes first, which makes no difference. The demo
     normalizes with CIFAR-10's mean and standard deviation; here they are ImageNet's, as everywhere, so that evaluation
-    and `ifm_jax.load` need not know what an encoder was trained on.
+    and `ifm_jax.load` need not know an encoder's training data.
     """
 
     blur: float = 0.0
@@ -719,10 +721,10 @@ class MoCoV1Augmentation(MoCoStrengths):
         """Draws the parameters of each example's view.
 
         Args:
-            rngs: Keys `(N,)`.
+          rngs: keys `(N,)`.
 
         Returns:
-            `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `grayscale` and `flip`.
+          `order` and `factors` of the jitter, `(N, 4)`; bool `(N,)` `grayscale` and `flip`.
         """
         uniforms = jax.vmap(lambda rng: jax.random.uniform(rng, (7,), jnp.float32))(rngs)
         order, factors = self._jitter_parameters(uniforms[:, 2:])
@@ -730,7 +732,7 @@ class MoCoV1Augmentation(MoCoStrengths):
         return {"order": order, "factors": factors, "grayscale": grayscale, "flip": flip}
 
     def __call__(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
-        """Makes one view of each image; as `MoCoV2Augmentation`."""
+        """Makes one view of each image; see `MoCoV2Augmentation`."""
         _check_images(images)
         drawn = self.parameters(rngs)
         views = _flipped(images, drawn["flip"]).astype(self.dtype) / 255
@@ -743,16 +745,16 @@ class MoCoV1Augmentation(MoCoStrengths):
 class ProbeAugmentation:
     """The linear probe's training view of images already cropped (0.08 to 1 of the area): a flip, no change of color.
 
-    As the original's main_lincls.py has it, like all training of classifiers on ImageNet.
+    This follows the original's main_lincls.py, like all training of classifiers on ImageNet.
 
     Attributes:
-        flip: The probability of a left-right flip.
-        mean: Mean of each channel, for the normalization.
-        std: Standard deviation of each channel, for the normalization.
-        dtype: Of the views, and of the computation: float32, or float64 for parity runs.
+      flip: the probability of a left-right flip.
+      mean: mean of each channel, for the normalization.
+      std: standard deviation of each channel, for the normalization.
+      dtype: dtype of the views and of the computation: float32, or float64 for parity runs.
 
     Raises:
-        ValueError: If a strength is outside its range.
+      ValueError: if a strength is outside its range.
     """
 
     flip: float = 0.5
@@ -764,7 +766,7 @@ class ProbeAugmentation:
         _check_ranges(self, {"flip": 1})
 
     def __call__(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
-        """Makes one view of each image; as `MoCoV2Augmentation`."""
+        """Makes one view of each image; see `MoCoV2Augmentation`."""
         _check_images(images)
         flips = jax.vmap(lambda rng: jax.random.uniform(rng, (), jnp.float32))(rngs) < self.flip
         return normalize(_flipped(images, flips).astype(self.dtype) / 255, self.mean, self.std)

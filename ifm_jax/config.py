@@ -24,34 +24,34 @@ from ifm_jax.errors import UsageError
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32", "float64")
 AUGMENTATIONS = ("trifeature", "moco_v1", "moco_v2", "moco_cifar")
 
-# What the arithmetic holds: counters, indices and sizes are int32 on the devices, numbers float32.
+# Limits of the arithmetic: counters, indices and sizes are int32 on the devices, numbers float32.
 _INT32 = 2**31 - 1
 _FLOAT32 = (1.1754944e-38, 3.4028234e38)
-# JAX keeps the low 32 bits of a seed: a larger one would be another's.
+# JAX keeps the low 32 bits of a seed: a larger one would coincide with another.
 _SEED = 2**32 - 1
-# No machine reads images with more threads, and no more fit into one process.
+# No machine needs more threads to read images, and no more fit into one process.
 _WORKERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Declared:
-    """What stands beside a field.
+    """The declaration of a field.
 
     Attributes:
       meaning: one line for people, with the original's flag in parentheses.
       least: smallest value.
-      above: all values are greater.
+      above: exclusive lower bound.
       most: largest value.
-      below: all values are less.
-      limit: largest value that the machine or the arithmetic takes, where that says nothing about the method.
-      choices: all values there are.
-      empty: of a tuple: it may hold nothing.
-      hint: added to what is said of a wrong value.
-      expected: said of a wrong value, instead of what type and bounds say.
-      free_on_resume: the field may change when a run goes on. These say how long and how closely a run is watched, and
-        with what its images are read, not what it computes. Where the images lie may change too; that they are the same
-        ones is checked by themselves. Nor does evaluation change anything.
-      formerly: other names in the same group under which it is still known; for each, what its values are called now.
+      below: exclusive upper bound.
+      limit: largest value that the machine or the arithmetic allows; not a bound of the method.
+      choices: all allowed values.
+      empty: whether a tuple may be empty.
+      hint: addition to the error for a wrong value.
+      expected: description of the expected value in errors, instead of type and bounds.
+      free_on_resume: whether the field may change when a run is resumed. These fields set how long a run lasts, how
+        closely it is watched and how its images are read, not its computation. The location of the images may change
+        too; a separate check ensures that they are the same. Evaluation changes nothing either.
+      formerly: former names in the same group, which are still accepted; for each, the new names of its values.
     """
 
     meaning: str
@@ -72,9 +72,9 @@ def field(default: Any, meaning: str, **declared: Any) -> Any:
     """Declares a field of a config group.
 
     Args:
-      default: its value in `Config()`; a group's class makes it a group.
+      default: value in `Config()`; the class of a group declares a group.
       meaning: see `Declared`.
-      **declared: of `Declared`.
+      **declared: attributes of `Declared`.
     """
     metadata = {"declared": Declared(meaning, **declared)}
     if isinstance(default, type):
@@ -83,9 +83,9 @@ def field(default: Any, meaning: str, **declared: Any) -> Any:
 
 
 class Group:
-    """Base of the config's dataclasses: an attribute that is no field is refused with the name of the nearest.
+    """Base of the config's dataclasses: rejects an attribute that is not a field and names the nearest field.
 
-    Former names of fields are read and set as the fields they have become. A list becomes the tuple that it stands for.
+    Former names of fields read and set the renamed fields. A list becomes a tuple.
     """
 
     __slots__ = ()
@@ -102,13 +102,13 @@ class Group:
             object.__setattr__(self, now, values.get(value, value) if isinstance(value, str) else value)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by copy and pickle
+        if name.startswith("__"):  # looked up by copy and pickle
             raise AttributeError(name)
         return object.__getattribute__(self, self._now(name)[0])
 
     @classmethod
     def _now(cls, name: str) -> tuple[str, Mapping[Any, Any]]:
-        """Returns what a former name has become, and its values."""
+        """Returns the new name of a former name, and the new names of its values."""
         names = [known.name for known in dataclasses.fields(cls)]
         for known in dataclasses.fields(cls):
             if name in known.metadata["declared"].formerly:
@@ -214,7 +214,7 @@ class IFMConfig(Group):
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig(Group):
-    """Optimiser and learning rate."""
+    """Optimizer and learning rate."""
 
     name: optim.Optimizer = field("sgd", "sgd, adam (as PyTorch's), lars or adamw", choices=optim.OPTIMIZERS)
     lr: float = field(0.03, "base learning rate, for the global batch (--lr)", above=0)
@@ -435,13 +435,13 @@ class Field:
     """A field of the config, as declared.
 
     Attributes:
-      name: with its groups, "moco.dim".
-      kind: bool, int, float or str: of the value, or of each value of a tuple; for a group its class.
-      many: a tuple of such values.
-      optional: None is a value too.
-      default: in `Config()`; None for a group.
+      name: name with its groups, "moco.dim".
+      kind: type of the value or of each value in a tuple: bool, int, float or str; for a group its class.
+      many: whether the value is a tuple.
+      optional: whether None is allowed.
+      default: value in `Config()`; None for a group.
       declared: meaning and bounds.
-      free_on_resume: it may change on resuming; by itself or with its group.
+      free_on_resume: whether it may change on resuming, by itself or with its group.
     """
 
     name: str
@@ -458,7 +458,7 @@ class Field:
         return issubclass(self.kind, Group)
 
     def expected(self) -> str:
-        """Returns in words what its values are: `a number above 0 (MoCo-v2: 0.2)`."""
+        """Describes the allowed values: `a number above 0 (MoCo-v2: 0.2)`."""
         declared = self.declared
         if declared.expected:
             return declared.expected
@@ -484,11 +484,11 @@ class Field:
         """Checks the type of a value.
 
         Args:
-          value: to check.
-          shown_as: the mistake as the caller wrote it, `--config.epochs=x`; empty: `epochs='x'`.
+          value: value to check.
+          shown_as: the setting as the caller wrote it, `--config.epochs=x`; empty: `epochs='x'`.
 
         Raises:
-          UsageError: if it has another; the bounds aside.
+          UsageError: if the type is wrong; bounds are not checked.
         """
         if self.is_group:
             good, wanted = isinstance(value, self.kind), f"a {self.kind.__name__}"
@@ -552,7 +552,7 @@ def _is_finite(value: float) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Returns a value as it is shown in a message: short, on one line."""
+    """Formats a value for a message: short, on one line."""
     try:
         return " ".join(_SHORT.repr(value).split())
     except ValueError:  # an int of thousands of digits
@@ -567,7 +567,7 @@ _SHORT.maxlevel = 3
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Returns `: did you mean 'x'?` for the nearest of the names; empty if none is near."""
     names = list(names)
-    # A field's own name in another group tells more than a like one in the same: moco.lr is optim.lr.
+    # The same name in another group is a better guess than a similar one in this group: moco.lr is optim.lr.
     same = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
     near = difflib.get_close_matches(name, same or names, n=1, cutoff=0.0 if same else 0.6)
     return f": did you mean {near[0]!r}?" if near else ""
@@ -583,7 +583,7 @@ def _fields(group: type[Group], prefix: str, free: bool) -> Iterator[Field]:
     annotations = typing.get_type_hints(group)
     for each in dataclasses.fields(group):
         declared, kind = each.metadata["declared"], annotations[each.name]
-        kind = str if typing.get_origin(kind) is typing.Literal else kind  # of its choices
+        kind = str if typing.get_origin(kind) is typing.Literal else kind  # the type of its choices
         parts = [part for part in typing.get_args(kind) if part not in (Ellipsis, types.NoneType)]
         many, optional = typing.get_origin(kind) is tuple, types.NoneType in typing.get_args(kind)
         free_too = free or declared.free_on_resume
@@ -595,14 +595,14 @@ def _fields(group: type[Group], prefix: str, free: bool) -> Iterator[Field]:
 
 
 def find(name: str, group: type[Group] = Config) -> tuple[Field, Mapping[Any, Any]] | None:
-    """Returns the field of that name, "moco.dim", and where the name is a former one, what its values are called now.
+    """Returns the field of a name, "moco.dim", and if the name is a former one, the new names of its values.
 
     Args:
-      name: a field's, or one that it had (`Declared.formerly`).
-      group: in which it is looked up.
+      name: current or former name of a field (`Declared.formerly`).
+      group: group in which to look it up.
 
     Returns:
-      None if there is none.
+      None if there is no such field.
     """
     known = fields(group)
     if name in known:
@@ -627,18 +627,18 @@ def get_field(config: Group, name: str) -> Any:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the config as nested dicts of JSON's types."""
-    # Through JSON, so that it compares equal to what is read back (tuples become lists).
+    # Through JSON, so that it compares equal to a config read back (tuples become lists).
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Returns the config that `to_dict` made `values` of; fields that `values` lacks keep their defaults.
+    """Builds a config from the `values` of `to_dict`; fields that `values` lacks keep their defaults.
 
     Args:
-      values: nested, or flat with names like "moco.dim"; former names are taken too.
+      values: nested dicts, or a flat one with names like "moco.dim"; former names are accepted too.
 
     Raises:
-      UsageError: for a field that does not exist, or a value of another type; bounds are `validate`'s.
+      UsageError: if a field does not exist or a value has the wrong type; `validate` checks bounds.
     """
     if not isinstance(values, Mapping):
         raise UsageError(f"a config is {shown(values)}: expected fields by name, such as {{'batch_size': 256}}")
@@ -666,10 +666,10 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def from_json(text: str | bytes) -> Config:
-    """Returns the config that was written as JSON.
+    """Returns a config from JSON.
 
     Raises:
-      UsageError: if it is no JSON, or not that of a config.
+      UsageError: if the text is not JSON, or not a config.
     """
     try:
         values = json.loads(text)
@@ -681,7 +681,7 @@ def from_json(text: str | bytes) -> Config:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested dicts as one, `{"moco.dim": 128, ...}`."""
+    """Flattens nested dicts: `{"moco.dim": 128, ...}`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -689,7 +689,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(config: Config, other: Config) -> list[str]:
-    """Returns what tells two configs apart, `field: ours, not theirs`, apart from fields free on resuming."""
+    """Returns the differences of two configs, `field: ours, not theirs`, except in fields free on resuming."""
     ours, theirs = flatten(to_dict(config)), flatten(to_dict(other))
     return [
         f"{name}: {ours[name]!r}, not {theirs[name]!r}"
@@ -702,7 +702,7 @@ def check_fields(config: Config) -> None:
     """Checks type and bounds of every field by itself.
 
     Raises:
-      UsageError: for the first mistake found: the field, its value, what was expected.
+      UsageError: at the first mistake; the message names the field, its value and the expectation.
     """
     if not isinstance(config, Config):
         raise UsageError(f"config={shown(config)}: expected an ifm_jax.Config")
@@ -711,14 +711,14 @@ def check_fields(config: Config) -> None:
 
 
 def validate(config: Config, devices: int = 1) -> None:
-    """Checks every field, alone and together with the others.
+    """Checks every field by itself and the rules across fields.
 
     Args:
-      config: after parsing.
-      devices: over which a batch will be split.
+      config: parsed config.
+      devices: number of devices over which a batch will be split.
 
     Raises:
-      UsageError: for the first mistake found: the field, its value, what was expected.
+      UsageError: at the first mistake; the message names the field, its value and the expectation.
     """
     check_fields(config)
     moco, data, best = config.moco, config.data, config.checkpoint_best
@@ -795,7 +795,7 @@ def bn_groups(config: Config) -> int:
 
 
 def head(config: Config) -> tuple[int, models.Head]:
-    """Returns the length of an embedding, and which of `models.heads` makes it."""
+    """Returns the length of an embedding and the name of its head in `models.heads`."""
     if config.method == "simclr":
         heads: dict[str, models.Head] = {"simclr": "mlp", "hcl": "hcl"}
         return config.simclr.dim, heads[config.simclr.head]

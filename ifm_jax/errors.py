@@ -1,20 +1,20 @@
-"""The two ways in which a run ends badly, each said in one line."""
+"""The two kinds of failure, each reported in one line."""
 
 import errno
 
 
 class UsageError(ValueError):
-    """A mistake of the caller's: names the value, what was expected, and the remedy. Exit status 2."""
+    """A mistake of the caller: the message names the value, the expectation and the remedy. Exit status 2."""
 
 
 class RunError(RuntimeError):
-    """A failure of the run itself; what was saved up to then is intact. Exit status 1."""
+    """A failure of the run itself; all data saved before are intact. Exit status 1."""
 
 
 def name_too_long(error: OSError) -> UsageError | None:
-    """Returns what is said of a path that no file system takes, which whoever named it can mend; None: it is not that.
+    """Returns the error for a path that is too long for the file system, which the caller can fix; else None.
 
-    It comes out of the first look at the path, wherever that is.
+    The error comes from the first access to the path, which can be anywhere.
     """
     if error.errno != errno.ENAMETOOLONG:
         return None

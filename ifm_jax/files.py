@@ -1,4 +1,4 @@
-"""Small files of a run: written whole or not at all, read as what a person or a disk may have made of them."""
+"""Small files of a run: writes them atomically, and reads them without trusting their contents."""
 
 import contextlib
 import json
@@ -12,12 +12,12 @@ from ifm_jax.errors import UsageError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """Yields a temporary name beside `path`, which takes its place once the block has ended without an error.
+    """Yields a temporary name beside `path`; the file replaces `path` when the block ends without an error.
 
-    Two threads of a process must not replace the same file at once.
+    Two threads of a process must not replace the same file at the same time.
 
     Raises:
-      OSError: if it cannot take its place; `path` is as it was.
+      OSError: if the file cannot replace `path`, which then stays unchanged.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -29,24 +29,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Writes a JSON object in place of what is there.
+    """Writes a JSON object and replaces an existing file.
 
     Raises:
-      OSError: if it cannot be written; `path` is as it was.
+      OSError: if the file cannot be written; `path` stays unchanged.
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | None:
-    """Returns the JSON object that a file holds; None where there is no file.
+    """Returns the JSON object in a file, or None if there is no file.
 
     Args:
-      path: of the file.
-      remedy: what to do about a file that cannot be read, for the error.
+      path: path of the file.
+      remedy: advice about an unreadable file, for the error.
 
     Raises:
-      UsageError: if it cannot be read, or holds something else than an object.
+      UsageError: if the file cannot be read, or holds no object.
     """
     try:
         values = json.loads(pathlib.Path(path).read_text())
@@ -62,7 +62,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | Non
 
 
 def cache_directory(*parts: str) -> pathlib.Path:
-    """Returns a directory for what can be made again: drawn images, listed folders, compiled programs.
+    """Returns the cache directory for drawn images, labels and compiled programs.
 
     It is below `$IFM_JAX_CACHE` (`~/.cache/ifm_jax` if unset), and may not exist yet.
     """

@@ -1,4 +1,4 @@
-"""`ifm_jax.methods.losses` under the name that it had before the methods had a folder of their own."""
+"""Former name of `ifm_jax.methods.losses`."""
 
 import sys
 

@@ -1,9 +1,8 @@
-"""Optimisers and learning-rate schedules: SGD as PyTorch does it, LARS, AdamW.
+"""Optimizers and learning-rate schedules: SGD as in PyTorch, LARS, AdamW.
 
-`make` gives an optax transformation whose `update` takes the `learning_rate` of the step as an argument: the schedule
-is computed before the run and is no constant of the compiled program. The functions above it turn gradients into a
-*direction*, to which the rate is applied last, where PyTorch applies it too (after the momentum buffer), so that
-changing it acts at once.
+`make` returns an optax transformation whose `update` takes the `learning_rate` of the step as an argument: the schedule
+is computed before the run and is not a constant of the compiled program. The functions above it turn gradients into a
+*direction*. The rate is applied to it last, as in PyTorch (after the momentum buffer), so that a new rate acts at once.
 """
 
 import math
@@ -30,7 +29,7 @@ def sgd(momentum: float = 0.9, weight_decay: float | jax.Array = 0.0) -> optax.G
 def lars(
     momentum: float = 0.9, weight_decay: float = 1e-6, trust_coefficient: float = 1e-3
 ) -> optax.GradientTransformation:
-    """LARS (You et al. 2017) for large batches, in the form of MoCo-v3's pre-training.
+    """LARS (You et al. 2017) for large batches, in the form used by MoCo-v3's pre-training.
 
     Weight decay and the trust ratio `trust_coefficient * |p| / |gradient|` act on matrices and kernels only, not on
     BatchNorm and biases; then momentum as in SGD.
@@ -61,11 +60,11 @@ def make(name: Optimizer, momentum: float, weight_decay: float) -> optax.Gradien
 
     Args:
       name: one of `OPTIMIZERS`.
-      momentum: of SGD and LARS; Adam and AdamW keep their own (0.9, 0.999).
-      weight_decay: as the named optimizer uses it.
+      momentum: momentum of SGD and LARS; Adam and AdamW keep their own (0.9, 0.999).
+      weight_decay: weight decay, as the named optimizer defines it.
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: if the name is unknown.
     """
     if name == "sgd":
         return descending(sgd(momentum, weight_decay))
@@ -79,9 +78,9 @@ def make(name: Optimizer, momentum: float, weight_decay: float) -> optax.Gradien
 
 
 def descending(direction: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer that moves by `-learning_rate * direction`, each parameter in its own dtype.
+    """Returns the optimizer that updates by `-learning_rate * direction`, each parameter in its own dtype.
 
-    Not `optax.chain(direction, ...)`, whose state would have one more part than checkpoints hold.
+    This does not use `optax.chain(direction, ...)`, whose state would have one more part than checkpoints hold.
     """
 
     def update(
@@ -96,7 +95,7 @@ def descending(direction: optax.GradientTransformation) -> optax.GradientTransfo
         steps, state = direction.update(gradient, state, params)
         return jax.tree.map(lambda d, p: -learning_rate.astype(p.dtype) * d.astype(p.dtype), steps, params), state
 
-    # optax has no type for an extra argument that must be given.
+    # optax has no type for a required extra argument.
     return optax.GradientTransformationExtraArgs(direction.init, update)  # pyrefly: ignore[bad-argument-type]
 
 
@@ -112,9 +111,9 @@ def learning_rates(
 ) -> np.ndarray:
     """Returns the learning rate of every step, float64 `(epochs * steps_per_epoch,)`.
 
-    The original sets it once an epoch e = 0, 1, ...: cosine `lr / 2 * (1 + cos(pi e / epochs))`, or `lr` times 0.1 for
-    every milestone reached. Computed in double precision before the run, as PyTorch does, so that the step only looks
-    it up.
+    The original sets it once per epoch e = 0, 1, ...: cosine `lr / 2 * (1 + cos(pi e / epochs))`, or `lr` times 0.1 for
+    every milestone reached. The rates are computed in double precision before the run, as in PyTorch, so that the step
+    only looks them up.
 
     Args:
       lr: the base learning rate.
@@ -122,8 +121,9 @@ def learning_rates(
       epochs: length of the run, E.
       steps_per_epoch: updates in an epoch.
       milestones: epochs at which "step" divides by ten.
-      warmup_epochs: the first so many epochs rise linearly to `lr`, step by step; the cosine spans what follows.
-      per_step: the schedule moves every step instead of once an epoch.
+      warmup_epochs: number of first epochs in which the rate rises linearly to `lr`, step by step; the cosine spans the
+        rest.
+      per_step: update the schedule every step instead of once per epoch.
     """
     step = np.arange(epochs * steps_per_epoch, dtype=np.float64)
     epoch = step / steps_per_epoch

@@ -1,4 +1,4 @@
-"""One step of pre-training, whatever the method, and the state that it moves."""
+"""One step of pre-training, for every method, and the training state."""
 
 import dataclasses
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -16,15 +16,15 @@ OptState = TypeVar("OptState")
 
 
 class TrainState(NamedTuple, Generic[Leaf, Part, OptState, Memory]):
-    """The whole state of a run: with the config and the data it determines everything that follows.
+    """The whole state of a run; with the config and the data it determines all later steps.
 
     Attributes:
       step: int32 scalar, updates done.
-      params: of the network that is trained, evaluated and exported; nested dicts under torchvision's names.
+      params: parameters of the network that is trained, evaluated and exported; nested dicts under torchvision's names.
       batch_stats: running averages of that network.
-      opt_state: of the optimizer (for SGD: the momentum buffers).
-      memory: what the method carries beside the network: MoCo's key encoder and queue; `()` for SimCLR. A checkpoint
-        holds its fields beside the others.
+      opt_state: state of the optimizer (for SGD: the momentum buffers).
+      memory: the method's state beside the network: MoCo's key encoder and queue; `()` for SimCLR. A checkpoint stores
+        its fields beside the others.
     """
 
     step: Leaf
@@ -34,8 +34,8 @@ class TrainState(NamedTuple, Generic[Leaf, Part, OptState, Memory]):
     memory: Memory
 
 
-# A state in each of its places: on the devices; on the host, as a run goes on from it; where it lies, a sharding
-# standing for all arrays of a field. `runs.snapshot` has one at rest, of which parts may be missing.
+# A state in each of its forms: on the devices; on the host, restored; and its placement, with one sharding for all
+# arrays of a field. `runs.snapshot` has the stored form, of which parts may be missing.
 DeviceState = TrainState[jax.Array, Tree, optax.OptState, Memory]
 HostState = TrainState[np.ndarray, Tree, optax.OptState, Any]
 Placements = TrainState[NamedSharding, NamedSharding, NamedSharding, Any]
@@ -46,8 +46,8 @@ def create(rng: jax.Array, method: Method[Memory], optimizer: optax.GradientTran
 
     Args:
       rng: a JAX random key.
-      method: whose network and memory it is.
-      optimizer: whose state is carried.
+      method: method with the network and the memory.
+      optimizer: optimizer whose state is created.
     """
     encoder_rng, memory_rng = jax.random.split(rng)
     params, batch_stats = method.encoder.init(encoder_rng)
@@ -61,20 +61,20 @@ def create(rng: jax.Array, method: Method[Memory], optimizer: optax.GradientTran
 
 
 def placements(mesh: jax.sharding.Mesh, method: Method[Any]) -> Placements:
-    """Returns where a state lies on the devices: a sharding for each field, standing for all arrays in it."""
+    """Returns the placement of a state on the devices: one sharding per field, for all arrays in it."""
     whole = sharding.replicated(mesh)
     return TrainState(whole, whole, whole, whole, method.placements(mesh))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PretrainStep:
-    """`(state, batch, rng) -> (state, metrics)`, written as if for one device on the global batch.
+    """`(state, batch, rng) -> (state, metrics)`, written as for one device and the global batch.
 
     Attributes:
-      method: what is learned from, for example `methods.MoCo`.
-      optimizer: any optax transformation, its schedule part of it. One that takes `learning_rate` (those of `optim`)
+      method: method of contrastive learning, for example `methods.MoCo`.
+      optimizer: any optax transformation, including its schedule. One that takes `learning_rate` (those of `optim`)
         gets the rate of this step.
-      augment: makes a view of every image; applied to the two views with different randomness.
+      augment: makes a view of every image; the two views use different randomness.
     """
 
     method: Method[Any]
@@ -91,16 +91,16 @@ class PretrainStep:
         """Trains on one batch.
 
         Args:
-          state: before the step.
+          state: state before the step.
           batch: `views`, images `(N, V, H, W, 3)`: two crops of each image, or with V = 1 the image that both views are
-            cut from on the device; `permutation` int32 `(N,)`, where the order of MoCo's shuffle is given and not
-            drawn.
-          rng: a JAX random key; what a step draws depends on it, the step's number and the example's place alone.
+            cut from on the device; optionally `permutation`, int32 `(N,)`, the order of MoCo's shuffle, which is
+            otherwise drawn.
+          rng: a JAX random key; the draws of a step depend only on it, the step's number and the example's position.
           learning_rates: float `(steps,)`, the rate of every step of the run, for an optimizer that takes one; an
-            argument, so that runs with other rates are the same program.
+            argument, so that runs with other rates share the program.
 
         Returns:
-          The state after the step, and scalars: the method's metrics, `lr` where there are rates, `grad_norm`.
+          The state after the step, and scalars: the method's metrics, `lr` if there are rates, and `grad_norm`.
         """
         first_rng, second_rng, own_rng = jax.random.split(jax.random.fold_in(rng, state.step), 3)
         images = batch["views"][:, 0], batch["views"][:, -1]
@@ -117,14 +117,14 @@ class PretrainStep:
         metrics["grad_norm"] = optax.tree.norm(gradient)
         optimizer = optax.with_extra_args_support(self.optimizer)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **extra)
-        params = cast(Tree, optax.apply_updates(state.params, updates))  # as they are before
+        params = cast(Tree, optax.apply_updates(state.params, updates))  # same structure as before
         return TrainState(state.step + 1, params, outcome.batch_stats, opt_state, outcome.memory), metrics
 
     def jit(self, rates: bool = True) -> jax.stages.Wrapped:
-        """Returns the compiled form, placed on the method's mesh; the state's memory is reused for the new state.
+        """Returns the compiled step, placed on the method's mesh; the new state reuses the old state's memory.
 
         Args:
-          rates: on a mesh, whether it is called with learning rates.
+          rates: on a mesh, whether the step is called with learning rates.
         """
         mesh = self.method.mesh
         if mesh is None:

@@ -1,7 +1,7 @@
-"""The process that a script is: its streams, Ctrl-C while it starts, and a supervisor where it is one of several.
+"""The process of a script: its streams, Ctrl-C during the start, and a supervisor if it is one of several processes.
 
-Standard library alone: a script calls `begin` before it imports what takes seconds. What `begin` can do without is
-imported where it is used: until it is called Ctrl-C is a traceback.
+This uses only the standard library: a script calls `begin` before imports that take seconds. Modules that `begin` does
+not need are imported where they are used, since until that call Ctrl-C prints a traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-TYPE_CHECKING = False  # as typing has it, which takes its time
+TYPE_CHECKING = False  # same as typing's, without its slow import
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO, Any
@@ -25,21 +25,21 @@ PEER_ENDED = (
 
 _SUPERVISOR = "IFM_JAX_SUPERVISOR"  # in the environment of the supervised process: the supervisor's number
 _FLAGS = ("coordinator", "num_processes", "process_id")
-# Each launcher of several processes sets one of these; a process that is alone is supervised to no harm.
+# Each launcher of several processes sets one of these; supervising a single process does no harm.
 _LAUNCHERS = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-_ABORTED_FOR_A_PEER = b"JAX distributed service detected fatal errors"  # what JAX's runtime says before it aborts
-_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+_ABORTED_FOR_A_PEER = b"JAX distributed service detected fatal errors"  # message of JAX's runtime before it aborts
+_PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
 def begin(hosts: bool = False) -> None:
-    """Prepares the process of a script; to be called first, by the script alone.
+    """Prepares the process of a script; only the script calls this, before anything else.
 
-    From here on Ctrl-C is one line and status 130; `command.run` has its own way with it.
+    From then on Ctrl-C gives one line and status 130; `command.run` later handles it in its own way.
 
     Args:
-      hosts: the script may be one of several processes (`command.Hosts`): where it is, the work is done by a
-        child, and this process says how it ended.
+      hosts: whether the script may be one of several processes (`command.Hosts`). If it is, a child does the work, and
+        this process reports how it ended.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
@@ -53,38 +53,38 @@ def begin(hosts: bool = False) -> None:
 
 
 def prepare_streams() -> None:
-    """Makes the standard streams fit to be written to: closed ones lead nowhere, and none refuses a letter."""
+    """Makes the standard streams writable: closed ones lead to the null device, and none rejects a character."""
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(descriptor)
-        except OSError:  # else the next file opened would have its number, and all that is printed
+        except OSError:  # else the next file opened would get its number and everything printed
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 (until the process ends)
-    # As stderr is from the start. Whoever has put another kind of stream there has decided about its letters.
+    # Same as stderr's default. A replaced stream keeps the error handling of its author.
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None and getattr(sys.stdout, "errors", None) == "strict":
         reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:
-    """Prints a line of this program on stderr, past Python's buffers; nothing is raised where that is closed."""
+    """Prints a line of this program on stderr, past Python's buffers; raises nothing if stderr is closed."""
     name = os.path.basename(sys.argv[0])
     with contextlib.suppress(OSError):
         os.write(2, f"{name}: {text}\n".encode(errors="backslashreplace"))
 
 
 def one_of_several(arguments: list[str]) -> bool:
-    """Returns whether the arguments or a launcher's environment speak of several processes."""
+    """Returns whether the arguments or a launcher's environment indicate several processes."""
     names = [argument.partition("=")[0] for argument in arguments]
     given = any(name.lstrip("-") in _FLAGS for name in names if name.startswith("-"))
-    # A TPU machine that is alone names itself; so does whoever compiles for TPUs that are not there.
+    # A single TPU machine lists only itself; so does a process that compiles for absent TPUs.
     alone = "," not in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return given or any(name in os.environ and not (alone and name.startswith("TPU")) for name in _LAUNCHERS)
 
 
 def interrupted(*_) -> None:
-    """Handles Ctrl-C while a script starts: there is nothing to put in order."""
+    """Handles Ctrl-C while a script starts: there is nothing to clean up."""
     say(INTERRUPTED)
     os._exit(128 + signal.SIGINT)
 
@@ -94,20 +94,20 @@ def interrupted(*_) -> None:
 
 
 class OutputClosedError(Exception):
-    """Whoever read standard output has closed it; no `OSError`, which would be taken for the disk's."""
+    """The reader of standard output has closed it. This is no `OSError`, which would look like a disk error."""
 
 
 class Output:
-    """A text stream whose failures do not stop who writes to it: they are noted, and what cannot be written is lost.
+    """A text stream whose failures do not stop the writer: it records them and drops the text.
 
     Args:
-      stream: to write to.
-      strict: `OutputClosedError` is raised where the reader has closed it; else that too is only noted.
-      on_failure: called once, with the first failure of another kind (a full disk).
+      stream: stream to write to.
+      strict: raise `OutputClosedError` if the reader has closed the stream; else only record it.
+      on_failure: called once, with the first other failure (such as a full disk).
 
     Attributes:
-      closed_by_reader: nothing can be written any more.
-      failure: the first of another kind; later lines may be written again.
+      closed_by_reader: whether the reader has closed the stream, so that nothing more can be written.
+      failure: the first other failure; later lines may succeed.
     """
 
     def __init__(self, stream: IO[str], strict: bool = False, on_failure: Callable[[OSError], object] = lambda _: None):
@@ -116,19 +116,19 @@ class Output:
         self.failure: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Writes, or takes note."""
+        """Writes, or records a failure."""
         self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, or takes note."""
+        """Flushes, or records a failure."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[..., object], *arguments: str) -> None:
         try:
             if not self.closed_by_reader:
                 action(*arguments)
-        except OutputClosedError:  # the stream is one of these itself
+        except OutputClosedError:  # the stream is itself an `Output`
             self.closed_by_reader = True
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -146,16 +146,16 @@ class Output:
 # ----------------------------------------------------------------------------------------------------------------------
 # One of several processes
 #
-# JAX's runtime learns in a thread of its own that a peer has died, and aborts whatever Python is doing (on TPUs that is
-# waiting for the peer, for ever). It takes no callback: that of jaxlib 0.10 cannot be called (std::bad_cast). Nothing
-# in the aborting process can be relied on, so that another one says how it ended.
+# JAX's runtime learns in its own thread that a peer has died, and aborts whatever Python is doing (on TPUs Python waits
+# for the peer forever). It accepts no callback: that of jaxlib 0.10 cannot be called (std::bad_cast). Nothing in the
+# aborting process is reliable, so another process reports how it ended.
 
 
 def _supervise() -> None:
-    """Does the work in a child, passes signals on to it, and ends as it ends.
+    """Does the work in a child, passes signals on to it, and ends the same way.
 
-    Only where the runtime has aborted it for a peer there is a line more, and the status is 1; every other end, a crash
-    of its own among them, stays what it is.
+    Only if the runtime has aborted the child because of a peer does this add a line and use status 1; every other end,
+    including a crash of the child itself, is passed on unchanged.
     """
     import resource
     import subprocess
@@ -173,7 +173,7 @@ def _supervise() -> None:
     for number in _FORWARDED:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
-    # In a process group of its own: it gets a terminal's Ctrl-C from here, once.
+    # In its own process group: it gets a terminal's Ctrl-C from here, once.
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
         env=os.environ | {_SUPERVISOR: str(os.getpid())},
@@ -184,7 +184,7 @@ def _supervise() -> None:
         child.send_signal(number)
 
     said, stderr = bytearray(), child.stderr
-    assert stderr is not None  # a pipe, as asked for
+    assert stderr is not None  # a pipe, as requested
 
     def copy() -> None:
         while chunk := os.read(stderr.fileno(), 1 << 16):
@@ -197,7 +197,7 @@ def _supervise() -> None:
     copying = threading.Thread(target=copy, daemon=True)
     copying.start()
     status = child.wait()
-    copying.join(timeout=2.0)  # a process that outlives the child may hold its stderr open
+    copying.join(timeout=2.0)  # a process that outlives the child may keep its stderr open
     if status == -signal.SIGABRT and _ABORTED_FOR_A_PEER in said:
         say(PEER_ENDED)
         status = 1
@@ -210,7 +210,7 @@ def _supervise() -> None:
 
 
 def _end_with_the_supervisor() -> None:
-    """Has the kernel kill this process once its supervisor is gone, where the kernel can (Linux)."""
+    """Makes the kernel kill this process when its supervisor ends, if the kernel can (Linux)."""
     import ctypes
 
     supervisor = os.getppid()
@@ -218,5 +218,5 @@ def _end_with_the_supervisor() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
         return
-    if os.getppid() != supervisor:  # gone meanwhile
+    if os.getppid() != supervisor:  # it has ended meanwhile
         os._exit(128 + signal.SIGKILL)

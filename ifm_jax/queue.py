@@ -1,4 +1,4 @@
-"""`ifm_jax.methods.queue` under the name that it had before the methods had a folder of their own."""
+"""Former name of `ifm_jax.methods.queue`."""
 
 import sys
 

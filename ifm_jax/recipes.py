@@ -18,9 +18,9 @@ from ifm_jax.config import Config, check_fields, shown
 from ifm_jax.errors import UsageError
 
 _HERE = pathlib.Path(__file__).resolve().parent
-# Those that come with the package: a part of it where it is installed, beside it in a checkout.
+# The package's own recipes: inside an installed package, beside it in a checkout.
 DIRECTORY = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
-# What a command takes that is told nothing.
+# The default recipe of a command.
 DEFAULT = str(DIRECTORY / "trifeature.py")
 _PACKAGE, _BY_PATH = "ifm_jax.configs", "ifm_jax_recipe"
 
@@ -34,14 +34,14 @@ def load(recipe: str | os.PathLike[str]) -> Config:
     """Returns a recipe's config.
 
     Args:
-      recipe: path of a file, or the name of one of the package's own, `ifm_cifar10`. A named one is the module
-        `ifm_jax.configs.ifm_cifar10`; a file is read anew each time.
+      recipe: path of a file, or the name of one of the package's recipes, such as `ifm_cifar10`. A named recipe is a
+        module like `ifm_jax.configs.ifm_cifar10`; a file is read anew each time.
 
     Returns:
-      What its `get_config()` returns.
+      The result of its `get_config()`.
 
     Raises:
-      UsageError: if there is none, or it cannot be run, or what it returns is no config, in one line that begins with
+      UsageError: if there is no such recipe, it cannot be run, or its result is no config, in one line that begins with
         `--config=`.
     """
     (path, by_name), flag = _find(recipe), f"--config={recipe}"
@@ -70,8 +70,8 @@ def load(recipe: str | os.PathLike[str]) -> Config:
 
 @contextlib.contextmanager
 def _named(path: pathlib.Path) -> Iterator[types.ModuleType]:
-    """Yields a recipe of the package as the module that it is."""
-    if _PACKAGE not in sys.modules:  # in a checkout it is not where the import system looks
+    """Yields a recipe of the package as its module."""
+    if _PACKAGE not in sys.modules:  # in a checkout the import system does not find it
         loader = importlib.machinery.SourceFileLoader(_PACKAGE, str(DIRECTORY / "__init__.py"))
         sys.modules[_PACKAGE] = _new_module(_PACKAGE, loader)
         loader.exec_module(sys.modules[_PACKAGE])
@@ -80,7 +80,7 @@ def _named(path: pathlib.Path) -> Iterator[types.ModuleType]:
 
 @contextlib.contextmanager
 def _at(path: pathlib.Path) -> Iterator[types.ModuleType]:
-    """Yields the recipe in a file, as a module that the import system knows until the block ends."""
+    """Yields the recipe in a file as a module, which the import system knows until the block ends."""
     loader = _Fresh(_BY_PATH, str(path))
     module, before = _new_module(_BY_PATH, loader), sys.modules.get(_BY_PATH)
     sys.modules[_BY_PATH] = module
@@ -89,19 +89,19 @@ def _at(path: pathlib.Path) -> Iterator[types.ModuleType]:
         yield module
     finally:
         del sys.modules[_BY_PATH]
-        if before is not None:  # of a recipe that loads another
+        if before is not None:  # a recipe may load another
             sys.modules[_BY_PATH] = before
 
 
 def _new_module(name: str, loader: importlib.machinery.SourceFileLoader) -> types.ModuleType:
-    """Returns a module that is not executed yet."""
+    """Returns a new module without executing it."""
     spec = importlib.util.spec_from_file_location(name, loader.path, loader=loader)
-    assert spec is not None  # it is given a loader
+    assert spec is not None  # the loader is given
     return importlib.util.module_from_spec(spec)
 
 
 class _Fresh(importlib.machinery.SourceFileLoader):
-    """Compiles a file each time: within a second, a cached one may be older than what its author has written."""
+    """Compiles a file each time: bytecode cached less than a second ago may be older than the file."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         """Returns the code of the file."""
@@ -110,7 +110,7 @@ class _Fresh(importlib.machinery.SourceFileLoader):
 
 
 def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
-    """Returns the file of a recipe, and whether it was given by name."""
+    """Returns the file of a recipe and whether it was given by name."""
     given = pathlib.Path(recipe)
     try:
         if given.is_file():
@@ -129,7 +129,7 @@ def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
 
 
 def _near(given: pathlib.Path) -> str | None:
-    """Returns the recipe whose name is nearest, as it is to be given: beside where it was looked for, or by name."""
+    """Returns the recipe of the nearest name, in the form to give it: in the same folder, or by name."""
     for directory, beside in ((given.parent, True), (DIRECTORY, False)):
         try:
             stems = [path.stem for path in directory.glob("*.py") if path.stem != "__init__"]
@@ -145,13 +145,13 @@ def _needs_arguments(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind()
     except TypeError:
         return True
-    except ValueError:  # a built-in without a signature: calling it says more
+    except ValueError:  # a built-in without a signature: the call gives a better error
         pass
     return False
 
 
 def _line(error: BaseException, path: pathlib.Path) -> str:
-    """Returns `, line 3` for an error that the recipe made there."""
+    """Returns `, line 3` for an error on that line of the recipe."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines = [error.lineno]
@@ -159,7 +159,7 @@ def _line(error: BaseException, path: pathlib.Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns what an error of a recipe says, in one line."""
+    """Returns the message of a recipe's error in one line."""
     if isinstance(error, SystemExit):
         return "it ends the process: expected get_config() to return an ifm_jax.config.Config"
     if isinstance(error, OSError) and error.strerror:

@@ -19,7 +19,7 @@ relative error shown is the largest absolute error over that magnitude. Exit sta
 if __name__ == "__main__":
     from ifm_jax import process
 
-    process.begin()  # first: what is imported below takes seconds
+    process.begin()  # first: the imports below take seconds
 
     from ifm_jax.cli import replay as command
 

@@ -1,7 +1,7 @@
 """Devices and hosts: the mesh, the two placements, multi-host start-up.
 
-One global program: the step is written for the global batch on one device, `jax.jit` places it. Images are split along
-the one mesh axis, `data`; parameters, queue and optimizer state are on every device.
+There is one global program: the step is written for the global batch on one device, and `jax.jit` places it. Images are
+split along the only mesh axis, `data`; parameters, queue and optimizer state are on every device.
 """
 
 import errno
@@ -16,20 +16,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the coordinator's client, which nothing public gives (tests/test_private_apis.py)
+from jax._src import distributed  # no public API gives the coordinator's client (tests/test_private_apis.py)
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
 
-_BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # of JAX, which goes by it
+_BIND = "JAX_COORDINATOR_BIND_ADDRESS"  # read by JAX
 
-# Seconds without a sign of life after which a process is taken for dead, and the others end.
+# Seconds without a heartbeat after which a process counts as dead and the others end.
 _HEARTBEAT_TIMEOUT = 30
-# Seconds within which the processes must have found each other: started by hand, and by a launcher, whose nodes may be
-# ready one after another.
+# Seconds within which the processes must connect: when started by hand, and by a launcher, whose nodes may become ready
+# one after another.
 _BY_HAND_WITHIN, _LAUNCHED_WITHIN = 80.0, 280.0
-# What the runtime and the libraries that carry collectives say of a peer; not, for one, that memory is exhausted.
+# Messages of the runtime and of collective libraries about a peer, but not, for example, about exhausted memory.
 _OF_A_PEER = re.compile(
     "Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Cc]oordination service|[Hh]eartbeat|another task died"
     "|Connection (closed|reset|refused)|Socket closed"
@@ -39,17 +39,18 @@ _OF_A_PEER = re.compile(
 def initialize(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Joins the processes of a multi-host run; does nothing on a single host.
 
-    To be called before the first JAX computation. Without arguments a cluster is recognized by what its launcher sets
-    (Cloud TPU pod, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS), and JAX finds the rest itself.
+    Call this before the first JAX computation. Without arguments a cluster is detected from its launcher's environment
+    (Cloud TPU pod, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS), and JAX detects the rest itself.
 
     Args:
       coordinator: HOST:PORT of process 0.
-      num_processes: how many processes take part.
-      process_id: which one this is, 0 ... num_processes - 1.
+      num_processes: number of processes.
+      process_id: number of this process, 0 ... num_processes - 1.
 
     Raises:
-      ValueError: if only some of the three are given, or one that cannot be, or others to other processes.
-      TimeoutError: if the processes do not find each other; this one can only be ended then.
+      ValueError: if only some of the three are given, if one is impossible, or if processes were given different
+        numbers.
+      TimeoutError: if the processes do not connect; the only option then is to end this one.
     """
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(given) and not all(given):
@@ -71,14 +72,14 @@ def initialize(coordinator: str | None = None, num_processes: int | None = None,
         _join(_LAUNCHED_WITHIN)
     else:
         return
-    # JAX notes a SIGTERM for whoever asks it, which before the loop nobody does; the loop has a way of its own.
+    # JAX catches SIGTERM for later queries, which nobody makes before the loop; the loop has its own handler.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if num_processes is not None:
         _compare_num_processes(num_processes)
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Raises a `ValueError` for a place to meet that is none, or a number that no process has."""
+    """Raises a `ValueError` for an invalid coordinator address or an impossible process number."""
     host, _, port = coordinator.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not host or (":" in host and not bracketed) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
@@ -94,8 +95,8 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 def _join(seconds: float, **options: Any) -> None:
     """Joins the other processes, or raises a `TimeoutError`.
 
-    JAX's own time limit is longer: it does not raise at its end but aborts, and while it waits for the others it hears
-    no signal. So it waits in a thread.
+    At its own time limit JAX aborts instead of raising, and while it waits it handles no signals. So it gets a longer
+    limit and waits in a thread.
     """
     failures: list[Exception] = []
 
@@ -124,13 +125,13 @@ def _join(seconds: float, **options: Any) -> None:
 
 
 def _bind_address(coordinator: str) -> str | None:
-    """Returns where process 0 is to listen: nowhere but at the address that the others were given.
+    """Returns the address at which process 0 listens: only the one that the others were given.
 
-    None, which is everywhere, where that address is not known to be this host's own: behind NAT, in a container, or
-    where the host's name is one of the loopback interface for itself alone, as Debian has it.
+    Returns None, which means all addresses, if that address is not known to be this host's own: behind NAT, in a
+    container, or where the host's own name resolves to the loopback interface, as on Debian.
 
     Raises:
-      ValueError: if its port cannot be listened at.
+      ValueError: if process 0 cannot listen at its port.
     """
     host, _, port = coordinator.rpartition(":")
     host = host.strip("[]")
@@ -156,7 +157,7 @@ def _bind_address(coordinator: str) -> str | None:
 
 
 def _compare_num_processes(num_processes: int) -> None:
-    """Raises a `ValueError`, on all processes, where they were given different numbers; process 0's have come."""
+    """Raises a `ValueError` on all processes if they were given different numbers. Process 0's have all joined."""
     client, folder = distributed.global_state.client, "ifm_jax/num_processes/"
     assert client is not None  # the processes have joined
     client.key_value_set(f"{folder}{process_index()}", str(num_processes))
@@ -168,15 +169,15 @@ def _compare_num_processes(num_processes: int) -> None:
 
 
 def process_index() -> int:
-    """Returns which process this is; unlike JAX's own it starts no devices, which is a matter of all processes."""
+    """Returns the number of this process; unlike JAX's own function it starts no devices, which needs all processes."""
     return distributed.global_state.process_id
 
 
 def is_of_a_peer(error: Exception) -> bool:
-    """Returns whether this is what JAX raises when another process of the run has ended, or cannot be reached."""
+    """Returns whether JAX raised this error because another process of the run has ended or cannot be reached."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return bool(_OF_A_PEER.search(str(error)))
-    return isinstance(error, ValueError) and "Gloo" in str(error)  # as JAX translates the UNKNOWN of a computation
+    return isinstance(error, ValueError) and "Gloo" in str(error)  # JAX's translation of a computation's UNKNOWN status
 
 
 def _in_cluster() -> bool:
@@ -193,41 +194,41 @@ def _in_cluster() -> bool:
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the one-dimensional mesh `("data",)` over `devices` (all of them, on all hosts, if None)."""
     devices = jax.devices() if devices is None else devices
-    # Auto axes: the compiler propagates placements; with Explicit ones every array would have to carry its own.
+    # Auto axes: the compiler propagates placements; with Explicit axes every array would need its own.
     return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the placement "the whole array on every device"."""
+    """Returns the placement that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """Returns the placement "the leading axis split over the devices"."""
+    """Returns the placement that splits the leading axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def split_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Has the compiler split an array's leading axis over the devices; inside a compiled program.
+    """Makes the compiler split an array's leading axis over the devices; for use in a compiled program.
 
     Args:
-      x: of any rank above 0.
-      mesh: the devices; None: `x` stays as it is.
+      x: array of any rank above 0.
+      mesh: mesh of the devices; None: returns `x` unchanged.
     """
     return x if mesh is None else jax.lax.with_sharding_constraint(x, split(mesh))
 
 
 def on_every_device(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Has the compiler put a whole array on every device; arguments as for `split_rows`."""
+    """Makes the compiler put the whole array on every device; arguments as for `split_rows`."""
     return x if mesh is None else jax.lax.with_sharding_constraint(x, replicated(mesh))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Makes global arrays, split over the devices, of each process's own part of a batch.
+    """Builds global arrays, split over the devices, from each process's own part of a batch.
 
     Args:
-      mesh: from `make_mesh`.
-      batch: arrays `(N / processes, ...)`; process p holds rows p N / processes and on.
+      mesh: mesh from `make_mesh`.
+      batch: arrays `(N / processes, ...)`; process p holds the rows from p N / processes on.
 
     Returns:
       Arrays `(N, ...)`.
@@ -239,7 +240,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def gather_text(text: str) -> list[str]:
-    """Returns the texts that all processes call this with, by process; a collective."""
+    """Returns the texts of all processes, by process; a collective."""
     if jax.process_count() == 1:
         return [text]
     mine = np.frombuffer(text.encode(), np.uint8)
@@ -251,26 +252,26 @@ def gather_text(text: str) -> list[str]:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process has called it; to be called before a computation that not all may reach soon.
+    """Returns once every process has called it; call this before a computation that some may reach late.
 
-    The processes compile by themselves, and only process 0 finds its program in the cache; Gloo, which connects CPUs,
-    gives up after 30 s of waiting in the first collective. This waits through the coordinator instead, a day if need
-    be; a process that ends meanwhile ends the others as ever.
+    Each process compiles for itself, and only process 0 finds its program in the cache. Gloo, which connects CPUs,
+    gives up after 30 s of waiting in the first collective. This function waits through the coordinator instead, up to a
+    day; a process that ends meanwhile still ends the others.
 
     Args:
-      what: the same on all processes; a name for it.
+      what: name of the barrier, the same on all processes.
     """
     if jax.process_count() == 1:
         return
-    from orbax.checkpoint import multihost  # a step alone does without Orbax
+    from orbax.checkpoint import multihost  # here, since a step alone does not need Orbax
 
     multihost.get_barrier_sync_fn()(key=what, timeout_ms=24 * 3600 * 1000)
 
 
 def maximum_over_hosts(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
-    """Returns the function that gives the elementwise maximum of what each process calls it with; None on one.
+    """Returns a function for the elementwise maximum of its argument over all processes; None if there is only one.
 
-    A collective as small as there is; it returns at once, as all computations do.
+    The function is a minimal collective; it returns at once, like all computations.
     """
     if jax.process_count() == 1:
         return None
@@ -284,16 +285,16 @@ def maximum_over_hosts(mesh: Mesh) -> Callable[[np.ndarray], jax.Array] | None:
 
 
 def place(tree: Any, placement: NamedSharding) -> Any:
-    """Returns host arrays, the same on every process, as global arrays of that placement; not a collective."""
+    """Puts host arrays, the same on every process, into global arrays of a placement; not a collective."""
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, placement, lambda index, x=x: x[index]), tree)
 
 
 def place_key(mesh: Mesh, rng: jax.Array) -> jax.Array:
-    """Returns a random key, the same on every process, as one that is on every device."""
+    """Puts a random key, the same on every process, on every device."""
     return jax.random.wrap_key_data(place_everywhere(mesh, np.asarray(jax.random.key_data(rng))))
 
 
 def place_everywhere(mesh: Mesh, tree: Any) -> Any:
-    """Returns host arrays, the same on every process, as global arrays that are whole on every device."""
+    """Puts host arrays, the same on every process, into global arrays that are whole on every device."""
     placement = replicated(mesh)
     return jax.device_put(tree, placement) if jax.process_count() == 1 else place(tree, placement)

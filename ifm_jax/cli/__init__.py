@@ -1,1 +1,1 @@
-"""The command line: flags, and endings said in one line."""
+"""The command line: flags, and one-line messages at the end."""

@@ -1,4 +1,4 @@
-"""What the commands have in common: how one runs, and how it ends, said in one line."""
+"""Code shared by the commands: runs one and reports its end in one line."""
 
 import atexit
 import contextlib
@@ -29,18 +29,18 @@ from ifm_jax.errors import RunError, UsageError, name_too_long
 if TYPE_CHECKING:
     from ifm_jax.runs.loop import Outcome
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # from glibc's malloc.h
 
 
 def say_stopped(result: "Outcome", workdir: str | os.PathLike[str]) -> int:
-    """Says how to go on with a run that a signal stopped; returns the exit status, 0 for one that none stopped."""
+    """Tells how to resume a run that a signal stopped; returns the exit status, 0 if no signal stopped it."""
     if result.stopped_by is None:
         return 0
     text = (
         f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
         "The same command goes on from there."
     )
-    if result.stopped_by == signal.SIGPIPE:  # nobody reads standard output
+    if result.stopped_by == signal.SIGPIPE:  # the reader has closed standard output
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
     else:
         print(text)
@@ -61,12 +61,12 @@ def join_hosts(hosts: Hosts) -> None:
 
     Raises:
       UsageError: if the options do not fit together.
-      RunError: if the processes do not find each other.
+      RunError: if the processes do not connect.
     """
     try:
         sharding.initialize(hosts.coordinator or None, hosts.num_processes, hosts.process_id)
     except TimeoutError as error:
-        # Not the ordinary end: JAX's runtime is still looking for them, in a thread that nothing stops.
+        # No ordinary exit: JAX's runtime is still trying to connect, in a thread that cannot be stopped.
         _say(os.path.basename(sys.argv[0]), error, 1)
         sys.stdout.flush()
         os._exit(1)
@@ -77,24 +77,24 @@ def join_hosts(hosts: Hosts) -> None:
 
 
 def _keep_memory() -> None:
-    """Lets glibc keep what is freed, where there is no accelerator.
+    """Makes glibc keep freed memory if there is no accelerator.
 
-    A compiled program asks for all its temporary memory anew in every step; glibc gives so much back to the kernel each
-    time, and the kernel clears it page by page: 20,000 page faults and a tenth to a fifth of a small step
-    (docs/benchmarks.md). To be called before JAX starts its threads, which would have arenas of their own.
+    A compiled program allocates all its temporary memory anew in every step. glibc returns blocks of this size to the
+    kernel each time, and the kernel clears them page by page: 20,000 page faults and a tenth to a fifth of a small step
+    (docs/benchmarks.md). Call this before JAX starts its threads, which would have their own arenas.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return
     if importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"):
-        return  # threads that decode images for an accelerator would wait for each other
+        return  # here threads that decode images would block each other
     for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
         mallopt(parameter, value)
 
 
 def workdir(path: str | os.PathLike[str]) -> None:
-    """Says where the results of this process go, which is where `run` writes what helps to find a mistake of ours."""
+    """Sets the directory of this process's results, where `run` also writes tracebacks of our own mistakes."""
     global _workdir
     _workdir = pathlib.Path(path)
 
@@ -103,21 +103,22 @@ _workdir: pathlib.Path | None = None
 
 
 def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | None = None) -> None:
-    """Parses the flags, runs `main` with what they say and ends the process.
+    """Parses the flags, runs `main` with the result and ends the process.
 
-    Exit status: 0 done; 2 for a mistake of the caller's, 1 for a failure of the run, each with one line on stderr;
-    128 + the signal's number for a run that a signal stopped and that can go on, SIGPIPE for a reader of standard
-    output that has closed it. What nobody has foreseen is one line and status 1 too, and its traceback is in a file of
-    the workdir. A full disk under standard output ends no run: its workdir holds all that is printed.
+    The exit status is 0 for success; 2 for a mistake of the caller and 1 for a failure of the run, each with one line
+    on stderr; 128 + the signal's number for a run that a signal stopped and that can be resumed, with SIGPIPE if the
+    reader of standard output has closed it. An unexpected error also gives one line and status 1, and its traceback is
+    in a file in the workdir. A full disk behind standard output does not end a run: its workdir holds all that is
+    printed.
 
     Args:
       main: does the work; returns the exit status, None for 0.
-      flags: of the command.
+      flags: flags of the command.
       argv: the command line; None: the process's.
     """
     argv = sys.argv if argv is None else argv
     name = os.path.basename(argv[0])
-    # The libraries' own remarks are for their authors; what concerns the user is raised.
+    # Library warnings are for developers; problems of the user are raised.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     _keep_memory()
     process.prepare_streams()
@@ -138,13 +139,13 @@ def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | Non
         sys.stdout = stdout
     if alone and jax.distributed.is_initialized():
         _leave_the_others(status)
-    # From here to the end of the interpreter there is nothing to interrupt in an orderly way.
+    # From here to the interpreter's exit nothing can be interrupted cleanly.
     atexit.register(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     sys.exit(status)
 
 
 def _outcome(main: Callable[[Given], int | None], flags: Flags, argv: list[str], name: str) -> tuple[int, bool]:
-    """Runs `main`; returns the exit status, and whether other processes of the run may know nothing of this end."""
+    """Runs `main`; returns the exit status, and whether other processes of the run may not know of this end."""
     try:
         status = main(flags.parse(argv[1:])) or 0
         return status, 0 < status < 128
@@ -172,7 +173,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _write_traceback(argv: list[str]) -> str:
-    """Writes the error under way, with all that led to it, and what it was found with; returns where."""
+    """Writes the current error, its chain of causes and the environment to a file; returns its path."""
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in ("ifm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -186,7 +187,7 @@ def _write_traceback(argv: list[str]) -> str:
             traceback.format_exc(),
         ]
     )
-    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"  # of several processes each has its own
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"  # each process has its own file
     for directory in ([_workdir] if _workdir else []) + [pathlib.Path(tempfile.gettempdir())]:
         with contextlib.suppress(OSError):
             path = directory.absolute() / name
@@ -198,31 +199,31 @@ def _write_traceback(argv: list[str]) -> str:
 
 
 def _end_output(output: process.Output, status: int) -> int:
-    """Writes what standard output still holds; returns the exit status, now that it is known whether that worked."""
+    """Flushes standard output; returns the final exit status, which depends on whether that worked."""
     with contextlib.suppress(process.OutputClosedError):
         output.flush()
     if output.closed_by_reader or output.failure:
         _to_nowhere(output)
     if output.closed_by_reader:
         return status or 128 + signal.SIGPIPE
-    if output.failure and _workdir is None:  # else the results are there
+    if output.failure and _workdir is None:  # else the results are in the workdir
         return status or 1
     return status
 
 
 def _to_nowhere(stream: IO[str] | process.Output) -> None:
-    """Has all that is still written to a stream vanish: Python tries once more as it ends, and would complain."""
-    with contextlib.suppress(OSError, ValueError):  # without a descriptor
+    """Discards all further writes to a stream: Python flushes it again at exit and would complain."""
+    with contextlib.suppress(OSError, ValueError):  # the stream has no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _leave_the_others(status: int) -> None:
-    """Ends a process of several that has failed, perhaps alone.
+    """Ends one of several processes after a failure that may be its own alone.
 
-    The ordinary end would wait for the others, which may wait for this one. Once process 0 is gone the runtime ends all
-    the others at once; where all of them have failed alike they have a few seconds to say so.
+    An ordinary exit would wait for the others, which may wait for this one. Once process 0 has ended, the runtime ends
+    the others at once; if all of them have failed alike, they have a few seconds to report it.
     """
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # all is said; the runtime says more
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # our messages are out; hide the runtime's
     if sharding.process_index() == 0:
         time.sleep(3.0)
     os._exit(status)

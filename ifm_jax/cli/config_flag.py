@@ -1,4 +1,4 @@
-"""`--config=RECIPE` and `--config.field=value` on the command line: a recipe, and fields changed on top of it."""
+"""`--config=RECIPE` and `--config.field=value` on the command line: a recipe, and changes to its fields."""
 
 import dataclasses
 import re
@@ -15,12 +15,12 @@ BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFlag:
-    """What the command line says of the config.
+    """The config flags on the command line.
 
     Attributes:
-      default: the recipe that is taken without `--config`; None: there is none.
+      default: recipe used without `--config`; None: there is none.
       recipe: path or name as given; None: not given.
-      changes: values of the fields that are changed, by name.
+      changes: new values of the changed fields, by name.
     """
 
     default: str | None = None
@@ -29,7 +29,7 @@ class ConfigFlag:
 
     @property
     def given(self) -> bool:
-        """Whether the command line says anything of it."""
+        """Whether the command line has any config flag."""
         return self.recipe is not None or bool(self.changes)
 
     def name(self) -> str:
@@ -50,7 +50,7 @@ class ConfigFlag:
         return self._changed(recipes.load(recipe))
 
     def over(self, base: Callable[[], Config]) -> Config:
-        """Returns the recipe's config, or `base`'s where `--config` is not given, with the changes."""
+        """Returns the recipe's config, or `base` if `--config` is not given, with the changes."""
         return self() if self.recipe is not None else self._changed(base())
 
     def _changed(self, config: Config) -> Config:
@@ -60,7 +60,7 @@ class ConfigFlag:
 
 
 def names() -> Iterator[tuple[str, Field, Mapping[Any, Any]]]:
-    """Yields every name under which a field can be set, the field, and what former values are called now."""
+    """Yields every name under which a field can be set, the field, and the new names of former values."""
     for name, known in fields().items():
         if not known.is_group:
             yield name, known, {}
@@ -69,11 +69,11 @@ def names() -> Iterator[tuple[str, Field, Mapping[Any, Any]]]:
 
 
 def read_recipe(text: str | None, given: str) -> str:
-    """Returns path or name of a recipe.
+    """Returns the path or name of a recipe.
 
     Args:
-      text: of the flag; None: it has none.
-      given: the flag as it was spelled, `--config`.
+      text: value of the flag; None: it has none.
+      given: spelling of the flag, such as `--config`.
 
     Raises:
       UsageError: if there is no text.
@@ -86,7 +86,7 @@ def read_recipe(text: str | None, given: str) -> str:
 
 
 def reader(name: str, known: Field, renamed: Mapping[Any, Any]) -> Callable[[str | None, str], Any]:
-    """Returns the function that reads the value of a field; arguments are those that `names` yields."""
+    """Returns the function that reads the value of a field; the arguments come from `names`."""
 
     def read(text: str | None, given: str) -> Any:
         if text is None:
@@ -97,7 +97,7 @@ def reader(name: str, known: Field, renamed: Mapping[Any, Any]) -> Callable[[str
 
 
 def unknown_field(argument: str) -> str:
-    """Returns what is said of an argument such as `--config.lr=1`, which names no field."""
+    """Returns the error for an argument such as `--config.lr=1`, which names no field."""
     name = argument.lstrip("-").partition("=")[0].partition("config.")[2]
     found = find(name)
     if found is None or not found[0].is_group or argument.lstrip("-").startswith("no"):
@@ -108,16 +108,16 @@ def unknown_field(argument: str) -> str:
 
 
 def parse(known: Field, renamed: Mapping[Any, Any], text: str, as_given: str) -> Any:
-    """Returns the value of a field that a text stands for.
+    """Parses the value of a field from a text.
 
     Args:
       known: the field.
-      renamed: former values, and what they are called now.
-      text: `0.2`; `true`, `false`, `1` or `0`; `1,3,10` or `(1,3,10)`; `none` where that is a value.
-      as_given: the argument, for the message.
+      renamed: former values and their new names.
+      text: `0.2`; `true`, `false`, `1` or `0`; `1,3,10` or `(1,3,10)`; `none` if that is a value.
+      as_given: argument as given, for the message.
 
     Raises:
-      UsageError: if it stands for none, or for one that the field cannot have.
+      UsageError: if the text is no value, or one that the field cannot have.
     """
     value = parse_unchecked(known, text, as_given)
     value = renamed.get(value, value)
@@ -126,7 +126,7 @@ def parse(known: Field, renamed: Mapping[Any, Any], text: str, as_given: str) ->
 
 
 def parse_unchecked(known: Field, text: str, as_given: str) -> Any:
-    """Returns the value that a text stands for, of the field's type but perhaps out of its bounds; see `parse`."""
+    """Parses a value of the field's type, which may be out of its bounds; see `parse`."""
     try:
         if known.optional and text.lower() == "none":
             return None
@@ -150,16 +150,16 @@ def _parse_one(kind: type, text: str) -> Any:
 
 
 def shortened(text: str) -> str:
-    """Returns a text as it is shown in a message."""
+    """Shortens a text for a message."""
     return text if len(text) <= 120 else f"{text[:100]}..."
 
 
 def describe(flag: ConfigFlag, line: Callable[..., list[str]], kind: Callable[[Field], str]) -> list[str]:
-    """Returns the help on the config: every field, by group, with its type, its default and what it means.
+    """Returns the help on the config: every field, by group, with its type, default and meaning.
 
     Args:
-      flag: whose recipe says the defaults.
-      line: makes the lines of a flag: `(name, meaning, type, default)`.
+      flag: config flag whose recipe gives the defaults.
+      line: formats the lines of a flag: `(name, meaning, type, default)`.
       kind: names the type of a field.
 
     Raises:
@@ -187,7 +187,7 @@ def describe(flag: ConfigFlag, line: Callable[..., list[str]], kind: Callable[[F
 
 
 def _as_text(value: Any) -> str:
-    """Returns a value as it is written on the command line."""
+    """Formats a value for the command line."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "(empty)"
     if isinstance(value, bool):

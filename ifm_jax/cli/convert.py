@@ -38,7 +38,7 @@ def flags(text: str = "") -> Flags:
     """Returns the flags of the command.
 
     Args:
-      text: says how it is called, for `--help`; empty: the module's own.
+      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
     """
     return Flags(Options, text or __doc__, ConfigFlag())  # to-jax: the recipe of the run, checked against the file
 

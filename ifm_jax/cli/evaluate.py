@@ -41,7 +41,7 @@ def flags(text: str = "") -> Flags:
     """Returns the flags of the command.
 
     Args:
-      text: says how it is called, for `--help`; empty: the module's own.
+      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
     """
     return Flags(Options, text or __doc__, ConfigFlag())
 
@@ -57,7 +57,7 @@ def main(given: Given) -> int:
     output = pathlib.Path(options.output or options.workdir or pathlib.Path("runs") / _name(path))
     command.workdir(output)
     command.join_hosts(options.hosts)
-    from ifm_jax.evaluation import evaluate  # with scikit-learn and matplotlib, once it is known what is wanted
+    from ifm_jax.evaluation import evaluate  # imports scikit-learn and matplotlib, so only after the flags are checked
 
     wanted = evaluate.Wanted(
         fast=options.fast,
@@ -80,7 +80,7 @@ def _config_of_run(workdir: str) -> Config:
 
 
 def _name(path: str) -> str:
-    """Returns what to call the results of a checkpoint: `moco_v2` for `moco_v2.pth.tar`."""
+    """Returns the name for the results of a checkpoint: `moco_v2` for `moco_v2.pth.tar`."""
     return pathlib.Path(path).resolve().name.removesuffix(".tar").removesuffix(".pth")
 
 

@@ -1,4 +1,4 @@
-"""The flags of a command: declared on a dataclass, parsed by argparse, each mistake said in one line."""
+"""The flags of a command: declared on a dataclass, parsed by argparse, with one-line errors."""
 
 import argparse
 import contextlib
@@ -18,8 +18,8 @@ from ifm_jax.cli.config_flag import BOOLEANS, UNSET, ConfigFlag
 from ifm_jax.config import Field, Group
 from ifm_jax.errors import UsageError
 
-# argparse (2 ms to import) and not tyro 1.0 (45 ms): tyro says a mistake in a box of 6 to 14 lines that no public part
-# changes, and takes neither `--config=FILE` beside `--config.field`, `--noconfig.field`, one dash nor `1,3,10`.
+# argparse (2 ms to import) and not tyro 1.0 (45 ms): tyro reports an error in a box of 6 to 14 lines that no public API
+# changes, and accepts neither `--config=FILE` beside `--config.field`, `--noconfig.field`, one dash nor `1,3,10`.
 
 _HELP = ("--help", "-h", "--helpfull")
 _FLAG = re.compile(r"--?([^-=][^=]*)")
@@ -30,12 +30,12 @@ Read = Callable[[str | None, str], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What the command line says.
+    """The parsed command line.
 
     Attributes:
-      options: the command's own flags: an object of its dataclass.
-      config: what is said of the config; nothing for a command that has none.
-      arguments: what is no flag, in the order given.
+      options: the command's own flags, an object of its dataclass.
+      config: the config flags; none for a command without a config.
+      arguments: the arguments that are not flags, in order.
     """
 
     options: Any
@@ -43,7 +43,7 @@ class Given:
     arguments: list[str]
 
     def refuse_arguments(self) -> None:
-        """Refuses arguments that are no flags.
+        """Rejects arguments that are not flags.
 
         Raises:
           UsageError: if there are any.
@@ -60,15 +60,15 @@ class NoOptions(Group):
 class Flags:
     """The flags of one command.
 
-    A flag is `--name=value` or `--name value`, a switch `--name`, `--noname` or `--name=true`; one dash does as well as
-    two. The last of several counts. Flags may stand before and after other arguments; what follows `--` is no flag.
-    `--flagfile=FILE` stands for the lines of a file.
+    A flag is `--name=value` or `--name value`, a switch `--name`, `--noname` or `--name=true`; one dash works as well
+    as two. The last of several counts. Flags can come before and after other arguments; nothing after `--` is a flag.
+    `--flagfile=FILE` inserts the lines of a file.
 
     Args:
-      options: a dataclass of `field(...)`. The name of a field is that of its flag; a group is a heading of the help;
-        `for_` is `--for`. Text that is empty by default is not given.
-      text: says what the command does and how it is called.
-      config: adds `--config=RECIPE` and `--config.field=value`; its default is that of the command.
+      options: a dataclass of `field(...)`. A field and its flag have the same name; a group is a heading in the help;
+        `for_` is `--for`. An empty text by default means that the flag is not given.
+      text: describes the command and how to call it.
+      config: adds `--config=RECIPE` and `--config.field=value`; its default is the command's.
     """
 
     def __init__(self, options: type[Group] = NoOptions, text: str = "", config: ConfigFlag | None = None):
@@ -96,11 +96,11 @@ class Flags:
         """Adds a flag.
 
         Args:
-          name: without dashes.
-          read: makes the value of its text, None where there is none, and of the flag as it was spelled.
-          dest: under which the value is kept; empty: the name.
-          switch: it stands for `true` without a value, and there is a `--noname`.
-          meaning: for the help; empty: it is described elsewhere.
+          name: name without dashes.
+          read: converts its text, or None if there is none, and the spelling of the flag to the value.
+          dest: key under which the value is kept; empty: the name.
+          switch: whether it means `true` without a value and has a `--noname`.
+          meaning: text for the help; empty: it is described elsewhere.
         """
         self._parser.add_argument(f"--{name}", action=_Read, read=read, dest=dest or name)
         self._names[name] = None
@@ -111,10 +111,10 @@ class Flags:
             self._help += _described(name, meaning)
 
     def parse(self, arguments: list[str]) -> Given:
-        """Returns what the arguments say; `--help` prints and ends the process.
+        """Parses the arguments; `--help` prints and ends the process.
 
         Raises:
-          UsageError: for an unknown flag, and for a value that a flag or a field cannot have.
+          UsageError: if a flag is unknown, or a flag or a field cannot have its value.
         """
         arguments = list(_with_files(arguments))
         end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -133,7 +133,7 @@ class Flags:
         return Given(options, config, others + rest)
 
     def _known(self, arguments: list[str]) -> tuple[dict[str, Any], ConfigFlag, list[str]]:
-        """Returns the values of the flags, what is said of the config, and all that is no flag."""
+        """Returns the values of the flags, the config flags, and all other arguments."""
         try:
             found, others = self._parser.parse_known_args(list(self._spelled(arguments)))
         except argparse.ArgumentError as error:
@@ -154,13 +154,14 @@ class Flags:
             if name in self._names or name.removeprefix("no") in self._switches:
                 argument = f"--{argument.lstrip('-')}"
                 if name in self._switches and "=" not in argument:
-                    # A field takes the next argument where that can be its value; before a path that were a surprise.
+                    # A field consumes the next argument only if that can be its value, so that it does not swallow a
+                    # path.
                     follows = name.startswith("config.") and pending and pending[0].lower() in BOOLEANS
                     argument += f"={pending.pop(0) if follows else 'true'}"
             yield argument
 
     def _unknown(self, argument: str) -> str:
-        """Returns what is said of a flag that is none."""
+        """Returns the error for an unknown flag."""
         name = argument.lstrip("-").partition("=")[0]
         if self._config is not None and name.removeprefix("no").startswith("config."):
             return config_flag.unknown_field(argument)
@@ -175,14 +176,14 @@ class Flags:
         of_config: list[str] = []
         if self._config is not None:
             config = self._config
-            with contextlib.suppress(UsageError):  # who asks for help may have made a mistake
+            with contextlib.suppress(UsageError):  # a user who asks for help may have made a mistake
                 _, config, _ = self._known(arguments)
             of_config = config_flag.describe(config, _described, _type)
         print("\n".join([self._text.strip(), "\nFlags:", *self._help, *of_config]))
 
 
 class _Read(argparse.Action):
-    """Keeps what a function makes of a flag's text."""
+    """Stores the value that a function reads from a flag's text."""
 
     def __init__(self, *arguments: Any, read: Read, **options: Any):
         super().__init__(*arguments, nargs="?", **options)
@@ -195,12 +196,12 @@ class _Read(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Reads the text and keeps the value."""
+        """Reads the text and stores the value."""
         setattr(namespace, self.dest, self.read(values, option_string or ""))
 
 
 def _with_files(arguments: Iterable[str], within: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields the arguments, in place of `--flagfile=FILE` the lines of the file, apart from blank ones and comments."""
+    """Yields the arguments; replaces `--flagfile=FILE` by the lines of the file without blank ones and comments."""
     pending = list(arguments)
     while pending:
         argument = pending.pop(0)
@@ -227,12 +228,12 @@ def _with_files(arguments: Iterable[str], within: tuple[str, ...] = ()) -> Itera
 
 
 def _flag_name(known: Field) -> str:
-    """Returns the name of an option's flag, without its heading."""
+    """Returns the name of an option's flag, without its group."""
     return known.name.rpartition(".")[2].removesuffix("_")
 
 
 def _reader(known: Field, name: str) -> Read:
-    """Returns what reads an option of the command."""
+    """Returns the function that reads an option of the command."""
 
     def read(text: str | None, _: str) -> Any:
         if text is None:
@@ -250,7 +251,7 @@ def _reader(known: Field, name: str) -> Read:
 
 
 def _type(known: Field) -> str:
-    """Returns the type of a field, `int`, and what its values are, where that says more."""
+    """Returns the type of a field, such as `int`, and its allowed values if the type alone does not tell them."""
     kind, expected = f"list of {known.kind.__name__}" if known.many else known.kind.__name__, known.expected()
     for words in ("a whole number", "a number", "an integer"):
         if expected.startswith(words):
@@ -259,7 +260,7 @@ def _type(known: Field) -> str:
 
 
 def _described(name: str, meaning: str, kind: str = "", default: Any = None) -> list[str]:
-    """Returns the lines of the help about a flag."""
+    """Returns the help lines of a flag."""
     lines = textwrap.wrap(f"--{name}: {meaning}", _WIDTH, initial_indent="  ", subsequent_indent="      ")
     if default is not None:
         lines += textwrap.wrap(

@@ -43,9 +43,9 @@ def flags(text: str = "") -> Flags:
     """Returns the flags of the command.
 
     Args:
-      text: says how it is called, for `--help`; empty: the module's own.
+      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
     """
-    return Flags(Options, text or __doc__, ConfigFlag())  # without --config: the start's own
+    return Flags(Options, text or __doc__, ConfigFlag())  # without --config: the config of the start
 
 
 def main(given: Given) -> int:
@@ -79,8 +79,8 @@ def main(given: Given) -> int:
     seconds = time.perf_counter() - begun
     _print_series(out)
     if options.out:
-        with open(options.out, "wb") as file:  # as named: np.savez would append .npz
-            arrays: dict[str, Any] = out  # as savez is declared, one could be its own option
+        with open(options.out, "wb") as file:  # keep the name: np.savez would append .npz
+            arrays: dict[str, Any] = out  # for savez's type: a name could be one of its options
             np.savez(file, **arrays)
     comparisons = replay.compare(out, reference, options.rtol, options.atol)
     differing = [c.name for c in comparisons if not c.holds]

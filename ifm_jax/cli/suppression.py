@@ -19,13 +19,13 @@ def flags(text: str = "") -> Flags:
     """Returns the flags of the command.
 
     Args:
-      text: says how it is called, for `--help`; empty: the module's own.
+      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
     """
     return Flags(Options, text or __doc__)
 
 
 def main(given: Given) -> int:
-    """Reads out the runs named; returns the exit status."""
+    """Reads out the given runs; returns the exit status."""
     if not given.arguments:
         raise UsageError("no workdir is named: expected one or more, of training runs")
     from ifm_jax.evaluation import suppression

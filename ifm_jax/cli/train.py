@@ -23,7 +23,7 @@ def flags(text: str = "") -> Flags:
     """Returns the flags of the command.
 
     Args:
-      text: says how it is called, for `--help`; empty: the module's own.
+      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
     """
     return Flags(Options, text or __doc__, ConfigFlag(recipes.DEFAULT))
 
@@ -35,7 +35,7 @@ def main(given: Given) -> int:
     workdir = options.workdir or pathlib.Path("runs") / given.config.name()
     command.workdir(workdir)
     command.join_hosts(options.hosts)
-    from ifm_jax.runs import training  # takes a second, which neither --help nor a mistake is to wait for
+    from ifm_jax.runs import training  # takes a second, too long for --help or a usage error
 
     result = training.train(config, workdir)
     return command.say_stopped(result, workdir)

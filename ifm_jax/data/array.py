@@ -3,7 +3,7 @@
 train_images  uint8 (N, H, W, 3) or gray (N, H, W)      also: x_train (Keras), images
 train_labels  integers (N,) or (N, 1), if there are any       y_train,         labels
 test_images, test_labels: held out                            x_test, y_test
-class_names   text (C,), if there are any; a class's number is its place
+class_names   text (C,), if there are any; a class's number is its index
 """
 
 import hashlib
@@ -22,11 +22,11 @@ _NAMES = {
     "test": {"images": ("test_images", "x_test"), "labels": ("test_labels", "y_test")},
 }
 
-_MOST_CLASSES = 2**20  # without names of their own they are named by their numbers
+_MOST_CLASSES = 2**20  # classes without names are named by their numbers
 
 
 class ArrayFile(PixelImages):
-    """Random access to the images of an array, which is held in memory.
+    """Random access to the images of an array in memory.
 
     Attributes:
       images: uint8 `(N, H, W, 3)` or `(N, H, W)`.
@@ -40,14 +40,14 @@ class ArrayFile(PixelImages):
         classes: np.ndarray | None = None,
         random_crops: crops.RandomCrops = crops.TWO_VIEWS,
     ):
-        """Takes arrays as they are.
+        """Wraps arrays without copying them.
 
         Args:
           images: uint8 `(N, H, W, 3)`, or `(N, H, W)`: gray.
           image_size: side of a view in pixels.
-          class_names: of all classes; empty: there are none.
-          classes: of each image, int32 `(N,)`, an index of `class_names`; None: there are none.
-          random_crops: what `views` cuts.
+          class_names: names of all classes; empty: there are none.
+          classes: class of each image as an index into `class_names`, int32 `(N,)`; None: there are none.
+          random_crops: crops that `views` cuts.
         """
         self._labels = {} if classes is None or not class_names else {"class": classes}
         super().__init__(image_size, random_crops, {"class": class_names} if self._labels else {})
@@ -85,14 +85,14 @@ def open_array(
     """Reads the images of a split.
 
     Args:
-      path: of the file; see the module's description.
+      path: path of the file; see the module's description.
       split: "train" or "test".
       image_size: side of a view in pixels.
       classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
-      random_crops: what the source's `views` cuts.
+      random_crops: crops that `views` of the source cuts.
 
     Raises:
-      UsageError: for a file that is missing or holds something else, a split that is not there, an unknown class.
+      UsageError: if the file is missing or holds something else, or the split or a class does not exist.
     """
     said = f"data.source='array:{path}'"
     try:
@@ -153,7 +153,7 @@ def _checked(labels: np.ndarray, count: int, said: str) -> np.ndarray:
     """Returns labels `(count,)`.
 
     Raises:
-      UsageError: if they are none.
+      UsageError: if they are not integers of at least 0, one for each image.
     """
     if not np.issubdtype(labels.dtype, np.integer) or labels.size != count or not count:
         raise UsageError(
@@ -169,7 +169,7 @@ def _checked(labels: np.ndarray, count: int, said: str) -> np.ndarray:
 
 
 def _read(path: pathlib.Path, split: str, said: str) -> dict[str, np.ndarray | None]:
-    """Returns `images`, `labels`, `train_labels` and `class_names`, None where not there."""
+    """Returns `images`, `labels`, `train_labels` and `class_names`, None for each that the file lacks."""
     names = _NAMES[split] | {"train_labels": _NAMES["train"]["labels"], "class_names": ("class_names",)}
     try:
         with Npz(path) as file:

@@ -1,4 +1,4 @@
-"""Images that cannot be read: replaced while they are few, counted, listed; the end of the run when they are many."""
+"""Unreadable images: a run counts, lists and replaces them while they are few, and ends when they are many."""
 
 import pathlib
 from collections.abc import Callable, Iterator
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from ifm_jax.data.classes import shown
 from ifm_jax.errors import RunError, UsageError
 
-_TRIES = 100  # neighbors, before something else is amiss than single images
+_TRIES = 100  # neighbors; beyond that the problem is not with single images
 
 
 def neighbors(index: int, size: int) -> Iterator[int]:
-    """Yields what may take the place of an image, nearest first: those before it, then those after it."""
+    """Yields the images that may replace an image, nearest first: those before it, then those after it."""
     before = range(index - 1, max(index - _TRIES, 0) - 1, -1)
     yield from before
     yield from range(index + 1, min(index + 1 + _TRIES - len(before), size))
@@ -20,10 +20,10 @@ class BadImages:
     """The unreadable images that a run has met, each named once and listed in a file.
 
     Args:
-      size: of the data set.
-      max_share: of it that may be unreadable.
-      path: of the list: a line for each, its name and what is wrong with it, separated by a tab. What is listed there
-        already counts.
+      size: number of images in the data set.
+      max_share: share of the images that may be unreadable.
+      path: path of the list: one line for each image, its name and what is wrong with it, separated by a tab. Images
+        that are already listed there count.
       say: shows a line to the user.
     """
 
@@ -44,7 +44,7 @@ class BadImages:
         return len(self._names)
 
     def add(self, name: str, reason: str) -> None:
-        """Notes that an image was unreadable and another took its place.
+        """Records that an image was unreadable and another replaced it.
 
         Raises:
           RunError: if there are now too many of them.

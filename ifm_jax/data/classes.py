@@ -1,4 +1,4 @@
-"""A choice among a source's classes: the names that a file lists; and names as they are shown."""
+"""Chooses among a source's classes by the names that a file lists; formats names for display."""
 
 import pathlib
 import re
@@ -8,15 +8,15 @@ from ifm_jax.errors import UsageError
 
 
 def chosen(path: str, found: Sequence[str], where: str) -> list[str]:
-    """Returns the names of the classes to keep, sorted if a file chooses them, else as they were found.
+    """Returns the names of the classes to keep, sorted if a file chooses them, else in the order of `found`.
 
     Args:
-      path: of the file; see `read_names`. Empty: all of them.
-      found: names of the classes there are.
-      where: what they are, in words, for the error.
+      path: path of the file; see `read_names`. Empty: keep all classes.
+      found: names of all classes.
+      where: description of the classes, for the error.
 
     Raises:
-      UsageError: if the file names a class that there is not.
+      UsageError: if the file names a class that does not exist.
     """
     if not path:
         return list(found)
@@ -32,10 +32,10 @@ def chosen(path: str, found: Sequence[str], where: str) -> list[str]:
 def read_names(path: str) -> list[str]:
     """Returns the class names that a file lists, sorted.
 
-    One a line; a # at the start of a line or after a space begins a comment.
+    Each line holds one name; a # at the start of a line or after a space begins a comment.
 
     Raises:
-      UsageError: if it cannot be read or names no class.
+      UsageError: if the file cannot be read or names no class.
     """
     try:
         lines = pathlib.Path(path).expanduser().read_text().splitlines()
@@ -51,7 +51,7 @@ def read_names(path: str) -> list[str]:
 
 
 def shown(name: str) -> str:
-    """Returns a file's name so that any program can write it, in one line: what cannot be printed as an escape."""
+    """Returns a file's name as one printable line, with unprintable characters escaped."""
     if name.isprintable():
         return name
     text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")  # bytes that are not UTF-8

@@ -1,7 +1,7 @@
 """Views cut on the host: random resized crops for training, the central view for evaluation.
 
-Where to cut is torchvision's `RandomResizedCrop`, from given random numbers; what is cut is resampled with OpenCV to
-within 3/255 of PIL's antialiased bilinear filter, on average over each view of a photograph, in a fraction of its time.
+Boxes follow torchvision's `RandomResizedCrop`, computed from given random numbers. OpenCV resamples each crop to within
+3/255 of PIL's antialiased bilinear filter, on average over each view of a photograph, in a fraction of its time.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from ifm_jax.data.opencv import cv2
 
 SCALE = (0.2, 1.0)  # least and greatest area of a crop, relative to the image's: MoCo v1 and v2
 RATIO = (3 / 4, 4 / 3)  # least and greatest width over height
-DRAWS = 22  # random numbers that a crop takes: ten areas, ten aspect ratios, the place
+DRAWS = 22  # random numbers for each crop: ten areas, ten aspect ratios, the place
 
 _ATTEMPTS = 10
-_LONGEST = 16  # times the shorter side, of which the middle is evaluated anyway
-_LINEAR_UP_TO = 2.2  # pixels to one of the result, beyond which interpolation alone would skip some
-_LINEAR_BY = 1.4  # likewise, where more averages follow
+_LONGEST = 16  # times the shorter side; only the middle is evaluated anyway
+_LINEAR_UP_TO = 2.2  # source pixels per result pixel; beyond this, interpolation would skip some
+_LINEAR_BY = 1.4  # likewise, where more averaging follows
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -33,13 +33,13 @@ def random_box(
 ) -> Box:
     """Chooses a crop as torchvision's `RandomResizedCrop` does.
 
-    The area is uniform and so is the logarithm of the aspect ratio; of ten such draws the first that fits in the image
-    is taken, at a uniform place. If none fits, the largest central box is, whose aspect ratio is in range.
+    The area and the logarithm of the aspect ratio are uniform. The function uses the first of ten such draws that fits
+    in the image, at a uniform position. If none fits, it uses the largest central box whose aspect ratio is in range.
 
     Args:
       uniforms: `DRAWS` numbers in [0, 1).
-      height: of the image in pixels.
-      width: of the image in pixels.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
       scale: least and greatest area, relative to the image's.
       ratio: least and greatest width over height.
 
@@ -67,12 +67,12 @@ def random_boxes(
     scale: tuple[float, float] = SCALE,
     ratio: tuple[float, float] = RATIO,
 ) -> np.ndarray:
-    """Chooses a crop of each of many images at once, the ones that `random_box` chooses.
+    """Chooses one crop for each of many images at once, the same as `random_box`.
 
     Args:
       uniforms: `(N, DRAWS)` in [0, 1).
-      heights: `(N,)` of the images in pixels.
-      widths: `(N,)` of the images in pixels.
+      heights: heights of the images in pixels, `(N,)`.
+      widths: widths of the images in pixels, `(N,)`.
       scale: least and greatest area, relative to the image's.
       ratio: least and greatest width over height.
 
@@ -102,10 +102,10 @@ def random_boxes(
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrops:
-    """How many crops are cut from an image, and how large they may be.
+    """The number and the size range of the crops cut from an image.
 
     Attributes:
-      count: crops of an image, independent of each other.
+      count: number of independent crops per image.
       scale: least and greatest area, relative to the image's.
     """
 
@@ -114,16 +114,16 @@ class RandomCrops:
 
     @property
     def draws(self) -> int:
-        """How many random numbers the crops of an image take."""
+        """Number of random numbers that the crops of an image need."""
         return self.count * DRAWS
 
     def boxes(self, uniforms: Sequence[float], height: int, width: int) -> list[Box]:
-        """Returns where to cut.
+        """Returns the boxes to cut.
 
         Args:
           uniforms: `draws` numbers in [0, 1).
-          height: of the image in pixels.
-          width: of the image in pixels.
+          height: height of the image in pixels.
+          width: width of the image in pixels.
         """
         return [
             random_box(uniforms[first : first + DRAWS], height, width, self.scale)
@@ -138,10 +138,10 @@ def reduced_box(box: Box, reduction: int, height: int, width: int) -> Box:
     """Returns a box in the pixels of a reduced image, rounded to whole ones.
 
     Args:
-      box: in the whole image.
-      reduction: so many of its pixels are one of the reduced image's.
-      height: of the reduced image.
-      width: of the reduced image.
+      box: box in pixels of the whole image.
+      reduction: how many pixels of the whole image, along each side, make one of the reduced image.
+      height: height of the reduced image.
+      width: width of the reduced image.
     """
     box_height, box_width = (
         min(max(1, round(side / reduction)), whole) for side, whole in zip(box[2:], (height, width), strict=True)
@@ -159,8 +159,8 @@ def cut(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 
     Args:
       image: uint8 `(H, W, 3)`.
-      box: within the image.
-      size: of the square in pixels.
+      box: box within the image.
+      size: size of the square in pixels.
 
     Returns:
       uint8 `(size, size, 3)`.
@@ -174,8 +174,8 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Args:
       image: uint8 `(H, W, 3)`.
-      height: wanted, in pixels.
-      width: wanted, in pixels.
+      height: height of the result in pixels.
+      width: width of the result in pixels.
 
     Returns:
       uint8 `(height, width, 3)`.
@@ -184,14 +184,14 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if shrinks == (1, 1):
         return image
     # PIL averages over a triangle as wide as two pixels of the result: s^2 / 6 of variance in pixels of the source, if
-    # s of them become one. Both ways come close with what OpenCV does fast, and three taps for the variance it lacks.
+    # s of them become one. Both ways below come close with fast OpenCV functions; three taps add the missing variance.
     largest = max(shrinks)
     if largest <= _LINEAR_UP_TO:
-        # Interpolation has 1/6, on average over where it falls; the taps supply (s^2 - 1) / 6 before it.
+        # Interpolation has a variance of 1/6 on average over positions; the taps supply (s^2 - 1) / 6 before it.
         image = _three_taps(image, [max(0.0, shrink * shrink - 1) / 12 for shrink in shrinks])
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     # Interpolation to a multiple of the result, then means of two by two, which OpenCV is fast at: (1 - 1 / k^2) / 12
-    # of the result's pixels. The taps after them supply what lacks of 1/6.
+    # of the result's pixels. The taps after them supply the rest of 1/6.
     multiple = next(k for k in (2, 4, 8, 16, 32) if largest <= k * _LINEAR_BY or k == 32)
     image = cv2.resize(image, (multiple * width, multiple * height), interpolation=cv2.INTER_LINEAR)
     while image.shape[0] > height:
@@ -201,7 +201,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _three_taps(image: np.ndarray, sides: Sequence[float]) -> np.ndarray:
-    """Averages each pixel with its neighbors, which weigh `sides` down and across; the border is repeated outwards."""
+    """Averages each pixel with its neighbors, weighted by `sides` down and across; repeats the border outward."""
     if not any(sides):
         return image
     down, across = (np.array([side, 1 - 2 * side, side], np.float32) for side in sides)
@@ -210,21 +210,21 @@ def _three_taps(image: np.ndarray, sides: Sequence[float]) -> np.ndarray:
 
 
 def central_view(image: np.ndarray, size: int) -> np.ndarray:
-    """Makes the view that is evaluated: the shorter side resized to 256/224 of `size`, the central square cut out.
+    """Makes the evaluation view: resizes the shorter side to 256/224 of `size` and cuts out the central square.
 
-    As torchvision's `Resize` and `CenterCrop`, with ImageNet's 256 and 224 scaled to `size`. An image that has the size
-    already is left as it is: small images, such as CIFAR's, are evaluated whole.
+    This follows torchvision's `Resize` and `CenterCrop`, with ImageNet's 256 and 224 scaled to `size`. An image that
+    already has this size stays unchanged: small images, such as CIFAR's, are evaluated whole.
 
     Args:
       image: uint8 `(H, W, 3)`.
-      size: of the square in pixels.
+      size: size of the square in pixels.
 
     Returns:
       uint8 `(size, size, 3)`.
     """
     if image.shape[:2] == (size, size):
         return image
-    # Of a strip the middle will do: resized as a whole it might not fit in memory.
+    # For a very long image use only the middle: the whole, resized, might not fit in memory.
     high, wide = image.shape[:2]
     long = _LONGEST * min(high, wide)
     top, left = max(0, high - long) // 2, max(0, wide - long) // 2

@@ -1,7 +1,7 @@
-"""Images in folders: a folder for each class as torchvision's `ImageFolder` has it, or just a folder of images.
+"""Images in folders: a folder for each class as torchvision's `ImageFolder` has it, or a plain folder of images.
 
 PATH/<class>/**/*.jpg                            one set, for training
-PATH/train/<class>/..., PATH/val/<class>/...     two: `val`, or else `test`, is the held-out one
+PATH/train/<class>/..., PATH/val/<class>/...     two sets: `val`, or else `test`, is held out
 PATH/*.jpg, PATH/train/*.jpg                     no classes, so no labels
 """
 
@@ -22,15 +22,15 @@ from ifm_jax.errors import UsageError
 HELD_OUT = ("val", "test")  # in this order of preference
 
 _MOST_BYTES = 2**30  # of a file; OpenCV takes less than twice as many
-_AT_ONCE = 256  # files of which a thread asks the size
+_AT_ONCE = 256  # files whose sizes one thread reads
 
 
 class Folder(EncodedImages):
     """Random access to image files.
 
     Attributes:
-      root: of the paths.
-      paths: of the files, relative to it, as they are numbered.
+      root: root of the paths.
+      paths: paths of the files, relative to it, in the order of their numbers.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class Folder(EncodedImages):
         classes: Sequence[int] = (),
         random_crops: crops.RandomCrops = crops.TWO_VIEWS,
     ):
-        """Takes files in the order in which they are numbered.
+        """Wraps files, numbered in the given order.
 
         Args:
-          root: of the paths.
-          paths: of the files, relative to it.
+          root: root of the paths.
+          paths: paths of the files, relative to it.
           image_size: side of a view in pixels.
-          class_names: of all classes; empty: there are none.
-          classes: of each file, an index of `class_names`.
-          random_crops: what `views` cuts.
+          class_names: names of all classes; empty: there are none.
+          classes: class of each file as an index into `class_names`.
+          random_crops: crops that `views` cuts.
         """
         super().__init__(image_size, random_crops, {"class": tuple(class_names)} if class_names else {})
         self.root, self.paths = os.fspath(root), paths
@@ -64,7 +64,7 @@ class Folder(EncodedImages):
         return self._labels
 
     def name(self, index: int) -> str:
-        """Returns the path of a file, as it is shown."""
+        """Returns the path of a file for display."""
         return shown(self._path(index))
 
     def _path(self, index: int) -> str:
@@ -79,7 +79,7 @@ class Folder(EncodedImages):
                     raise UnreadableImageError(self.name(index), "not a regular file")
                 if status.st_size > _MOST_BYTES:
                     raise UnreadableImageError(self.name(index), f"{status.st_size} bytes, more than {_MOST_BYTES}")
-                return np.frombuffer(file.read(status.st_size), np.uint8)  # as many as asked for are allocated
+                return np.frombuffer(file.read(status.st_size), np.uint8)  # read() allocates as many bytes as requested
         except OSError as error:
             raise UnreadableImageError(self.name(index), error.strerror or str(error)) from None
 
@@ -88,19 +88,19 @@ class Folder(EncodedImages):
 
     @property
     def earlier_fingerprints(self) -> tuple[str, ...]:
-        """What `fingerprint` was before it covered the sizes of the files."""
+        """The `fingerprint` from before it covered the sizes of the files."""
         return (digest(self._names()),)
 
     def _names(self) -> list[str | bytes]:
         return ["\0".join(self.paths), *(labels.tobytes() for labels in self._labels.values())]
 
     def _sizes(self) -> np.ndarray:
-        """Returns the size of each file in bytes, int64; -1: there is none. As they are now: nothing remembers them."""
+        """Returns the current size of each file in bytes, int64; -1 for a missing file. Sizes are not cached."""
         sizes = np.full(len(self.paths), -1, "<i8")
 
         def ask(begin: int) -> None:
             for place in range(begin, min(begin + _AT_ONCE, len(sizes))):
-                with contextlib.suppress(OSError):  # an unreadable image, as will be said
+                with contextlib.suppress(OSError):  # an unreadable image, reported later
                     sizes[place] = os.stat(self._path(place)).st_size
 
         with concurrent.futures.ThreadPoolExecutor(scan.THREADS) as pool:
@@ -110,7 +110,7 @@ class Folder(EncodedImages):
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file without waiting for what may never come, where a pipe has taken its place."""
+    """Opens a file without blocking, in case a pipe has replaced it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -125,18 +125,18 @@ def open_folder(
     """Finds the images of a split.
 
     Args:
-      path: of the folder; see the module's description.
+      path: path of the folder; see the module's description.
       split: "train" or "test".
       image_size: side of a view in pixels.
       classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
-      random_crops: what the source's `views` cuts.
+      random_crops: crops that `views` of the source cuts.
 
     Returns:
       The source. Files are in the order of torchvision's `ImageFolder`. The held-out images have the classes of the
       training images, by name.
 
     Raises:
-      UsageError: for a folder that is missing, empty or in disorder, a split that is not there, an unknown class.
+      UsageError: if the folder is missing, empty or mixed up, or the split or a class does not exist.
     """
     try:
         parts = _parts(path)
@@ -157,7 +157,7 @@ def open_folder(
 
 
 def _parts(path: str) -> dict[str, pathlib.Path]:
-    """Returns the folder of each split there is.
+    """Returns the folder of each existing split.
 
     Raises:
       UsageError: if there is no folder at all.

@@ -1,7 +1,7 @@
-"""Images one at a time, on the host: decoded, cut to views.
+"""Images one at a time, on the host: decoding, and cutting views.
 
-Whatever holds the images, files or records or an array, what becomes of one is the same: `views` cuts random crops of
-it for training, `batch` the central view for evaluation.
+Files, records and arrays are all treated alike: `views` cuts random crops of an image for training, `examples` the
+central view for evaluation.
 """
 
 import abc
@@ -22,8 +22,8 @@ from ifm_jax.errors import RunError
 if TYPE_CHECKING:
     from ifm_jax.data.trifeature import Trifeature
 
-# A large JPEG is decoded at a half, a quarter or an eighth, which takes a third of the time, if that still leaves so
-# many pixels to one of the view. It is no further from PIL's result than decoding the whole and shrinking that.
+# A large JPEG is decoded at a half, a quarter or an eighth, in a third of the time, if that leaves at least this many
+# pixels per pixel of the view. The result is as close to PIL's as when the whole is decoded and then shrunk.
 _REDUCED = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -37,7 +37,7 @@ _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 class UnreadableImageError(RunError):
-    """An image that is not there, is none, or is broken; the message says which and why."""
+    """An image that is missing, broken, or not an image; the message names it and the reason."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(
@@ -55,9 +55,9 @@ class Images(abc.ABC):
 
     Attributes:
       image_size: side of a view in pixels.
-      random_crops: what `views` cuts.
-      label_names: the classes of each label; empty without labels.
-      earlier_fingerprints: what `fingerprint` was in earlier versions, so that their runs may go on.
+      random_crops: crops that `views` cuts.
+      label_names: names of the classes of each label; empty without labels.
+      earlier_fingerprints: values of `fingerprint` in earlier versions, so that their runs can resume.
     """
 
     def __init__(self, image_size: int, random_crops: crops.RandomCrops, label_names: dict[str, tuple[str, ...]]):
@@ -69,7 +69,7 @@ class Images(abc.ABC):
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """Returns what to call an image: the path of its file, or the record it is."""
+        """Returns the display name of an image: the path of its file, or its record."""
 
     @abc.abstractmethod
     def labels(self) -> dict[str, np.ndarray]:
@@ -77,7 +77,7 @@ class Images(abc.ABC):
 
     @abc.abstractmethod
     def _fingerprint(self) -> list[str | bytes]:
-        """Returns what tells these images from others, wherever they lie."""
+        """Returns data that identifies these images, wherever they are stored."""
 
     @abc.abstractmethod
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
@@ -85,7 +85,7 @@ class Images(abc.ABC):
 
     @abc.abstractmethod
     def central_view(self, index: int) -> np.ndarray:
-        """Returns one image as it is evaluated, uint8 `(image_size, image_size, 3)`.
+        """Returns the evaluation view of one image, uint8 `(image_size, image_size, 3)`.
 
         Raises:
           UnreadableImageError: if it cannot be read.
@@ -93,11 +93,11 @@ class Images(abc.ABC):
 
     @abc.abstractmethod
     def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns one image stretched or shrunk to a square, of which crops can be cut on a device; and its own size.
+        """Returns one image stretched or shrunk to a square, to be cropped on a device, and its original size.
 
         Args:
-          index: of the image.
-          side: of the square in pixels; 0: leave the image as it is.
+          index: number of the image.
+          side: side of the square in pixels; 0: leave the image as it is.
 
         Returns:
           uint8 `(side, side, 3)`; height and width in pixels.
@@ -108,16 +108,16 @@ class Images(abc.ABC):
 
     @property
     def earlier_fingerprints(self) -> tuple[str, ...]:
-        """What `fingerprint` was in earlier versions: nothing else."""
+        """Values of `fingerprint` in earlier versions: none."""
         return ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of which images these are, in which order; the same wherever they lie."""
+        """A hash of the images and their order, independent of where they are stored."""
         return digest(self._fingerprint())
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads several images as they are evaluated: the shorter side resized, the central square cut out.
+        """Reads the evaluation views of several images: the shorter side resized, the central square cut out.
 
         Args:
           indices: integers `(N,)`.
@@ -143,14 +143,14 @@ def digest(parts: Sequence[str | bytes]) -> str:
 
 
 class EncodedImages(Images):
-    """Images held as files are: JPEG, PNG, WebP or BMP."""
+    """Images stored encoded: JPEG, PNG, WebP or BMP."""
 
     @abc.abstractmethod
     def encoded(self, index: int) -> np.ndarray:
         """Returns the bytes of an image, uint8 `(N,)`.
 
         Raises:
-          UnreadableImageError: if they cannot be had.
+          UnreadableImageError: if they cannot be read.
         """
 
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
@@ -168,14 +168,14 @@ class EncodedImages(Images):
         return tuple(_rgb(crops.cut(image, box, self.image_size)) for box in boxes)
 
     def central_view(self, index: int) -> np.ndarray:
-        """Returns one image as it is evaluated; see `Images`."""
+        """Returns the evaluation view of one image; see `Images`."""
         encoded = self.encoded(index)
         size = jpeg_size(encoded)
         shrink = min(size) / crops.central_size(*size, self.image_size)[0] if size else 1
         return _rgb(crops.central_view(decode(self.name(index), encoded, _reduction(shrink)), self.image_size))
 
     def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns one image as a square, and its own size; see `Images`."""
+        """Returns one image as a square, and its original size; see `Images`."""
         encoded = self.encoded(index)
         size = jpeg_size(encoded)
         image = decode(self.name(index), encoded, _reduction(min(size) / side) if size and side else 1)
@@ -184,7 +184,7 @@ class EncodedImages(Images):
 
 
 class PixelImages(Images):
-    """Images held decoded."""
+    """Images stored decoded."""
 
     @abc.abstractmethod
     def pixels(self, index: int) -> np.ndarray:
@@ -197,21 +197,21 @@ class PixelImages(Images):
         return tuple(crops.cut(image, box, self.image_size) for box in boxes)
 
     def central_view(self, index: int) -> np.ndarray:
-        """Returns one image as it is evaluated; see `Images`."""
+        """Returns the evaluation view of one image; see `Images`."""
         return crops.central_view(self.pixels(index), self.image_size)
 
     def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns one image as a square, and its own size; see `Images`."""
+        """Returns one image as a square, and its original size; see `Images`."""
         image = self.pixels(index)
         return crops.resize(image, side, side) if side else image, image.shape[:2]
 
 
 class Cropped(PixelImages):
-    """Views cut on the host from a source that has whole images to offer.
+    """Views cut on the host from a source of whole images.
 
     Args:
-      source: with images of the size of a view.
-      random_crops: what `views` cuts.
+      source: source whose images have the size of a view.
+      random_crops: crops that `views` cuts.
     """
 
     def __init__(self, source: "Trifeature", random_crops: crops.RandomCrops):
@@ -238,13 +238,13 @@ class Cropped(PixelImages):
 
 
 class _JpegHeader(NamedTuple):
-    """What a JPEG's header says, before any rotation.
+    """The fields of a JPEG header, before any rotation.
 
     Attributes:
-      height: in pixels.
-      width: in pixels.
-      channels: 1, 3, or 4 inks.
-      place: where in the file it says so.
+      height: height in pixels.
+      width: width in pixels.
+      channels: 1, 3, or 4 (inks).
+      place: byte offset of the frame header in the file.
     """
 
     height: int
@@ -271,7 +271,7 @@ def _jpeg_header(encoded: np.ndarray) -> _JpegHeader | None:
 
 
 def jpeg_size(encoded: np.ndarray) -> tuple[int, int] | None:
-    """Returns height and width as a JPEG's header has them, before any rotation; None: not a JPEG.
+    """Returns height and width from a JPEG's header, before any rotation; None if it is not a JPEG.
 
     Args:
       encoded: the file's bytes, uint8 `(N,)`.
@@ -281,33 +281,32 @@ def jpeg_size(encoded: np.ndarray) -> tuple[int, int] | None:
 
 
 def _reduction(shrink: float) -> int:
-    """Returns by how much an image may be reduced while it is decoded, if its pixels will be `shrink` to one."""
+    """Returns the largest reduction for decoding an image whose sides will shrink by the factor `shrink`."""
     return max(reduction for reduction in _REDUCED if reduction == 1 or reduction * _PIXELS_LEFT <= shrink)
 
 
 def decode(name: str, encoded: np.ndarray, reduction: int = 1) -> np.ndarray:
-    """Decodes an image file; what it holds decides how, not its name.
+    """Decodes an image file by its content, not its name.
 
-    The pixels are those of PIL's `Image.open(path).convert("RGB")`, which the original's loader uses: an orientation
-    noted in the file is ignored, transparency dropped, gray repeated three times. The one exception: 16-bit gray is
-    scaled to 8 bits, where PIL cuts off what is above 255.
+    The pixels equal those of PIL's `Image.open(path).convert("RGB")`, which the original's loader uses: the orientation
+    tag is ignored, transparency is dropped, gray is repeated three times. The one exception: 16-bit gray is scaled to 8
+    bits, where PIL clips values above 255.
 
     Args:
-      name: of the image, for the error.
+      name: name of the image, for the error.
       encoded: the file's bytes, uint8 `(N,)`.
-      reduction: 1, 2, 4 or 8: so much less high and wide, rounded up.
+      reduction: 1, 2, 4 or 8: the factor by which height and width shrink, rounded up.
 
     Returns:
-      uint8 `(H, W, 3)`: blue, green, red. The views made of it are turned into RGB, which is less work.
+      uint8 `(H, W, 3)`: blue, green, red. Converting only the views to RGB is less work.
 
     Raises:
-      UnreadableImageError: if it cannot be decoded; a truncated file cannot.
+      UnreadableImageError: if it cannot be decoded, for example because it is truncated.
     """
-    # libjpeg and libpng write what they think of a file to the process's standard error, from C, whatever OpenCV is
-    # told: to lead that elsewhere would hide what XLA and a crash have to say. So JPEG goes to the same library by an
-    # interface that keeps its remarks to itself (the same pixels in the same time), and PNG is checked before OpenCV
-    # gets it, for a fortieth of the time. What may still speak is a PNG whose checksums are right and whose content is
-    # not, which was written so.
+    # libjpeg and libpng write warnings to the process's standard error, from C, whatever OpenCV's log level.
+    # Redirecting it would hide the messages of XLA and of a crash. So JPEG goes to the same library through a silent
+    # interface (same pixels, same time), and PNG is checked before OpenCV gets it, which costs a fortieth of the time.
+    # Only a PNG that was written broken, with correct checksums, can still cause a warning.
     try:
         if encoded[:2].tobytes() == _JPEG:
             image = _decode_jpeg(encoded, reduction)
@@ -334,19 +333,19 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def _decode_jpeg(encoded: np.ndarray, reduction: int) -> np.ndarray:
-    """Decodes a JPEG as OpenCV does, without a word.
+    """Decodes a JPEG as OpenCV does, without warnings.
 
     Raises:
-      ValueError: if it is truncated, or so broken that nothing can be made of it.
+      ValueError: if it is truncated or too broken to decode.
     """
     header = _jpeg_header(encoded)
     if header is None:
         raise ValueError
     _check_pixels(header.height, header.width)
-    # Its end is missing: libjpeg would make up the rest. An embedded preview has an end of its own, before the header.
+    # The end marker is missing: libjpeg would invent the rest. An embedded preview has its own, before the header.
     if encoded[-2:].tobytes() != _JPEG_END and encoded.tobytes().rfind(_JPEG_END) < header.place:
         raise ValueError
-    # The least size asked for says by how much to reduce.
+    # The library derives the reduction from the least size requested.
     least = {"min_height": -(-header.height // reduction), "min_width": -(-header.width // reduction)}
     options: dict[str, Any] = {"strict": False} | (least if reduction > 1 else {})
     if header.channels != 4:
@@ -356,10 +355,10 @@ def _decode_jpeg(encoded: np.ndarray, reduction: int) -> np.ndarray:
 
 
 def _plain_png(encoded: np.ndarray) -> np.ndarray:
-    """Returns a PNG without what does not concern its pixels, whose checksums are right.
+    """Returns a PNG reduced to the chunks that its pixels need, after checking their checksums.
 
     Raises:
-      ValueError: if one is wrong, or something is missing.
+      ValueError: if a checksum is wrong or something is missing.
     """
     data = encoded.tobytes()
     place, parts = len(_PNG), [_PNG]

@@ -1,4 +1,4 @@
-"""Arrays from .npz files of any origin: nothing in them is executed, and nothing is read that memory cannot hold."""
+"""Arrays from untrusted .npz files: nothing in them is executed, and no array is read that does not fit in memory."""
 
 import contextlib
 import math
@@ -18,16 +18,16 @@ class NpzError(ValueError):
 
 
 class Npz(Mapping[str, np.ndarray]):
-    """The arrays of a file, each read when it is asked for.
+    """The arrays of a file, each read on access.
 
-    A context manager; what is no array is passed over.
+    This is a context manager. Members that are not arrays are skipped.
 
     Args:
-      path: of the file.
+      path: path of the file.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      NpzError: if it is no .npz.
+      FileNotFoundError: if the file does not exist.
+      NpzError: if it is not a .npz file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -36,7 +36,7 @@ class Npz(Mapping[str, np.ndarray]):
             self._file = zipfile.ZipFile(path)
         except FileNotFoundError:
             raise
-        except Exception as error:  # whatever damage makes the library raise, here and below
+        except Exception as error:  # damage can make the library raise anything, here and below
             raise NpzError(_reason(error)) from None
         names = (name for name in self._file.namelist() if name.endswith(_SUFFIX))
         self._members = {name.removesuffix(_SUFFIX): name for name in names}
@@ -60,7 +60,7 @@ class Npz(Mapping[str, np.ndarray]):
         """Returns an array.
 
         Raises:
-          KeyError: if there is none of the name.
+          KeyError: if there is no array of this name.
           NpzError: if it is damaged or encrypted, holds Python objects, or takes more memory than the machine has.
         """
         member = self._members[name]
@@ -74,7 +74,7 @@ class Npz(Mapping[str, np.ndarray]):
             raise NpzError(f"{name}: {_reason(error)}") from None
 
     def _check(self, member: str) -> None:
-        """Raises an `NpzError` for what an array's header says, before anything is made of it."""
+        """Raises an `NpzError` if an array's header rules out reading it, before any memory is allocated."""
         if self._file.getinfo(member).flag_bits & 1:
             raise NpzError("it is encrypted")
         with self._file.open(member) as stream:
@@ -97,7 +97,7 @@ class Npz(Mapping[str, np.ndarray]):
 
 
 def memory() -> float:
-    """Returns how many bytes of memory this process may have; infinite: not known."""
+    """Returns how many bytes of memory this process may use; infinity if unknown."""
     found = [math.inf]
     with contextlib.suppress(AttributeError, ValueError, OSError):  # another system
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

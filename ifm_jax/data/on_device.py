@@ -1,9 +1,9 @@
-"""Whole data sets held on the devices: the images are read once, then a batch is no more than its numbers.
+"""Whole data sets held on the devices: the images are read once, and a batch is then just a list of image numbers.
 
-Python then has nothing to do between two steps, and many of them are one compiled call (`OnDeviceStep`).
+Python then has nothing to do between two steps, so one compiled call runs many steps (`OnDeviceStep`).
 
-The batches are those of `training_batches`: the same images in the same order. Of images that it crops on the host the
-same boxes are cut, on the device (`OnDeviceStep`), from a copy of `data.cache_size` pixels.
+The batches equal those of `training_batches`: the same images in the same order. Where that crops on the host,
+`OnDeviceStep` cuts the same boxes on the device, from a copy of `data.cache_size` pixels.
 """
 
 import concurrent.futures
@@ -26,19 +26,19 @@ from ifm_jax.data.sources import Source, ViewSource
 from ifm_jax.errors import UsageError
 from ifm_jax.pretrain import DeviceState, PretrainStep, placements
 
-_RUN = 256  # images of a task
-_SHARE = 0.8  # of a device's memory that images may take
+_RUN = 256  # images per task
+_SHARE = 0.8  # of a device's memory that images may fill
 
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """What the images are that are held on the devices.
+    """Describes the images held on the devices.
 
     Attributes:
-      count: of them.
-      side: of each in pixels.
-      sizes: int32 `(count, 2)`, height and width of the images they are copies of; None: no crops are cut.
-      random_crops: what is cut of them; None: nothing.
+      count: number of images.
+      side: side of each image in pixels.
+      sizes: height and width of the original images, int32 `(count, 2)`; None: no crops are cut.
+      random_crops: crops to cut from them; None: none.
     """
 
     count: int
@@ -48,12 +48,12 @@ class Copies:
 
 
 def copies_side(source: Source, image_size: int, cache_size: int = 0) -> int:
-    """Returns the side of the squares that the images of a source are kept as, in pixels.
+    """Returns the side, in pixels, of the squares in which a source's images are kept.
 
     Args:
-      source: of the images.
-      image_size: of a view.
-      cache_size: what the user asks for; 0: 256/224 of a view's, as in evaluation, but not more than the first image's.
+      source: source of the images.
+      image_size: side of a view in pixels.
+      cache_size: side that the user requests; 0: 256/224 of a view's, as in evaluation, up to the first image's.
 
     Raises:
       RunError: if the first images cannot be read.
@@ -69,18 +69,17 @@ def read_all(
     """Reads the images of a source.
 
     Args:
-      source: of images, or of views.
-      size: the first so many.
+      source: source of images, or of views.
+      size: how many images to read, from the first on.
       side: see `copies_side`.
-      threads: that read; 0: automatic.
-      bad_images: takes note of unreadable images, each of which is then replaced by a neighbor; None: the first ends
-        the reading.
+      threads: number of reading threads; 0: automatic.
+      bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends the reading.
 
     Returns:
-      Pixels, uint8 `(size, side, side, 3)`, and what they are of.
+      Pixels, uint8 `(size, side, side, 3)`, and their description.
 
     Raises:
-      RunError: if an image cannot be read, or too many.
+      RunError: if an image, or too many of them, cannot be read.
     """
     if not isinstance(source, ViewSource):
         return source.examples(np.arange(size))["image"], Copies(size, side)
@@ -96,7 +95,7 @@ def read_all(
         runs = [range(first, min(first + _RUN, size)) for first in range(0, size, _RUN)]
         for bad in pool.map(fill, runs):
             for index, reason in bad:
-                assert bad_images is not None  # without it the first has ended the reading
+                assert bad_images is not None  # without it, the first unreadable image has ended the reading
                 bad_images.add(source.name(index), reason)
     return pixels, Copies(size, side, sizes, source.random_crops)
 
@@ -104,7 +103,7 @@ def read_all(
 def _whole(
     source: ViewSource, index: int, size: int, side: int, bad: list[tuple[int, str]] | None
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns an image, or its nearest readable neighbor; adds the unreadable ones met before."""
+    """Returns an image, or its nearest readable neighbor; adds the unreadable ones before it to `bad`."""
     from ifm_jax.data.images import UnreadableImageError
 
     errors: list[UnreadableImageError] = []
@@ -121,20 +120,20 @@ def _whole(
 def on_device_batches(
     copies: Copies, batch_size: int, counts: Iterable[int], most: int, *, seed: int, start: int = 0
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """Yields which images the batches of the next calls are, several batches at a time.
+    """Yields the image numbers for the batches of the next calls, several batches at a time.
 
     Args:
-      copies: the images.
-      batch_size: global.
-      counts: batches of each call, 1 to `most`.
-      most: the arrays have room for so many, whatever the call's number.
-      seed: of the order, and of the crops.
-      start: the number of the first batch.
+      copies: images on the devices.
+      batch_size: number of images in a global batch.
+      counts: number of batches in each call, 1 to `most`.
+      most: number of batches that the arrays have room for in every call.
+      seed: seed of the order, and of the crops.
+      start: number of the first batch.
 
     Yields:
-      The arrays of a call, and how many of its batches are filled: `index` int32 `(most, batch_size)`; where crops are
-      cut also `boxes`, float32 `(most, batch_size, crops, 4)`: top, left, height and width in pixels of the copy;
-      `steps` int32 `()`, the filled ones.
+      The arrays of a call, and the number of its filled batches. The arrays are `index`, int32 `(most, batch_size)`;
+      where crops are cut also `boxes`, float32 `(most, batch_size, crops, 4)`: top, left, height and width in pixels of
+      the copy; `steps` int32 `()`, the number of filled batches.
     """
     order, epoch_steps = EpochOrder(copies.count, seed), steps_per_epoch(copies.count, batch_size)
     number = start
@@ -156,8 +155,8 @@ def on_device_batches(
 
 
 def _boxes(copies: Copies, random_crops: crops.RandomCrops, index: np.ndarray, seed: int, number: int) -> np.ndarray:
-    """Returns where the crops of a batch lie in the copies, `(N, crops, 4)`."""
-    assert copies.sizes is not None  # there are crops, which are of these
+    """Returns the boxes of a batch's crops in the copies, `(N, crops, 4)`."""
+    assert copies.sizes is not None  # crops exist, so their originals have sizes
     heights, widths = copies.sizes[index].T
     uniforms = crop_uniforms(seed, number, len(index), random_crops.draws).reshape(len(index), -1, crops.DRAWS)
     boxes = [
@@ -172,12 +171,12 @@ _Carried = tuple[DeviceState[Any], dict[str, jax.Array]]  # a state, and metrics
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnDeviceStep:
-    """`(state, images, call, rng, learning_rates) -> (state, metrics)`: several steps of pre-training.
+    """`(state, images, call, rng, learning_rates) -> (state, metrics)`: several pre-training steps.
 
     Attributes:
-      step: one of them.
+      step: a single step.
       image_size: side of a view in pixels, where crops are cut.
-      most: steps of a call at most.
+      most: greatest number of steps in a call.
     """
 
     step: PretrainStep
@@ -192,18 +191,18 @@ class OnDeviceStep:
         rng: jax.Array,
         learning_rates: jax.Array | None = None,
     ) -> _Carried:
-        """Trains on some batches.
+        """Trains on several batches.
 
         Args:
-          state: before the first step.
-          images: uint8 `(images, S, S, 3)`, all there are.
-          call: as from `data.resident.on_device_batches`.
-          rng: as for `PretrainStep`.
-          learning_rates: as for `PretrainStep`.
+          state: state before the first step.
+          images: all images, uint8 `(images, S, S, 3)`.
+          call: arrays from `on_device_batches`.
+          rng: see `PretrainStep`.
+          learning_rates: see `PretrainStep`.
 
         Returns:
-          The state after the last step; the metrics of all steps, each `(most,)`: of a call that has fewer steps, what
-          is beyond them is 0.
+          The state after the last step; the metrics of all steps, each `(most,)`, padded with 0 where the call has
+          fewer steps.
         """
         rows = {name: call[name] for name in ("index", "boxes") if name in call}
 
@@ -222,14 +221,14 @@ class OnDeviceStep:
 
         shapes = jax.eval_shape(one, state, 0)[1]
         metrics = {name: jnp.zeros(self.most, value.dtype) for name, value in shapes.items()}
-        # Not as many as there is room for, but as many as are wanted: a call also ends where a checkpoint is due.
+        # Only the requested steps, not all there is room for: a call also ends where a checkpoint is due.
         return jax.lax.fori_loop(0, call["steps"], body, (state, metrics))
 
     def batch(self, images: jax.Array, row: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the batch of one step; part of the compiled program.
 
         Args:
-          images: uint8 `(images, S, S, 3)`, all there are.
+          images: all images, uint8 `(images, S, S, 3)`.
           row: `index` int32 `(N,)`; where crops are cut `boxes`, float32 `(N, 2, 4)`.
         """
         split = functools.partial(sharding.split_rows, mesh=self.step.method.mesh)
@@ -240,7 +239,7 @@ class OnDeviceStep:
         return {"views": jnp.stack([resized_crops(chosen, boxes[:, i], self.image_size) for i in range(2)], axis=1)}
 
     def jit(self) -> jax.stages.Wrapped:
-        """Returns the compiled form; the state's memory is reused for the new state."""
+        """Returns the compiled step; the new state reuses the old state's memory."""
         method, mesh = self.step.method, self.step.method.mesh
         if mesh is None:
             return jax.jit(self.__call__, donate_argnums=0)
@@ -257,12 +256,12 @@ def check_memory(images: int, side: int, has: int | None) -> None:
     """Checks that images fit on each of the devices.
 
     Args:
-      images: how many.
-      side: of each in pixels.
-      has: bytes of memory of a device; None: not known, and nothing is checked.
+      images: number of images.
+      side: side of each image in pixels.
+      has: bytes of memory of a device; None: unknown, and nothing is checked.
 
     Raises:
-      UsageError: if they take more than 80 % of its memory.
+      UsageError: if they fill more than 80 % of its memory.
     """
     needed = images * side * side * 3
     if has is not None and needed > _SHARE * has:

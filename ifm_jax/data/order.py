@@ -1,21 +1,21 @@
-"""What a run draws on the host, from the seed and the place alone: the order of images, where their crops lie."""
+"""Random draws on the host, from the seed and the position alone: the order of the images and their crops."""
 
 import numpy as np
 
-ORDER, CROPS = 0, 1  # what random numbers are for
+ORDER, CROPS = 0, 1  # uses of random numbers, the first part of `where`
 
 
 def random_numbers(seed: int, *where: int) -> np.random.Generator:
-    """Returns the random numbers of one thing, which depend on nothing but the seed and what it is."""
+    """Returns a generator that depends only on `seed` and `where`, the numbers that identify the draw."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, *where))))
 
 
 class EpochOrder:
-    """The order of the images: a fresh permutation in every epoch, whatever part of it is asked for.
+    """The order of the images: a fresh permutation in every epoch, independent of the epochs before.
 
     Args:
-      size: images.
-      seed: of the run.
+      size: number of images.
+      seed: seed of the run.
     """
 
     def __init__(self, size: int, seed: int):
@@ -23,7 +23,7 @@ class EpochOrder:
         self._known: tuple[int, np.ndarray] | None = None  # an epoch and its permutation
 
     def __call__(self, epoch: int) -> np.ndarray:
-        """Returns int64 `(size,)`."""
+        """Returns the order of the images in an epoch, int64 `(size,)`."""
         known = self._known
         if known is None or known[0] != epoch:
             self._known = known = epoch, random_numbers(self._seed, ORDER, epoch).permutation(self._size)
@@ -31,13 +31,13 @@ class EpochOrder:
 
 
 def crop_uniforms(seed: int, number: int, batch_size: int, draws: int) -> np.ndarray:
-    """Returns the random numbers that say where the crops of a global batch lie.
+    """Returns the random numbers that place the crops of a global batch.
 
     Args:
-      seed: of the run.
-      number: of the batch.
-      batch_size: global.
-      draws: of an image.
+      seed: seed of the run.
+      number: number of the batch.
+      batch_size: number of images in a global batch.
+      draws: random numbers for the crops of an image.
 
     Returns:
       `(batch_size, draws)` in [0, 1).

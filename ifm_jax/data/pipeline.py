@@ -1,8 +1,8 @@
-"""From a source to batches, with Grain: the same batches wherever and whenever they are read.
+"""Turns a source into batches with Grain: the same batches wherever and whenever they are read.
 
-Batch i depends on the seed and on i alone: an epoch is a fresh permutation, its remainder dropped, and a restart needs
-no more than the number of the next step. A host takes its piece of every global batch, so that the number of
-hosts changes nothing either; nor does the number of threads or processes that read.
+Batch i depends on the seed and i alone: each epoch is a fresh permutation without its remainder, and a restart needs
+only the number of the next step. Each host reads its piece of every global batch, so the number of hosts does not
+change the batches; neither does the number of reading threads or processes.
 """
 
 import concurrent.futures
@@ -21,19 +21,19 @@ from ifm_jax.data.sources import Images, ViewSource
 from ifm_jax.errors import UsageError
 
 _ENDLESS = 2**62  # batches
-_BAD = "bad"  # what a batch says of unreadable images, taken out before it is handed on
+_BAD = "bad"  # a batch's entry for unreadable images, removed before it is handed on
 
 
 def steps_per_epoch(size: int, batch_size: int, *, remainder: bool = False) -> int:
     """Returns how many batches `size` images make.
 
     Args:
-      size: images.
-      batch_size: global.
-      remainder: a last, smaller batch counts too.
+      size: number of images.
+      batch_size: number of images in a global batch.
+      remainder: count a last, smaller batch too.
 
     Raises:
-      UsageError: if they do not make one.
+      UsageError: if there are too few images for one batch.
     """
     if remainder and size:
         return -(-size // batch_size)
@@ -60,29 +60,29 @@ def training_batches(
     """Yields the batches of an endless training run, or this host's part of them.
 
     Args:
-      source: of images, or of views cut on the host (`ViewSource`).
-      batch_size: global.
-      seed: of the order, and of the views cut on the host.
-      start: the number of the first batch; a run resumed after step s starts at s.
-      size: the first so many examples of the source only; 0: all.
-      host: which host this is. It gets the rows `host * batch_size / hosts` and on of the global batch.
-      hosts: how many there are; a divisor of `batch_size`.
-      threads: that look up images, or cut views, in each process; 0: two of the former, of the latter one for each
-        processor.
-      processes: worker processes that do so; 0: this one does.
-      bad_images: takes note of unreadable images, each of which is then replaced by a neighbor; None: the first ends
-        the iteration. Images that are not cut on the host are always readable.
-      indices: also yield which images these are.
-      remainder: an epoch ends with a smaller batch of what is left, filled up with copies; not dropped.
+      source: source of images, or of views cut on the host (`ViewSource`).
+      batch_size: number of images in a global batch.
+      seed: seed of the order, and of the views cut on the host.
+      start: number of the first batch; a run resumed after step s starts at s.
+      size: use only the first `size` examples of the source; 0: all.
+      host: number of this host. It gets the rows of the global batch from `host * batch_size / hosts` on.
+      hosts: number of hosts; a divisor of `batch_size`.
+      threads: threads in each process that look up images or cut views; 0: two to look up, or one for each processor to
+        cut.
+      processes: worker processes that do so; 0: this process does it.
+      bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends the iteration.
+        Images that are not cut on the host are always readable.
+      indices: also yield the numbers of the images.
+      remainder: end an epoch with its remaining images, filled up with copies; else drop them.
 
     Yields:
       `{"views": uint8 (batch_size / hosts, V, H, W, 3)}`: the V crops of each image that a `ViewSource` cuts, two for
-      pre-training and one for a linear probe; of another source the image itself, V = 1. With `indices` also `"index"`,
+      pre-training and one for a linear probe; for other sources the image itself, V = 1. With `indices` also `"index"`,
       int64 `(batch_size / hosts,)`; with `remainder` also `"weight"`, float32 `(batch_size / hosts,)`, 0 for a copy,
       else 1.
 
     Raises:
-      RunError: if an image cannot be read, or too many.
+      RunError: if an image, or too many of them, cannot be read.
     """
     size = min(size, len(source)) if size else len(source)
     steps = steps_per_epoch(size, batch_size, remainder=remainder)
@@ -90,7 +90,7 @@ def training_batches(
     cuts = isinstance(source, ViewSource)
     threads = threads or (max(1, _processors() // max(1, processes)) if cuts else 2)
     if cuts:
-        # All threads work on one batch, two of which are under way: as fast as a batch a thread, in less memory.
+        # All threads share a batch, with two batches in progress: as fast as one batch per thread, in less memory.
         load, readers, ahead = _Cutter(source, size, batch_size, seed, threads, bad_images is not None, indices), 2, 3
     else:
         load, readers, ahead = _LookUp(source, indices), threads, 2 * threads
@@ -100,7 +100,7 @@ def training_batches(
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=readers, prefetch_buffer_size=ahead))
     if processes:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own there, also where no script has parsed any
+            flags.FLAGS.mark_as_parsed()  # Grain reads its own flags there, even where no script has parsed any
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=processes, per_worker_buffer_size=2))
     return _checked(iter(batches), source, bad_images)
 
@@ -108,27 +108,27 @@ def training_batches(
 def _checked(
     batches: Iterator[dict[str, Any]], source: Images, bad_images: BadImages | None
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Yields batches without what they say of unreadable images, which is noted."""
+    """Yields batches without their entry for unreadable images, which it records."""
     for batch in batches:
         for index, reason in batch.pop(_BAD, ()):
-            assert bad_images is not None  # no other batches
-            assert isinstance(source, ViewSource)  # speak of any
+            assert bad_images is not None  # else no batch lists any
+            assert isinstance(source, ViewSource)  # only its batches list any
             bad_images.add(source.name(index), reason)
         yield batch
 
 
-# Classes, not closures: they travel to worker processes.
+# Classes, not closures: they are pickled for worker processes.
 
 
 @dataclasses.dataclass
 class _Part:
-    """What is this host's of a batch.
+    """This host's part of a batch.
 
     Attributes:
-      number: of the batch.
-      first: place of the first example in the global batch.
-      images: int64 `(N,)`, which they are.
-      weights: float32 `(N,)`; None: all count alike.
+      number: number of the batch.
+      first: position of the first example in the global batch.
+      images: numbers of the images, int64 `(N,)`.
+      weights: weights of the images, float32 `(N,)`; None: all count alike.
     """
 
     number: int
@@ -137,7 +137,7 @@ class _Part:
     weights: np.ndarray | None = None
 
     def finished(self, views: dict[str, Any], indices: bool) -> dict[str, Any]:
-        """Returns the batch: the views and what else is wanted."""
+        """Returns the batch: the views and the other requested fields."""
         batch = dict(views)
         if indices:
             batch["index"] = self.images
@@ -147,7 +147,7 @@ class _Part:
 
 
 class _Piece:
-    """From the number of a batch to what is this host's of it."""
+    """Maps the number of a batch to this host's part of it."""
 
     def __init__(self, order: EpochOrder, steps: int, batch_size: int, host: int, hosts: int, remainder: bool):
         self._order, self._steps, self._batch_size, self._remainder = order, steps, batch_size, remainder
@@ -156,7 +156,7 @@ class _Piece:
     def __call__(self, number: int) -> _Part:
         epoch, within = divmod(number, self._steps)
         order = self._order(epoch)
-        # A contiguous piece, as the placement over the devices has it.
+        # A contiguous piece, in line with the placement over the devices.
         places, begin = np.arange(self._first, self._first + self._local), within * self._batch_size
         weights = None
         if self._remainder:
@@ -167,7 +167,7 @@ class _Piece:
 
 
 class _LookUp:
-    """From the numbers of images to a batch of them."""
+    """Maps image numbers to a batch of these images."""
 
     def __init__(self, source: Images, indices: bool):
         self._source, self._indices = source, indices
@@ -177,7 +177,7 @@ class _LookUp:
 
 
 class _Cutter:
-    """From the numbers of images to a batch of their views, which threads share among them."""
+    """Maps image numbers to a batch of their views; threads share the work."""
 
     def __init__(
         self, source: ViewSource, size: int, batch_size: int, seed: int, threads: int, replace: bool, indices: bool
@@ -193,7 +193,7 @@ class _Cutter:
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(self._threads, "views")  # ends with its last reference
         count, side, crops = len(part.images), self._source.image_size, self._source.random_crops
-        # Drawn for the whole global batch, so that hosts do not count.
+        # Drawn for the whole global batch, so that the number of hosts does not matter.
         uniforms = crop_uniforms(self._seed, part.number, self._batch_size, crops.draws)
         uniforms = uniforms[part.first : part.first + count].tolist()
         views = np.empty((count, crops.count, side, side, 3), np.uint8)
@@ -206,7 +206,7 @@ class _Cutter:
                 for number, view in enumerate(of_image):
                     views[place, number] = view
 
-        # Every thread takes its share in a few runs: one at a time would cost as much as a tenth of the work.
+        # Each thread works through its share in a few runs: single images would cost up to a tenth more.
         run = max(1, count // (4 * self._threads))
         for _ in self._pool.map(cut, [range(count)[first : first + run] for first in range(0, count, run)]):
             pass
@@ -216,7 +216,7 @@ class _Cutter:
     def _views(
         self, index: int, uniforms: list[float], bad: list[tuple[int, str]]
     ) -> tuple[int, tuple[np.ndarray, ...]]:
-        """Returns the image taken and its views; adds the unreadable ones met before, with what is wrong with them."""
+        """Returns the image used and its views; adds the unreadable ones before it, with the reasons, to `bad`."""
         from ifm_jax.data.images import UnreadableImageError
 
         errors: list[UnreadableImageError] = []

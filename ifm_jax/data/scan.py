@@ -1,7 +1,7 @@
-"""The image files below a folder, many folders read at a time.
+"""Lists the image files below a folder, reading many folders at a time.
 
-They are listed anew at every start: 130,000 files in 1,000 folders take half a second on a local disk, as long as it
-would take to check that no folder has changed since an earlier listing.
+Every start lists them anew: 130,000 files in 1,000 folders take half a second on a local disk. A check for changes
+since an earlier listing would take as long.
 """
 
 import concurrent.futures
@@ -20,12 +20,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 THREADS = 32  # they wait for the disk, or the network, most of the time
 _SAY_AFTER = 2.0  # seconds
 
-_Above = frozenset[tuple[int, int]]  # device and number of each folder that one lies in
+_Above = frozenset[tuple[int, int]]  # device and inode of each folder above
 
 
 @dataclasses.dataclass
 class Listing:
-    """One folder.
+    """The contents of one folder.
 
     Attributes:
       folders: names of the folders in it, sorted.
@@ -37,11 +37,11 @@ class Listing:
 
 
 class Tree:
-    """The folders at and below `root` with their image files, by path relative to it; the root's is "".
+    """The folders at and below `root` with their image files, keyed by relative path; the root's is "".
 
     Attributes:
-      root: absolute.
-      listings: relative path -> what is there.
+      root: absolute path of the root.
+      listings: relative path -> contents.
     """
 
     def __init__(self, root: pathlib.Path, listings: dict[str, Listing]):
@@ -54,7 +54,7 @@ class Tree:
     def images_below(self, folder: str) -> list[str]:
         """Returns the paths of the images in a folder and its subfolders, in the order of torchvision's `ImageFolder`.
 
-        That is the order of the folders' whole paths, as text.
+        That order compares the folders' whole paths as text.
         """
         pending = [folder]
         folders: list[str] = []
@@ -65,9 +65,9 @@ class Tree:
 
 
 def tree(root: pathlib.Path) -> Tree:
-    """Returns what is at and below a folder; links are followed, hidden files and folders passed over.
+    """Returns the tree at and below a folder; follows links, skips hidden files and folders.
 
-    A folder that lies in itself, by a link, is passed over there: it would have no end.
+    A folder that contains itself through a link is skipped there: it would never end.
 
     Raises:
       OSError: if a folder cannot be read.
@@ -83,10 +83,10 @@ def is_image(name: str) -> bool:
 
 
 def _scan(root: pathlib.Path, pool: concurrent.futures.Executor) -> dict[str, Listing]:
-    """Reads all folders, those of one depth at once."""
+    """Reads all folders, those of one depth in parallel."""
     progress, begun = _Progress(root), time.monotonic()
     listings: dict[str, Listing] = {}
-    level: dict[str, _Above] = {"": frozenset()}  # with the folders that each lies in, whatever their paths
+    level: dict[str, _Above] = {"": frozenset()}  # with the folders above each, whatever their paths
     while level:
         following: dict[str, _Above] = {}
         futures = [pool.submit(_list, root / path, above) for path, above in level.items()]
@@ -105,7 +105,7 @@ def _scan(root: pathlib.Path, pool: concurrent.futures.Executor) -> dict[str, Li
 
 
 def _list(folder: pathlib.Path, above: _Above) -> tuple[Listing | None, tuple[int, int]]:
-    """Returns what is in a folder, None if it lies in itself; and its device and number."""
+    """Returns the contents of a folder, or None if it contains itself; and its device and inode."""
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
     if identity in above:
@@ -114,7 +114,7 @@ def _list(folder: pathlib.Path, above: _Above) -> tuple[Listing | None, tuple[in
     images: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            # Files that start with a dot are other programs' (such as ._photo.jpg beside photo.jpg on some disks).
+            # Files that start with a dot belong to other programs (such as ._photo.jpg beside photo.jpg on some disks).
             if entry.name.startswith("."):
                 continue
             try:
@@ -123,14 +123,14 @@ def _list(folder: pathlib.Path, above: _Above) -> tuple[Listing | None, tuple[in
                 is_folder = is_file = False
             if is_folder:
                 folders.append(entry.name)
-            # A link that leads nowhere is an image that cannot be read; a pipe or a device is none.
+            # A broken link counts as an unreadable image; a pipe or a device is no image.
             elif is_image(entry.name) and (is_file or (entry.is_symlink() and not os.path.exists(entry))):
                 images.append(entry.name)
     return Listing(sorted(folders), sorted(images)), identity
 
 
 class _Progress:
-    """Says how many images were found so far, on standard error, if it takes longer than a moment."""
+    """Prints the number of images so far to standard error, if the scan takes longer than a moment."""
 
     def __init__(self, root: pathlib.Path):
         self._root, self._folders, self._images, self._said = root, 0, 0, time.monotonic()
@@ -138,7 +138,7 @@ class _Progress:
         self._task: TaskID | None = None
 
     def add(self, images: int) -> None:
-        """Notes that one more folder has been read."""
+        """Counts one more folder that has been read."""
         self._folders += 1
         self._images += images
         now = time.monotonic()
@@ -162,7 +162,7 @@ class _Progress:
         return f"Searching {self._root}: {self._images:,} images in {self._folders:,} folders"
 
     def close(self, seconds: float) -> None:
-        """Says the result, if it took longer than a moment."""
+        """Prints the result, if the scan took longer than a moment."""
         if self._bar is not None:
             self._bar.stop()
         if seconds > _SAY_AFTER:

@@ -1,4 +1,4 @@
-"""Where images come from: small protocols, and the source a config names."""
+"""Image sources: small protocols, and the source that a config names."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,22 +26,22 @@ class Images(Protocol):
         """Returns the number of images."""
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns `image`, uint8 `(N, H, W, 3)`, and int32 `(N,)` for each label; as they are evaluated."""
+        """Returns `image`, uint8 `(N, H, W, 3)`, and int32 `(N,)` for each label; the evaluation views."""
 
 
 class Source(Images, Protocol):
     """Random access to images and their labels.
 
     Attributes:
-      label_names: the classes of each label, for example `{"shape": ("circle", ...), ...}`; empty without labels.
-      fingerprint: a hash of which images these are, in which order; the same wherever they lie.
-      earlier_fingerprints: what it was in earlier versions, so that their runs may go on; empty: the same.
+      label_names: class names of each label, for example `{"shape": ("circle", ...), ...}`; empty without labels.
+      fingerprint: a hash of the images and their order, independent of where they are stored.
+      earlier_fingerprints: its values in earlier versions, so that their runs can resume; empty: the same.
     """
 
     @property
     def label_names(self) -> dict[str, tuple[str, ...]]: ...  # noqa: D102 (an attribute)
 
-    if TYPE_CHECKING:  # not looked for by isinstance(), which would compute it on Python 3.11
+    if TYPE_CHECKING:  # hidden from isinstance(), which would compute it on Python 3.11
 
         @property
         def fingerprint(self) -> str: ...  # noqa: D102
@@ -55,21 +55,21 @@ class Source(Images, Protocol):
 
 @runtime_checkable
 class ViewSource(Source, Protocol):
-    """A source that cuts the views of an image itself, on the host, to uint8; the rest happens on the device.
+    """A source that cuts uint8 views of an image itself, on the host; the rest of the augmentation runs on the device.
 
     Attributes:
       image_size: side of a view in pixels.
-      random_crops: how many views there are, and of which size.
+      random_crops: the number of views and their size range.
     """
 
     image_size: int
     random_crops: "RandomCrops"
 
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
-        """Returns random crops of one image, each uint8 `(H, W, 3)`, cut independently. Threads may call it at once.
+        """Returns random crops of one image, each uint8 `(H, W, 3)`, cut independently. Thread-safe.
 
         Args:
-          index: of the image.
+          index: number of the image.
           uniforms: `random_crops.draws` random numbers in [0, 1); the same ones give the same views.
 
         Raises:
@@ -77,28 +77,28 @@ class ViewSource(Source, Protocol):
         """
 
     def whole(self, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """Returns one image stretched or shrunk to a square, uint8 `(side, side, 3)`, and its own height and width.
+        """Returns one image stretched or shrunk to a square, uint8 `(side, side, 3)`, and its original size.
 
         Raises:
           UnreadableImageError: if the image cannot be read.
         """
 
     def name(self, index: int) -> str:
-        """Returns what to call an image: the path of its file, or the record it is."""
+        """Returns the display name of an image: the path of its file, or its record."""
 
 
 def open_source(data: DataConfig, split: str) -> Source:
     """Returns the source that the config names.
 
-    The trifeature augmentation crops on the device; for the others the source cuts the two views of pre-training, and
-    is a `ViewSource`.
+    The trifeature augmentation crops on the device; for the others the source is a `ViewSource`, which cuts the two
+    views of pre-training.
 
     Args:
-      data: a validated config's.
+      data: data section of a validated config.
       split: "train" or "test".
 
     Raises:
-      UsageError: if there is no such source, or it does not hold what the config asks for.
+      UsageError: if there is no such source, or it lacks what the config asks for.
     """
     if data.source == "trifeature" and data.augmentation == "trifeature":
         return _open_trifeature(data, split)
@@ -106,18 +106,18 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 
 def open_views(data: DataConfig, split: str, *, count: int, least_area: float) -> ViewSource:
-    """Returns the source that the config names, to cut so many views of an image.
+    """Returns the source that the config names, which cuts `count` views of each image.
 
     Args:
-      data: a validated config's.
+      data: data section of a validated config.
       split: "train" or "test".
-      count: views of an image.
-      least_area: of a crop, relative to the image's: 0.08 for a linear probe.
+      count: number of views per image.
+      least_area: least area of a crop, relative to the image's: 0.08 for a linear probe.
 
     Raises:
-      UsageError: as `open_source`.
+      UsageError: see `open_source`.
     """
-    # With OpenCV, which the embedded images do without.
+    # These import OpenCV, which Trifeature alone does not need.
     from ifm_jax.data.crops import RandomCrops
     from ifm_jax.data.images import Cropped
 
@@ -160,7 +160,7 @@ def _open_trifeature(data: DataConfig, split: str) -> Trifeature:
         scale=(tri.scale_min, tri.scale_max),
         noise=tri.noise,
     )
-    source.images()  # drawn once, now, and looked up from here on
+    source.images()  # draws all images once; later calls look them up
     return source
 
 
@@ -168,11 +168,11 @@ Of = TypeVar("Of", bound=Source)
 
 
 class Subset(Generic[Of]):
-    """Some of a source's images; `subset` makes one.
+    """A part of a source's images; `subset` makes one.
 
     Attributes:
-      source: of all of them.
-      indices: int `(N,)`, which ones, as they are numbered here.
+      source: source of all images.
+      indices: int `(N,)`, the images to keep, in the order of their new numbers.
     """
 
     earlier_fingerprints: tuple[str, ...] = ()
@@ -185,7 +185,7 @@ class Subset(Generic[Of]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of which images these are."""
+        """A hash of these images."""
         return hashlib.sha256(self.source.fingerprint.encode() + self.indices.astype("<i8").tobytes()).hexdigest()[:24]
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -198,7 +198,7 @@ class Subset(Generic[Of]):
 
 
 class ViewSubset(Subset[ViewSource]):
-    """Some of the images of a `ViewSource`, and one itself."""
+    """A part of a `ViewSource`, which is a `ViewSource` too."""
 
     def __init__(self, source: ViewSource, indices: np.ndarray):
         super().__init__(source, indices)
@@ -213,7 +213,7 @@ class ViewSubset(Subset[ViewSource]):
         return self.source.whole(int(self.indices[index]), side)
 
     def name(self, index: int) -> str:
-        """Returns what to call an image; see `ViewSource`."""
+        """Returns the display name of an image; see `ViewSource`."""
         return self.source.name(int(self.indices[index]))
 
 
@@ -222,22 +222,22 @@ def subset(source: ViewSource, indices: np.ndarray) -> ViewSubset: ...
 @overload
 def subset(source: Source, indices: np.ndarray) -> Subset[Source]: ...
 def subset(source: Source, indices: np.ndarray) -> Subset[Source] | ViewSubset:
-    """Returns some of a source's images: a `ViewSource` if that is one.
+    """Returns a part of a source's images; a part of a `ViewSource` is one too.
 
     Args:
-      source: of all of them.
-      indices: int `(N,)`, which ones, in this order.
+      source: source of all images.
+      indices: int `(N,)`, the images to keep, in this order.
     """
     return ViewSubset(source, indices) if isinstance(source, ViewSource) else Subset(source, indices)
 
 
 def drawn(source: Source, count: int, seed: int) -> Source:
-    """Returns so many of a source's images, drawn at random, in their own order; the source where it has no more.
+    """Draws `count` of a source's images at random, in their original order; returns the source if it has no more.
 
     Args:
-      source: of all of them, which may lie sorted by class.
-      count: of the images wanted; 0: all.
-      seed: of the draw, which depends on nothing else.
+      source: source of all images, which may be sorted by class.
+      count: how many images to draw; 0: all.
+      seed: seed of the draw; nothing else decides it.
     """
     if not count or len(source) <= count:
         return source

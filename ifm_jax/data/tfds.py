@@ -3,8 +3,8 @@
     tfds:cifar10, tfds:imagenet2012:5.1.0     below $TFDS_DATA_DIR (~/tensorflow_datasets if unset)
     tfds:/data/cifar10/3.0.2                  the folder that holds dataset_info.json
 
-Records are looked up one by one (`as_data_source`), the images left encoded until their views are cut. A data set that
-was prepared as TFRecord, the older default, has no random access; `tfds convert_format` rewrites it once.
+Records are read one by one (`as_data_source`); the images stay encoded until their views are cut. A data set prepared
+as TFRecord, the older default, has no random access; `tfds convert_format` rewrites it once.
 """
 
 import concurrent.futures
@@ -27,18 +27,18 @@ from ifm_jax.data.images import EncodedImages, UnreadableImageError
 from ifm_jax.data.npz import Npz, NpzError
 from ifm_jax.errors import UsageError
 
-_SPLITS = {"train": ("train",), "test": ("validation", "test")}  # what is taken unless told otherwise
-_FEATURES = "features.json"  # of a prepared data set: which classes its features are
-_AT_ONCE = 256  # records, while their labels are read
+_SPLITS = {"train": ("train",), "test": ("validation", "test")}  # the defaults
+_FEATURES = "features.json"  # in a prepared data set: the classes of its features
+_AT_ONCE = 256  # records per read of the labels
 
 
 class Tfds(EncodedImages):
     """Random access to the images of a prepared data set.
 
     Attributes:
-      records: what `as_data_source` returned, images left encoded.
-      full_name: of the data set, with its version and split.
-      image_key: the feature that is the image.
+      records: result of `as_data_source`, with encoded images.
+      full_name: full name of the data set, with its version and split.
+      image_key: name of the feature that holds the image.
     """
 
     def __init__(
@@ -51,16 +51,16 @@ class Tfds(EncodedImages):
         random_crops: crops.RandomCrops = crops.TWO_VIEWS,
         memory: str = "",
     ):
-        """Takes an opened data set.
+        """Wraps an opened data set.
 
         Args:
-          records: what `as_data_source` returned.
-          full_name: of the data set, with its version and split.
-          image_key: the feature that is the image.
-          label_names: the classes of each feature that is a label.
+          records: result of `as_data_source`.
+          full_name: full name of the data set, with its version and split.
+          image_key: name of the feature that holds the image.
+          label_names: class names of each label.
           image_size: side of a view in pixels.
-          random_crops: what `views` cuts.
-          memory: what tells the prepared files from others, under which their labels are remembered; empty: not at all.
+          random_crops: crops that `views` cuts.
+          memory: identity of the prepared files, the key under which their labels are cached; empty: no cache.
         """
         super().__init__(image_size, random_crops, label_names)
         self.records, self.full_name, self.image_key, self._memory = records, full_name, image_key, memory
@@ -68,11 +68,11 @@ class Tfds(EncodedImages):
         self._labels: dict[str, np.ndarray] | None = None
 
     def keep(self, label: str, names: Sequence[str]) -> None:
-        """Keeps the images of some classes only, which are numbered anew.
+        """Keeps the images of some classes only and renumbers the classes.
 
         Args:
-          label: which label.
-          names: of the classes.
+          label: name of the label.
+          names: names of the classes.
         """
         number = np.full(len(self.label_names[label]) + 1, -1, np.int32)  # the last for label -1: unlabeled
         number[[self.label_names[label].index(name) for name in names]] = np.arange(len(names), dtype=np.int32)
@@ -92,7 +92,7 @@ class Tfds(EncodedImages):
     def labels(self) -> dict[str, np.ndarray]:
         """Returns int32 `(len(self),)` for each label; -1 where a record has none.
 
-        They are read once, which takes reading the whole records, and remembered.
+        Reading them means reading the whole records, so this happens once and the result is cached.
         """
         if self._labels is None:
             self._labels = self._remembered_labels() if self.label_names else {}
@@ -102,7 +102,7 @@ class Tfds(EncodedImages):
         """Returns the bytes of an image; see `EncodedImages`."""
         try:
             return np.frombuffer(self.records[self._record(index)][self.image_key], np.uint8)
-        except Exception as error:  # whatever a damaged record makes the reader raise
+        except Exception as error:  # a damaged record can make the reader raise anything
             raise UnreadableImageError(self.name(index), f"{type(error).__name__}: {error}".splitlines()[0]) from None
 
     def _record(self, index: int) -> int:
@@ -118,15 +118,15 @@ class Tfds(EncodedImages):
             try:
                 with Npz(path) as file:
                     return {label: file[label] for label in self.label_names}
-            except (FileNotFoundError, NpzError, KeyError):  # not there, or not whole
+            except (FileNotFoundError, NpzError, KeyError):  # missing or incomplete
                 pass
         labels = self._read_labels()
         if self._memory:
-            # Where it cannot be written, the next start reads them again.
+            # If the cache cannot be written, the next start reads the labels again.
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with files.replacing(path) as temporary, temporary.open("wb") as file:
-                    arrays: dict[str, Any] = dict(labels)  # as savez is declared, one could be its own option
+                    arrays: dict[str, Any] = dict(labels)  # for savez's type: a name could be one of its options
                     np.savez_compressed(file, **arrays)
         return labels
 
@@ -162,17 +162,17 @@ def open_tfds(
     """Opens a prepared data set.
 
     Args:
-      name: of the data set, or the folder that holds its dataset_info.json.
+      name: name of the data set, or the folder that holds its dataset_info.json.
       split: "train" or "test".
       image_size: side of a view in pixels.
       classes: a file that names the classes to keep, see `classes.read_names`; empty: all.
-      expression: which of the data set's splits to take ("train+unlabelled", "train[:90%]"); empty: "train" for
-        training; held out "validation", or else "test".
-      random_crops: what the source's `views` cuts.
+      expression: which of the data set's splits to use ("train+unlabelled", "train[:90%]"); empty: "train" for
+        training; "validation", or else "test", for the held-out images.
+      random_crops: crops that `views` of the source cuts.
 
     Raises:
-      UsageError: for an unknown name, a data set that is not prepared, or not as ArrayRecord, one without images, a
-        split or a class that is not there.
+      UsageError: if the name is unknown, the data set is not prepared as ArrayRecord or has no images, or the split or
+        a class does not exist.
     """
     said = f"data.source='tfds:{name}'"
     tfds = _tfds(said)
@@ -184,7 +184,7 @@ def open_tfds(
             f"\"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record')"
             '.download_and_prepare()", or set TFDS_DATA_DIR to where it is'
         )
-    formats = sorted(each.value for each in info.available_file_formats())  # converted in place it has two
+    formats = sorted(each.value for each in info.available_file_formats())  # a data set converted in place has two
     if "array_record" not in formats:
         raise UsageError(
             f"{said} is prepared as {' and '.join(formats)} in {path}, which has no random access: expected "
@@ -251,14 +251,14 @@ def _builder(tfds: types.ModuleType, name: str, said: str) -> Any:
         for path in _features_of_name(tfds, name):
             _check_features(path, said)
         verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # it warns of a folder that is not prepared, as we do in better words
+        logging.set_verbosity(logging.ERROR)  # it warns of an unprepared folder; our own message is clearer
         try:
             return tfds.builder(name)
         finally:
             logging.set_verbosity(verbosity)
     except UsageError:
         raise
-    except Exception as error:  # names its many kinds of mistakes by as many classes
+    except Exception as error:  # it has many error classes for many kinds of mistakes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"{said} cannot be opened ({reason}): expected the name of a data set of TensorFlow Datasets, as in "
@@ -267,17 +267,17 @@ def _builder(tfds: types.ModuleType, name: str, said: str) -> Any:
 
 
 def _features_of_name(tfds: types.ModuleType, name: str) -> list[pathlib.Path]:
-    """Returns the feature files of all versions of a data set that are prepared where one is looked for."""
+    """Returns the feature files of all prepared versions of a data set in the search path."""
     parts = [part for part in re.split("[:/]", name) if part not in ("", ".", "..")]
-    roots = tfds.core.utils.file_utils.list_data_dirs()  # not documented (tests/test_private_apis.py)
+    roots = tfds.core.utils.file_utils.list_data_dirs()  # undocumented (tests/test_private_apis.py)
     return [path for root in roots for part in parts for path in (pathlib.Path(root) / part).rglob(_FEATURES)]
 
 
 def _check_features(path: pathlib.Path, said: str) -> None:
-    """Refuses features that are not TensorFlow Datasets' own: it would import whatever module they name.
+    """Rejects features that are not TensorFlow Datasets' own: it would import any module that they name.
 
     Raises:
-      UsageError: for the first such class.
+      UsageError: at the first such class.
     """
     try:
         pending = [json.loads(path.read_text())]
@@ -286,13 +286,13 @@ def _check_features(path: pathlib.Path, said: str) -> None:
     while pending:
         value = pending.pop()
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-            with contextlib.suppress(ValueError):  # JSON in JSON, if it is
+            with contextlib.suppress(ValueError):  # it may be JSON in JSON
                 pending.append(json.loads(value))
         elif isinstance(value, list):
             pending += value
         elif isinstance(value, dict):
             pending += value.values()
-            # The last is the older way, beside a "content"; a feature may be called "type" too.
+            # The last is the older form, beside a "content"; a feature may also be called "type".
             classes = [value.get("pythonClassName"), value.get("python_class_name")]
             classes += [value["type"]] if "content" in value and "type" in value else []
             for each in classes:

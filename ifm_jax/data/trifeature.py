@@ -1,15 +1,16 @@
 """Trifeature: images that vary independently in shape, texture and color, drawn by the program.
 
-After Hermann and Lampinen, "What shapes feature representations?" (NeurIPS 2020), as the IFM paper uses it to see which
-features a contrastive encoder keeps and which it suppresses: a shape, filled with a rotated texture, in a color, at a
-random place on a gray background. The texture is a light and dark modulation of the color with zero mean and the same
-strength for every pattern, so that neither mean brightness nor hue tells the textures apart. The first entries of
-`SHAPES`, `TEXTURES` and `COLORS` are the easiest to tell apart; a smaller set takes the first few.
+The data set follows Hermann and Lampinen, "What shapes feature representations?" (NeurIPS 2020). The IFM paper uses it
+to see which features a contrastive encoder keeps and which it suppresses. An image shows a shape, filled with a rotated
+texture, in a color, at a random place on a gray background. The texture is a light and dark modulation of the color
+with zero mean and the same strength for every pattern, so that neither mean brightness nor hue tells the textures
+apart. The first entries of `SHAPES`, `TEXTURES` and `COLORS` are the easiest to tell apart; a smaller set takes the
+first few.
 
-How an image comes about: every random number is a hash of (seed, split, index, number of the draw), so an image depends
-on nothing else, whichever images are drawn beside it. A shape is a table of signed distances, a texture one periodic
-tile; both are sampled at the rotated, shifted pixel centers. Per pixel that takes additions, multiplications and two
-look-ups, which IEEE arithmetic makes the same on every machine.
+Every random number is a hash of (seed, split, index, number of the draw), so an image depends on nothing else, and not
+on the images drawn beside it. A shape is a table of signed distances, a texture one periodic tile; both are sampled at
+the rotated, shifted pixel centers. Each pixel takes additions, multiplications and two look-ups, which give the same
+result on every machine with IEEE arithmetic.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ TEXTURES = ("stripes", "dots", "grid", "checker", "speckle", "blobs", "zigzag", 
 COLORS = ("red", "green", "blue", "yellow", "cyan", "magenta", "orange", "white", "purple", "pink")
 SPLITS = ("train", "test")
 
-# Raise it whenever the same parameters give other pixels: it is part of the name of a cache file.
+# Increase this when the same parameters give other pixels: it is part of the name of a cache file.
 DRAWING_VERSION = 1
 
 _RGB = np.array(
@@ -47,9 +48,9 @@ _RGB = np.array(
 )
 _GREY = (90.0, 140.0)  # the background's level, one draw per image
 _LIGHT = (0.55, 0.42)  # mean and spread of every texture, relative to the color
-_TILE_PERIODS = 4  # a texture tile spans so many periods, the least common span of all patterns
+_TILE_PERIODS = 4  # periods in a texture tile, the least common span of all patterns
 _EXTENT = 1.25  # a shape table covers [-1.25, 1.25]^2; the shape lies within the unit circle
-_PIXELS_AT_ONCE = 1 << 18  # in one pass of the drawing loop: few calls, yet little memory
+_PIXELS_AT_ONCE = 1 << 18  # in one pass of the drawing loop: few calls and little memory
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _NUM_DRAWS = 11  # per image, besides the noise
@@ -59,9 +60,9 @@ _NUM_DRAWS = 11  # per image, besides the noise
 class Trifeature:
     """A random-access source of Trifeature images with their three labels.
 
-    An image is a pure function of (`seed`, `split`, index) and the drawing parameters; `size` only says how many there
-    are. The labels are drawn independently and uniformly. Images are drawn when asked for, until `images` has drawn
-    them all; from then on they are looked up.
+    An image is a pure function of (`seed`, `split`, index) and the drawing parameters; `size` is only their number. The
+    labels are drawn independently and uniformly. Images are drawn on access until `images` has drawn them all; after
+    that they are looked up.
 
     Example:
         >>> source = Trifeature("train", size=1000, image_size=32)
@@ -69,22 +70,22 @@ class Trifeature:
         (32, 32, 3)
 
     Attributes:
-        split: `"train"` or `"test"`; the two share no random draw.
-        size: The number of images.
-        image_size: Height and width in pixels, 32 to 224.
-        seed: Any non-negative integer below 2**64.
-        num_shapes: The first so many of `SHAPES`, 2 to 10.
-        num_textures: The first so many of `TEXTURES`, 2 to 10.
-        num_colors: The first so many of `COLORS`, 2 to 10.
-        rotation: The shape is turned by a uniform angle of up to so many degrees to either side.
-        texture_rotation: The texture likewise, by an angle of its own; 180 is any angle.
-        texture_period: One period of a texture, relative to the image side.
-        scale: Least and greatest diameter of the circle around the shape, relative to the image side. The shape always
-            lies within the image.
-        noise: Amplitude of the uniform noise on the gray background, relative to the full range of a pixel.
+      split: `"train"` or `"test"`; the two share no random draw.
+      size: number of images.
+      image_size: height and width in pixels, 32 to 224.
+      seed: any non-negative integer below 2**64.
+      num_shapes: how many of `SHAPES` to use, from the first on, 2 to 10.
+      num_textures: how many of `TEXTURES` to use, from the first on, 2 to 10.
+      num_colors: how many of `COLORS` to use, from the first on, 2 to 10.
+      rotation: greatest angle in degrees by which the shape is turned to either side; the angle is uniform.
+      texture_rotation: the same for the texture, with its own angle; 180 allows any angle.
+      texture_period: one period of a texture, relative to the image side.
+      scale: least and greatest diameter of the circle around the shape, relative to the image side. The shape always
+        lies within the image.
+      noise: amplitude of the uniform noise on the gray background, relative to the full range of a pixel.
 
     Raises:
-        ValueError: If an attribute is outside its range.
+      ValueError: if an attribute is outside its range.
     """
 
     split: str = "train"
@@ -126,32 +127,32 @@ class Trifeature:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
-        """One example: `image`, uint8 `(H, W, 3)`, and the labels `shape`, `texture` and `color`.
+        """Returns one example: `image`, uint8 `(H, W, 3)`, and the labels `shape`, `texture` and `color`.
 
         Raises:
-            IndexError: If `index` is not in 0..size - 1.
+          IndexError: if `index` is not in 0..size - 1.
         """
         example = self.examples(np.asarray([index]))
         return {"image": example["image"][0], **{name: int(example[name][0]) for name in self.label_names}}
 
     def examples(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Several examples at once.
+        """Returns several examples at once.
 
         Args:
-            indices: Integers `(N,)`, each in 0..size - 1.
+          indices: integers `(N,)`, each in 0..size - 1.
 
         Returns:
-            `image`, uint8 `(N, H, W, 3)`, and `shape`, `texture` and `color`, int32 `(N,)`.
+          `image`, uint8 `(N, H, W, 3)`, and `shape`, `texture` and `color`, int32 `(N,)`.
 
         Raises:
-            IndexError: If an index is out of range.
+          IndexError: if an index is out of range.
         """
         indices = self._checked(indices)
         cached = self.__dict__.get("_all_images")
         return {"image": self._draw(indices) if cached is None else np.array(cached[indices]), **self._labels(indices)}
 
     def labels(self) -> dict[str, np.ndarray]:
-        """The labels of all images: `shape`, `texture` and `color`, int32 `(size,)`."""
+        """Returns the labels of all images: `shape`, `texture` and `color`, int32 `(size,)`."""
         return self._labels(np.arange(self.size))
 
     @property
@@ -164,7 +165,7 @@ class Trifeature:
         }
 
     def images(self) -> np.ndarray:
-        """All images, uint8 `(size, H, W, 3)`, read-only; drawn once and kept.
+        """Returns all images, uint8 `(size, H, W, 3)`, read-only; drawn once and kept.
 
         They are kept in a file under `$IFM_JAX_CACHE` (`~/.cache/ifm_jax` if unset) named after everything that
         determines them, and mapped into memory from there. Where no file can be written they stay in memory.
@@ -178,7 +179,7 @@ class Trifeature:
             try:
                 self._write(path)
                 images = self._open(path)
-            except OSError:  # read-only, full, no home: memory it is
+            except OSError:  # read-only, full, or no home directory: keep them in memory
                 pass
         if images is None:
             images = self._draw(np.arange(self.size))
@@ -186,12 +187,12 @@ class Trifeature:
         return images
 
     def __getstate__(self):
-        """Only the fields: a worker process maps the cache file, or draws, itself."""
+        """Pickles only the fields: a worker process maps the cache file, or draws, itself."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def earlier_fingerprints(self) -> tuple[str, ...]:
-        """What `fingerprint` was in earlier versions: nothing else."""
+        """Values of `fingerprint` in earlier versions: none."""
         return ()
 
     @property
@@ -210,7 +211,7 @@ class Trifeature:
     def _open(self, path: pathlib.Path) -> np.ndarray | None:
         try:
             images = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError):  # not there, not readable or not whole
+        except (OSError, ValueError):  # missing, unreadable or incomplete
             return None
         return images if images.shape == self._all_shape and images.dtype == np.uint8 else None
 

@@ -1,4 +1,4 @@
-"""What the frozen features hold: linear evaluation, nearest neighbors, readouts, diagnostics."""
+"""Evaluation of frozen features: linear evaluation, nearest neighbors, readouts, diagnostics."""
 
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.evaluation.readout import linear_readout, linear_readouts

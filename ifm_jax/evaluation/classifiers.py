@@ -1,9 +1,9 @@
 """Linear classifiers on frozen features, several trained at once: a sweep at nearly the price of one.
 
 The linear probe of He et al. (2020) and Robinson et al. (2021): weights N(0, 0.01), zero bias, SGD with momentum, the
-learning rate times 0.1 at epochs 30, 40 and 50 of 60. The H heads of a sweep differ in learning rate and weight decay
-only and read the same features, so that the backbone, which costs most, runs once for all of them. What a head does is
-the same (on a CPU bit for bit) whichever other heads are trained beside it.
+learning rate times 0.1 at epochs 30, 40 and 50 of 60. The H heads of a sweep differ only in learning rate and weight
+decay and read the same features, so the backbone, which costs most, runs once for all of them. The other heads of a
+sweep do not change a head's results (on a CPU bit for bit).
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ MILESTONES = (30, 40, 50)
 
 
 class HeadsState(NamedTuple):
-    """The whole state of a sweep, to be kept in a checkpoint as it is.
+    """The whole state of a sweep, which is saved unchanged in a checkpoint.
 
     Attributes:
       step: int32 scalar, updates done.
       params: `weight` `(H, C, D)` and `bias` `(H, C)`; head h is PyTorch's `fc.weight` and `fc.bias`.
-      opt_state: of `optim.sgd`, one for each head: the momentum buffers, of the shapes of `params`.
+      opt_state: state of `optim.sgd` for each head: momentum buffers with the shapes of `params`.
     """
 
     step: jax.Array
@@ -36,14 +36,14 @@ class HeadsState(NamedTuple):
 def create(
     rng: jax.Array, num_heads: int, num_features: int, num_classes: int, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> HeadsState:
-    """Returns fresh heads, all of them the same: what a separate run with this `rng` would start from.
+    """Returns fresh, identical heads, like those of a separate run with this `rng`.
 
     Args:
       rng: a JAX random key.
-      num_heads: H.
-      num_features: D.
-      num_classes: C.
-      dtype: of weights, biases and momentum buffers.
+      num_heads: number of heads, H.
+      num_features: number of features, D.
+      num_classes: number of classes, C.
+      dtype: dtype of weights, biases and momentum buffers.
     """
     weight = 0.01 * jax.random.normal(rng, (num_classes, num_features), dtype)
     params = {
@@ -79,19 +79,19 @@ def update(
     momentum: float = 0.9,
     mask: jax.Array | None = None,
 ) -> tuple[HeadsState, dict[str, jax.Array]]:
-    """Trains every head on one batch: mean cross entropy, then torch.optim.SGD's update with the head's own rates.
+    """Trains every head on one batch: mean cross entropy, then the update of torch.optim.SGD with the head's rates.
 
-    A pure function for the caller to compile, together with the backbone or alone. With features, labels and mask split
-    over a mesh and the state on every device, each device's share of the gradient is summed. No gradient flows into the
-    features.
+    This is a pure function for the caller to compile, alone or together with the backbone. With features, labels and
+    mask split over a mesh and the state on every device, each device's share of the gradient is summed. No gradient
+    flows into the features.
 
     Args:
-      state: before the step.
-      features: `(N, D)`, any float type; computed with in the heads' own.
+      state: state before the step.
+      features: `(N, D)`, any float type; the computation uses the heads' dtype.
       labels: int `(N,)` in [0, C).
-      lr: `(H,)`, of this step.
+      lr: learning rates of this step, `(H,)`.
       weight_decay: `(H,)`; acts on the biases too, as in PyTorch.
-      momentum: of all heads.
+      momentum: momentum of all heads.
       mask: bool or float `(N,)`, the weight of each example; None: all count alike. The loss is the weighted mean.
 
     Returns:
@@ -115,8 +115,8 @@ def update(
         metrics = {"loss": loss} | {f"acc{top}": 100 * jnp.sum(share * (rank < top).astype(dtype)) for top in (1, 5)}
         return optim.descend(params, direction, lr), opt_state, metrics
 
-    # One after another, not vmap: with one product for all heads the sums over D run in another order than for a single
-    # head, and learning rates of 10 and 30 blow that rounding up. Each head has enough work to fill the device.
+    # One after another, not vmap: one product for all heads would sum over D in another order than for a single head,
+    # and learning rates of 10 and 30 amplify that rounding. Each head has enough work to fill the device.
     params, opt_state, metrics = jax.lax.map(update_one, (state.params, state.opt_state, lr, weight_decay))
     return HeadsState(state.step + 1, params, opt_state), metrics
 
@@ -124,20 +124,20 @@ def update(
 def evaluate(
     params: dict[str, jax.Array], features: jax.Array, labels: jax.Array, mask: jax.Array | None = None
 ) -> dict[str, jax.Array]:
-    """Counts what every head gets right in one batch; counts of batches are to be added up.
+    """Counts the correct predictions of every head in one batch; add up the counts of all batches.
 
-    Among equal logits the lower class comes first, and a logit that is not a number behind every number, so that a head
-    that diverged is wrong (where there are more than 1 or 5 classes: the best 5 of 5 always hold the label).
+    Among equal logits the lower class comes first. NaN ranks behind every number, so that a diverged head is wrong
+    (with more than 1 or 5 classes: the best 5 of 5 always include the label).
 
     Args:
-      params: as in `HeadsState`.
+      params: parameters as in `HeadsState`.
       features: `(N, D)`.
       labels: int `(N,)` in [0, C).
-      mask: bool `(N,)`, False for what only fills the batch up; None: all count.
+      mask: bool `(N,)`, False for padding; None: all count.
 
     Returns:
-      `top1` and `top5`, int32 `(H,)`, how many labels are among the 1 and the min(5, C) highest logits; `loss`, `(H,)`,
-      the sum of the cross entropies; `count`, int32 scalar, the examples that counted.
+      `top1` and `top5`, int32 `(H,)`, the number of labels among the 1 and the min(5, C) highest logits; `loss`,
+      `(H,)`, the sum of the cross entropies; `count`, int32 scalar, the number of examples counted.
     """
     dtype = params["weight"].dtype
     features = features.astype(dtype)
@@ -146,7 +146,7 @@ def evaluate(
     def evaluate_one(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
         logits = _logits(params, features)
         rank = _rank(logits, labels)
-        # Not a product: what fills the batch up may be anything, and 0 times infinity is no number.
+        # Not a product: padding may hold any values, and 0 times infinity is NaN.
         loss = jnp.where(counts, _cross_entropy(logits, labels), jnp.zeros((), dtype))
         return {f"top{top}": jnp.sum(counts & (rank < top), dtype=jnp.int32) for top in (1, 5)} | {
             "loss": jnp.sum(loss)
@@ -171,9 +171,9 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns how many classes come before the label, int32 `(N,)`; ties as `evaluate` says."""
+    """Returns how many classes rank before the label, int32 `(N,)`; for ties see `evaluate`."""
     own = _own(logits, labels)
     later = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None] > labels[:, None]
-    # Those behind are counted, not those ahead: no comparison with NaN holds.
+    # Count the classes behind, not those ahead: every comparison with NaN is false.
     behind = (logits < own) | ((logits == own) & later)
     return logits.shape[-1] - 1 - jnp.sum(behind, axis=-1, dtype=jnp.int32)

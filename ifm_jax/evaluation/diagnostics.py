@@ -1,7 +1,7 @@
-"""What embeddings look like as a whole: alignment, uniformity, effective rank, and how similar pairs are.
+"""Statistics of embeddings: alignment, uniformity, effective rank, and the similarities of pairs.
 
-None of these needs labels; they tell a collapse (rank and uniformity) and how far positives stand apart from negatives.
-Pairs are gone through in blocks, so that N examples need no (N, N) matrix.
+None of these needs labels; they reveal a collapse (rank and uniformity) and the distance between positives and
+negatives. Pairs are processed in blocks, so that N examples need no (N, N) matrix.
 """
 
 import functools
@@ -20,12 +20,12 @@ def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: i
     Args:
       first: `(N, D)`, N > 1; need not be normalized.
       second: `(N, D)`; row i is a positive of row i of `first`.
-      bins: of the histograms.
-      chunk: rows of a block of pairs.
+      bins: number of bins in the histograms.
+      chunk: number of rows in a block of pairs.
 
     Returns:
-      Floats `alignment`, `uniformity` (the mean of the two views'), `effective_rank` (of the first view as given), and
-      those of `similarity_histograms`.
+      Floats `alignment`, `uniformity` (the mean of the two views'), `effective_rank` (of the first view, not
+      normalized), and the results of `similarity_histograms`.
 
     Raises:
       UsageError: if shapes do not fit together or there are fewer than two rows.
@@ -40,9 +40,9 @@ def diagnose(first: np.ndarray, second: np.ndarray, *, bins: int = 100, chunk: i
 
 
 def alignment(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the mean squared distance of positives, E |x - y|^2, in [0, 4]: 0 if all are the same.
+    """Returns the mean squared distance of positives, E |x - y|^2, in [0, 4]: 0 if all pairs are equal.
 
-    Wang and Isola 2020 with alpha = 2, of L2-normalized embeddings.
+    See Wang and Isola 2020, with alpha = 2. The embeddings are L2-normalized first.
 
     Args:
       first: `(N, D)`.
@@ -59,12 +59,12 @@ def alignment(first: np.ndarray, second: np.ndarray) -> float:
 def uniformity(embeddings: np.ndarray, t: float = 2.0, *, chunk: int = 1024) -> float:
     """Returns log E exp(-t |x - y|^2) over all distinct pairs, in [-4 t, 0]: 0 if all are the same, lower if spread.
 
-    Wang and Isola 2020, of L2-normalized embeddings.
+    See Wang and Isola 2020. The embeddings are L2-normalized first.
 
     Args:
       embeddings: `(N, D)`, N > 1.
-      t: of the Gaussian potential.
-      chunk: rows of a block of pairs.
+      t: parameter of the Gaussian potential.
+      chunk: number of rows in a block of pairs.
 
     Raises:
       UsageError: if there are fewer than two rows.
@@ -76,7 +76,7 @@ def uniformity(embeddings: np.ndarray, t: float = 2.0, *, chunk: int = 1024) -> 
     total = 0.0
     for i in range(0, count, chunk):
         for j in range(i, count, chunk):
-            # A pair of blocks stands for its mirror image too.
+            # A pair of blocks also counts for its mirror image.
             total += (1 if i == j else 2) * float(_potential(*_blocks(unit, unit, i, j, chunk), t))
     return float(np.log(total / (count * (count - 1))))
 
@@ -84,12 +84,12 @@ def uniformity(embeddings: np.ndarray, t: float = 2.0, *, chunk: int = 1024) -> 
 def effective_rank(features: np.ndarray, epsilon: float = 1e-7) -> float:
     """Returns RankMe: the exponential of the entropy of the singular values, from 1 to min(N, D).
 
-    Garrido et al. 2023: p_k = s_k / sum(s) + epsilon, exp(-sum p_k log p_k). Neither centerd nor normalized.
+    Garrido et al. 2023: p_k = s_k / sum(s) + epsilon, exp(-sum p_k log p_k). The features are neither centered nor
+    normalized.
 
     Args:
-      features: `(N, D)`; the paper takes 25,600 rows.
-        All zeros count as rank 1.
-      epsilon: of the formula.
+      features: `(N, D)`; the paper uses 25,600 rows. All zeros count as rank 1.
+      epsilon: epsilon of the formula.
 
     Raises:
       RunError: if features are not finite.
@@ -108,8 +108,8 @@ def similarity_histograms(
     Args:
       first: `(N, D)`, N > 1.
       second: `(N, D)`.
-      bins: equal ones from -1 to 1; a similarity on an edge falls into the upper one, 1 into the last.
-      chunk: rows of a block of pairs.
+      bins: number of equal bins from -1 to 1; a similarity on an edge falls into the upper bin, 1 into the last.
+      chunk: number of rows in a block of pairs.
 
     Returns:
       `edges` float64 `(bins + 1,)`; `positive_histogram` and `negative_histogram`, int64 `(bins,)`, N and N (N - 1)
@@ -151,7 +151,7 @@ def _potential(first: jax.Array, second: jax.Array, pairs: jax.Array, t: float) 
 def _similarities(first: jax.Array, second: jax.Array, pairs: jax.Array, bins: int) -> tuple[jax.Array, jax.Array]:
     """Returns the histogram of the similarities of the pairs of a block, and their sum."""
     products = _products(first, second)
-    # What is no pair falls beyond the last bin.
+    # Entries that are not pairs fall beyond the last bin.
     index = jnp.where(pairs, _bin(products, bins), bins)
     counts = jnp.bincount(index.ravel(), length=bins + 1)[:bins]
     return counts, jnp.sum(jnp.where(pairs, products, jnp.zeros((), products.dtype)))
@@ -169,9 +169,9 @@ def _bin(similarity: jax.Array, bins: int) -> jax.Array:
 def _blocks(
     first: np.ndarray, second: np.ndarray, i: int, j: int, chunk: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns rows from i of `first` and from j of `second`, filled up, and which of their pairs are distinct and real.
+    """Returns padded rows from i of `first` and from j of `second`, and a mask of distinct pairs without padding.
 
-    Filled up to `chunk` (or all rows, if they are fewer), so that one program serves all blocks.
+    Padding to `chunk` rows (or to all rows, if they are fewer) lets one program serve all blocks.
     """
     rows = min(chunk, len(first))
     row, column = i + np.arange(rows), j + np.arange(rows)
@@ -181,7 +181,7 @@ def _blocks(
 
 
 def _normalized(x: np.ndarray) -> np.ndarray:
-    """Returns rows of length 1, float32 or what float type x has beyond; a row of zeros stays."""
+    """Returns rows scaled to length 1, in float32 or the wider float type of x; a row of zeros stays."""
     _check_finite(x)
     x = np.asarray(x).astype(np.result_type(x.dtype, np.float32))
     length = np.linalg.norm(x, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""One evaluation as the script asks for it: what is wanted of which checkpoint, printed and written to results.json."""
+"""Runs the evaluations that the script requests for a checkpoint; prints them and writes them to results.json."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from ifm_jax.runs.loop import Outcome
 from ifm_jax.runs.tensorboard import TensorBoardLog
 from ifm_jax.runs.workdir import Workdir
 
-_READOUT_LIMIT = 2e10  # images x features x classes, up to which logistic regression takes minutes
+_READOUT_LIMIT = 2e10  # images x features x classes up to which logistic regression takes only minutes
 
 _Devices = list[jax.Device] | None
 _Say = Callable[[str], None]
@@ -32,17 +32,17 @@ _Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What to evaluate. Nothing in particular is the full linear protocol.
+    """The requested evaluations. The default is the full linear protocol.
 
     Attributes:
       fast: the fast linear protocol.
       knn: k nearest neighbors.
       diagnostics: alignment, uniformity, effective rank, similarities.
       features: file to write features to.
-      map: file to draw them into.
+      map: file to draw the features into.
       map_method: "tsne" or "umap".
-      split: whose features to write or to draw.
-      layer: which ones.
+      split: split whose features to write or draw.
+      layer: layer of these features.
     """
 
     fast: bool = False
@@ -65,22 +65,22 @@ def evaluate(
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
 ) -> Outcome | None:
-    """Evaluates a checkpoint and adds what it finds to results.json.
+    """Evaluates a checkpoint and adds the results to results.json.
 
     Args:
       path: a run's workdir, one of its checkpoints, or a PyTorch file.
-      config: to evaluate under.
+      config: config of the evaluation.
       output: directory of results.json.
-      wanted: what to do.
-      prefix: what the network's names in a PyTorch file begin with; see `loading.read`.
-      devices: to run on; None: all there are.
-      quiet: nothing on the terminal.
+      wanted: the requested evaluations.
+      prefix: what the network's names in a PyTorch file begin with; see `torch_interop.reading.read`.
+      devices: devices to run on; None: all.
+      quiet: print nothing on the terminal.
 
     Returns:
-      None; or how it was stopped, if a signal stopped it, saved.
+      None, or if a signal stopped the evaluation, its outcome, with all progress saved.
 
     Raises:
-      UsageError: for a mistake of the caller's.
+      UsageError: if the caller made a mistake.
       RunError: if images cannot be read.
     """
     output = pathlib.Path(output)
@@ -110,7 +110,7 @@ def evaluate(
 
 
 def add_result(output: pathlib.Path, of: Pretrained, name: str, found: dict[str, Any]) -> None:
-    """Writes a result into results.json beside what is there; a result of the same name is replaced.
+    """Adds a result to results.json; replaces a result of the same name.
 
     Raises:
       UsageError: if the file cannot be read or written.
@@ -196,11 +196,11 @@ def _diagnostics(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _
 
 
 def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[str, Any]:
-    """Returns the diagnostics of held-out images, or of the training images where there are no others.
+    """Returns the diagnostics of held-out images, or of the training images if there are no others.
 
-    Similarities, alignment and uniformity are of the embeddings (of the features, where a checkpoint has no head) of
-    two views as in pre-training; the effective rank is of the features of the images as they are evaluated. At most
-    `eval.images` images, drawn at random, since a source may lie sorted by class; the same on all hosts.
+    Similarities, alignment and uniformity use the embeddings (or the features, if a checkpoint has no head) of two
+    views as in pre-training; the effective rank uses the features of the evaluation views. At most `eval.images` images
+    are used, drawn at random, since a source may be sorted by class; the same ones on all hosts.
     """
     config = of.config
     split_name = "test"
@@ -242,7 +242,7 @@ def diagnose(of: Pretrained, devices: list[jax.Device] | None = None) -> dict[st
         views = compute(embed.weights, sharding.put_batch(embed.mesh, batch), jnp.asarray(number, jnp.int32))
         parts.append([np.asarray(view) for view in views])
     batches.close()
-    # What fills the last batch up comes last.
+    # The padding of the last batch comes last.
     first, second = (np.concatenate(view)[:count] for view in zip(*parts, strict=True))
     found = diagnostics.diagnose(first, second)
     features = _features_of_drawn(of, split_name, len(every), source, devices)

@@ -1,4 +1,4 @@
-"""Features for other programs: written with labels and names, or drawn in two dimensions."""
+"""Features for other programs: writes them with labels and names, or maps them to two dimensions."""
 
 import os
 import pathlib
@@ -10,23 +10,23 @@ from ifm_jax import files
 from ifm_jax.data.sources import ViewSource
 from ifm_jax.errors import UsageError
 
-_MAP_IMAGES = 5000  # more take long, and hide each other
+_MAP_IMAGES = 5000  # more would take long and hide each other
 
 
 def write(path: str | os.PathLike[str], features: np.ndarray, source: ViewSource) -> None:
     """Writes the features of a source's images.
 
     `.npz`: `features` `(N, D)`, `names` text `(N,)`, and for each label int32 `label_<name>` `(N,)` with its classes,
-    text, as `classes_<name>`. `.array_record`: a record for each image, a dict of the same without the classes, as
-    `flax.serialization.msgpack_restore` reads it: `features` `(D,)`, `name`, `label_<name>`.
+    text, as `classes_<name>`. `.array_record`: a record for each image, a dict without the classes that
+    `flax.serialization.msgpack_restore` reads: `features` `(D,)`, `name`, `label_<name>`.
 
     Args:
-      path: of the file; its suffix decides.
+      path: path of the file; its suffix decides.
       features: `(N, D)`.
-      source: of the N images.
+      source: source of the N images.
 
     Raises:
-      UsageError: for another suffix, or a file that cannot be written.
+      UsageError: if the suffix is another, or the file cannot be written.
     """
     path = pathlib.Path(path)
     check_suffix(path, (".npz", ".array_record"), "--features")
@@ -37,7 +37,7 @@ def write(path: str | os.PathLike[str], features: np.ndarray, source: ViewSource
             if path.suffix == ".npz":
                 classes = {f"classes_{name}": np.array(each) for name, each in source.label_names.items()}
                 with temporary.open("wb") as file:
-                    arrays: dict[str, Any] = labels | classes  # as savez is declared, one could be its own option
+                    arrays: dict[str, Any] = labels | classes  # for savez's type: a name could be one of its options
                     np.savez(file, features=features, names=np.array(names), **arrays)
             else:
                 _write_records(temporary, features, names, labels)
@@ -51,7 +51,7 @@ def _write_records(path: pathlib.Path, features: np.ndarray, names: list[str], l
     from array_record.python import array_record_module
     from flax import serialization
 
-    path.touch()  # raises what the writer would only print
+    path.touch()  # raises errors that the writer would only print
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
     try:
         for index, name in enumerate(names):
@@ -62,7 +62,7 @@ def _write_records(path: pathlib.Path, features: np.ndarray, names: list[str], l
 
 
 def check_suffix(path: pathlib.Path, suffixes: tuple[str, ...], flag: str) -> None:
-    """Raises a `UsageError` for a file of another kind, or in a folder that is not there."""
+    """Raises a `UsageError` if the file has another suffix or its folder does not exist."""
     if path.suffix not in suffixes:
         raise UsageError(f"{flag}={path}: expected a name that ends in {' or '.join(suffixes)}")
     if not path.absolute().parent.is_dir():
@@ -70,15 +70,15 @@ def check_suffix(path: pathlib.Path, suffixes: tuple[str, ...], flag: str) -> No
 
 
 def two_dimensions(features: np.ndarray, method: str = "tsne", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which images are shown, at most 5,000 chosen at random, and their places in two dimensions.
+    """Maps images, at most 5,000 drawn at random, to two dimensions.
 
     Args:
-      features: `(N, D)`; compared by cosine.
+      features: `(N, D)`; compared by cosine similarity.
       method: "tsne" (scikit-learn's t-SNE) or "umap" (needs umap-learn).
-      seed: of the choice and of the method.
+      seed: seed of the draw and of the method.
 
     Returns:
-      Places in `features`, int `(n,)`, and float `(n, 2)`.
+      The rows of the images in `features`, int `(n,)`, and their positions, float `(n, 2)`.
 
     Raises:
       UsageError: if the method's package is missing, or there are fewer than four images.

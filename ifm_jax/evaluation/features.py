@@ -22,11 +22,11 @@ LAYERS = ("backbone", "projection")
 
 
 class FrozenEncoder:
-    """A network that nothing changes: its running averages normalize, no gradient flows into it.
+    """A network that never changes: it normalizes with its running averages, and no gradient flows into it.
 
     Attributes:
       weights: parameters and running averages, on every device of the mesh; the first argument of `apply`.
-      mesh: the devices.
+      mesh: mesh of the devices.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class FrozenEncoder:
         mesh: jax.sharding.Mesh | None = None,
         layer: str = "backbone",
     ):
-        """Takes an encoder as it is.
+        """Wraps an encoder.
 
         Args:
-          encoder: which network it is.
-          params: of the encoder, with or without a head.
-          batch_stats: of the encoder.
-          mesh: the devices; None: all of them.
+          encoder: architecture of the network.
+          params: parameters of the encoder, with or without a head.
+          batch_stats: statistics of the encoder.
+          mesh: mesh of the devices; None: all of them.
           layer: "backbone", the pooled features, or "projection", the embedding, L2-normalized.
 
         Raises:
@@ -67,10 +67,10 @@ class FrozenEncoder:
         return jax.make_array_from_callback(value.shape, placement, lambda index: value[index])
 
     def holding(self, params: Tree, batch_stats: Tree) -> "FrozenEncoder":
-        """Returns the same with other weights, without compiling anything anew.
+        """Returns the same network with other weights, without recompiling.
 
         Args:
-          params: on the devices of the mesh.
+          params: parameters on the devices of the mesh.
           batch_stats: likewise.
         """
         other = copy.copy(self)
@@ -82,8 +82,8 @@ class FrozenEncoder:
     def apply(self, weights: tuple[Tree, Tree], views: jax.Array) -> jax.Array:
         """Returns the features of normalized views, `(N, H, W, 3)` -> `(N, features)`, float32 or better.
 
-        A pure function, to be part of a compiled step. The weights are an argument, not a constant: as one, XLA would
-        try to compute with them while it compiles.
+        This is a pure function, for use in a compiled step. The weights are an argument: XLA would try to fold constant
+        weights while it compiles.
         """
         views = views.astype(self._encoder.compute_dtype)
         if self._layer == "projection":
@@ -112,16 +112,16 @@ class FrozenEncoder:
 def extract(
     frozen: FrozenEncoder, source: Source, batch_size: int = 256, *, progress: Callable[[int], None] | None = None
 ) -> np.ndarray:
-    """Returns the features of every image of a source as it is evaluated, in its order, each exactly once.
+    """Returns the features of every image's evaluation view, in the source's order, each exactly once.
 
-    Every host reads its piece of each batch; all get the whole result.
+    Each host reads its piece of every batch; all hosts get the whole result.
 
     Args:
-      frozen: the network.
-      source: of images.
-      batch_size: images at a time on all devices, rounded up to a multiple of their number; the last batch is filled
-        up, so that one program serves all.
-      progress: is told how many images are done.
+      frozen: frozen network.
+      source: source of images.
+      batch_size: images at a time on all devices, rounded up to a multiple of their number; the last batch is padded,
+        so that one program serves all batches.
+      progress: receives the number of images done.
 
     Returns:
       `(len(source), features)`, float32 or better.
@@ -139,7 +139,7 @@ def extract(
 
     begins = range(0, count, batch_size)
     result, pending = None, None
-    # Images are read and results fetched while the device computes.
+    # Read images and fetch results while the device computes.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         following = reader.submit(read, 0)
         for begin in [*begins, None]:
@@ -157,5 +157,5 @@ def extract(
                 if progress is not None:
                     progress(min(done + batch_size, count))
             pending = computing
-    assert result is not None  # there are images, or range() had refused steps of 0
+    assert result is not None  # there are images, or range() would have rejected steps of 0
     return result

@@ -2,9 +2,9 @@
 
 A query's k most similar examples of the bank vote for their class, each with weight exp(cosine similarity / T).
 
-The queries are split over the devices; the bank passes by in chunks, and each query keeps the k best seen so far. So a
-device holds one chunk of either and their similarities, however large the bank. The votes, k numbers a query, are
-counted on the host in double precision, in the order of the neighbors.
+The queries are split over the devices; the bank is processed in chunks, and each query keeps the k best so far. So a
+device holds one chunk of each and their similarities, however large the bank. The host counts the votes, k numbers per
+query, in double precision, in the order of the neighbors.
 """
 
 import functools
@@ -23,7 +23,7 @@ class Votes(NamedTuple):
     """The classes with the most votes, best first; among equal ones the lower class first.
 
     Attributes:
-      classes: int32 `(N, min(5, C))`; -1 where fewer classes have a vote at all, so that it equals no label.
+      classes: int32 `(N, min(5, C))`; -1, which equals no label, where fewer classes have votes.
       scores: float64 `(N, min(5, C))`, the share of the votes in [0, 1]; 0 for the class -1.
     """
 
@@ -58,12 +58,12 @@ def classify(
       bank: features `(M, D)` on the host, not normalized.
       bank_labels: int `(M,)` in [0, C).
       queries: features `(N, D)` on the host, not normalized.
-      num_classes: C.
-      k: neighbors that vote; the whole bank where it holds fewer.
+      num_classes: number of classes, C.
+      k: number of neighbors that vote; the whole bank if it holds fewer.
       temperature: T > 0.
-      mesh: the devices; None: the default one.
-      query_chunk: queries at a time on each device.
-      bank_chunk: examples of the bank at a time; a device holds `(query_chunk, bank_chunk)` similarities.
+      mesh: mesh of the devices; None: the default one.
+      query_chunk: number of queries at a time on each device.
+      bank_chunk: number of bank examples at a time; a device holds `(query_chunk, bank_chunk)` similarities.
 
     Returns:
       The `Votes`: predicted classes and the best five.
@@ -87,7 +87,7 @@ def classify(
     for begin in range(0, len(queries), rows):
         wanted = queries[begin : begin + rows]
         chunk = _put(_filled(wanted, rows, dtype), split)
-        # Labels stay on the host: what is kept of a neighbor is its place in the bank.
+        # Labels stay on the host: a neighbor is stored as its index in the bank.
         best = _put(np.full((rows, k), -np.inf, dtype), split), _put(np.zeros((rows, k), np.int32), split)
         for start in range(0, len(bank), bank_chunk):
             examples = bank[start : start + bank_chunk]
@@ -99,7 +99,7 @@ def classify(
                 _put(np.asarray(start, np.int32), one),
                 _put(np.asarray(len(examples), np.int32), one),
             )
-            # Computation is asynchronous: unchecked, the whole bank would be sent to the device ahead of it.
+            # Computation is asynchronous: without a limit, the whole bank would be sent to the device ahead of it.
             previous.block_until_ready()
         similarity, place = jax.device_get(gather(*best))
         similarity, place = similarity[: len(wanted)], place[: len(wanted)]
@@ -112,25 +112,25 @@ def classify(
 def merge(
     similarity: jax.Array, place: jax.Array, queries: jax.Array, examples: jax.Array, start: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the k best of those kept so far and of one more chunk of the bank, best first; see `classify`.
+    """Merges the k best so far with one more chunk of the bank and returns the k best, best first; see `classify`.
 
     Args:
       similarity: `(Q, k)` cosine similarities of the best so far, descending.
-      place: int32 `(Q, k)`, their places in the bank.
+      place: int32 `(Q, k)`, their indices in the bank.
       queries: `(Q, D)`.
-      examples: `(B, D)`, of the bank.
-      start: int32 scalar, the place of the first one.
-      count: int32 scalar; those beyond only fill the chunk up.
+      examples: examples of the bank, `(B, D)`.
+      start: int32 scalar, the index of the first example.
+      count: int32 scalar, the number of examples; the rest of the chunk is padding.
 
     Returns:
-      `similarity` and `place` of the k best, as given.
+      `similarity` and `place` of the k best, in the same form.
     """
     new = jnp.matmul(_normalized(queries), _normalized(examples).T, precision=jax.lax.Precision.HIGHEST)
     index = jnp.arange(examples.shape[0], dtype=jnp.int32)[None]
-    # What is no number comes first, where the host finds it: top_k sorts it first or last by its sign.
+    # NaN must come first, where the host detects it: top_k sorts it first or last by its sign.
     new = jnp.where(jnp.isnan(new), jnp.full((), jnp.inf, new.dtype), new)
     new = jnp.where(index < count, new, jnp.full((), -jnp.inf, new.dtype))
-    # top_k prefers the first of equals: those kept come from earlier in the bank.
+    # top_k prefers the first of equals: the ones kept so far come from earlier in the bank.
     k = similarity.shape[1]
     similarity, order = jax.lax.top_k(jnp.concatenate([similarity, new], axis=1), k)
     kept = jnp.take_along_axis(place, jnp.minimum(order, k - 1), axis=1)
@@ -139,38 +139,38 @@ def merge(
 
 @functools.cache
 def _programs(one: Sharding, split: Sharding):
-    """Returns `merge` compiled for a placement, and what brings its result together on every host.
+    """Returns `merge` compiled for a placement, and a function that gathers its result on every host.
 
-    Queries and their neighbors are split, a chunk of the bank is on every device.
+    Queries and their neighbors are split over the devices; every device holds the chunk of the bank.
     """
     step = jax.jit(merge, in_shardings=(split, split, split, one, one, one), out_shardings=split)
     return step, jax.jit(lambda *best: best, out_shardings=one)
 
 
 def _normalized(x: jax.Array) -> jax.Array:
-    """Returns rows of length 1; a row of zeros stays."""
+    """Returns rows scaled to length 1; a row of zeros stays."""
     length = jnp.linalg.norm(x, axis=1, keepdims=True)
     return x / jnp.where(length == 0, jnp.ones((), x.dtype), length)
 
 
 def _even(size: int, chunk: int) -> int:
-    """Returns the length of the chunks where as few as `chunk` allows are all about as long."""
+    """Returns the length of the fewest chunks of at most `chunk` rows and about equal length."""
     return -(-size // -(-size // chunk))
 
 
 def _filled(x: np.ndarray, rows: int, dtype: np.dtype) -> np.ndarray:
-    """Returns `x` with zeros up to so many rows, so that one program serves all chunks."""
+    """Returns `x` padded with zeros to `rows` rows, so that one program serves all chunks."""
     return np.pad(x.astype(dtype, copy=False), ((0, rows - len(x)), (0, 0)))
 
 
 def _put(x: np.ndarray, placement: Sharding) -> jax.Array:
-    """Returns a global array of what every process has in full."""
+    """Returns a global array from data that every process has in full."""
     return jax.make_array_from_callback(x.shape, placement, lambda index: x[index])
 
 
 def _vote(similarity: np.ndarray, labels: np.ndarray, num_classes: int, temperature: float) -> Votes:
     """Returns the best classes of each query from its neighbors' similarities and labels, both `(N, k)`."""
-    # Relative to the nearest one: the shares are the same, and no temperature overflows.
+    # Relative to the nearest neighbor: the shares are the same, and no temperature overflows.
     weight = np.exp((similarity - similarity[:, :1]) / temperature)
     cell = np.arange(len(labels))[:, None] * num_classes + labels
     votes = np.bincount(cell.ravel(), weight.ravel(), minlength=len(labels) * num_classes).reshape(-1, num_classes)
@@ -196,7 +196,7 @@ def _check(
     query_chunk: int,
     bank_chunk: int,
 ) -> None:
-    """Raises UsageError where `classify` says so."""
+    """Raises the UsageErrors that `classify` documents."""
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise UsageError(f"bank {bank.shape} and queries {queries.shape}: expected features (M, D) and (N, D)")
     if not len(bank) or not len(queries):

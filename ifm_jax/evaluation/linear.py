@@ -1,11 +1,11 @@
-"""Linear evaluation: linear classifiers trained on the frozen backbone, as the original's protocol has it.
+"""Linear evaluation: trains linear classifiers on the frozen backbone, following the original's protocol.
 
-The backbone of the query encoder in evaluation mode; SGD with momentum on random crops (0.08 to 1 of the area) and
-flips, 60 epochs; accuracy on every held-out image, as `central_view` shows it. The held-out features never change, so
-they are computed once.
+The backbone of the query encoder is in evaluation mode. SGD with momentum runs for 60 epochs on random crops (0.08 to 1
+of the area) and flips. Accuracy is measured on the `central_view` of every held-out image. The held-out features never
+change, so they are computed once.
 
-The fast protocol is the same, but for the views: those of the first `linear.views` epochs are computed once, kept, and
-used again in turn. With as many views as epochs it is the full one.
+The fast protocol differs only in the views: those of the first `linear.views` epochs are computed once, kept, and
+reused in turn. With as many views as epochs it equals the full protocol.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from ifm_jax.runs.workdir import Workdir
 
 
 class ProbeState(NamedTuple):
-    """Everything that changes while classifiers are trained.
+    """The state of the training of classifiers.
 
     Attributes:
       step: int32 scalar, updates done.
@@ -51,23 +51,23 @@ class ProbeState(NamedTuple):
 
 
 _Batch = dict[str, jax.Array]
-_Features = Callable[[tuple[Tree, Tree], _Batch], jax.Array]  # of the backbone's weights and a batch
+_Features = Callable[[tuple[Tree, Tree], _Batch], jax.Array]  # (backbone weights, batch) -> features
 _Step = Callable[[ProbeState, tuple[Tree, Tree], _Batch], tuple[ProbeState, dict[str, jax.Array]]]
 _HostBatches = Generator[dict[str, np.ndarray], None, None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """One classifier: how it was trained and what it reached.
+    """One classifier: its training settings and its accuracy.
 
     Attributes:
       lr: base learning rate.
-      weight_decay: of weights and bias.
+      weight_decay: weight decay of weights and bias.
       top1: held-out accuracy in percent, after the last epoch.
-      top5: likewise, among the five highest.
-      best_top1: the highest of any epoch.
-      best_epoch: when that was; 1 is the first.
-      holdout_top1: accuracy in percent on the training images that the choice is made on; None without a choice.
+      top5: the same for the five highest logits.
+      best_top1: highest top1 of any epoch.
+      best_epoch: number of that epoch, from 1.
+      holdout_top1: accuracy in percent on the training images held out for the choice; None without a choice.
     """
 
     lr: float
@@ -81,16 +81,16 @@ class Head:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What linear evaluation found of one label.
+    """The result of linear evaluation for one label.
 
     Attributes:
-      label: its name.
+      label: name of the label.
       protocol: "full" or "fast".
-      classes: their number.
-      train_images: that the classifiers were trained on.
-      test_images: held out, each counted once.
+      classes: number of classes.
+      train_images: number of images used to train the classifiers.
+      test_images: number of held-out images, each counted once.
       heads: all classifiers.
-      chosen: the place of the one that counts: the best on training images kept aside.
+      chosen: index of the classifier that counts, the best on training images set aside.
     """
 
     label: str
@@ -107,7 +107,7 @@ class Result:
         return self.heads[self.chosen]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields, and those of the classifier that counts, for JSON."""
+        """Returns the fields and those of the classifier that counts, for JSON."""
         return dataclasses.asdict(self.best) | dataclasses.asdict(self)
 
 
@@ -124,20 +124,20 @@ def run(
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
 ) -> dict[str, Result] | Outcome:
-    """Trains classifiers on the frozen backbone, or goes on with what the directory holds.
+    """Trains classifiers on the frozen backbone, or continues the evaluation in the directory.
 
     Args:
-      checkpoint: what is evaluated.
-      directory: gets config.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png.
-      fast: the fast protocol.
-      devices: to run on; None: all there are.
-      quiet: no progress on the terminal.
+      checkpoint: checkpoint to evaluate.
+      directory: directory for config.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png.
+      fast: use the fast protocol.
+      devices: devices to run on; None: all.
+      quiet: show no progress on the terminal.
 
     Returns:
-      Label -> result; or, if a signal stopped it, how far it came.
+      Label -> result, or if a signal stopped the training, its outcome.
 
     Raises:
-      UsageError: for images without labels, or a directory that belongs to another evaluation.
+      UsageError: if the images have no labels, or the directory belongs to another evaluation.
       RunError: if images cannot be read, or the loss is no longer finite.
     """
     probe = _Probe(checkpoint, fast, devices)
@@ -145,7 +145,7 @@ def run(
     workdir = Workdir(directory, "--output")
     with workdir.held():
         together(lambda: probe.open(workdir, digest))
-        # Unlike pre-training it starts afresh where no checkpoint can be read: all it needs is there.
+        # Unlike pre-training this starts from scratch if no checkpoint can be read: everything it needs is available.
         stored, damaged = together(
             lambda: checkpoints.find_whole(workdir.checkpoints),
             lambda found: {"step of the checkpoint": int(found[0].state["step"]) if found[0] else 0},
@@ -180,15 +180,15 @@ def run(
 
 
 class _Probe:
-    """What an evaluation is about: the backbone, the images, the classifiers.
+    """The parts of an evaluation: the backbone, the images, the classifiers.
 
     Args:
-      checkpoint: what is evaluated.
-      fast: the fast protocol.
-      devices: to run on; None: all there are.
+      checkpoint: checkpoint to evaluate.
+      fast: use the fast protocol.
+      devices: devices to run on; None: all.
 
     Raises:
-      UsageError: for images without labels, too few of them, or a batch that does not fit the devices.
+      UsageError: if the images have no labels or are too few, or the batch does not fit the devices.
     """
 
     def __init__(self, checkpoint: Pretrained, fast: bool, devices: list[jax.Device] | None):
@@ -216,14 +216,14 @@ class _Probe:
         self.epoch_steps = steps_per_epoch(len(self._train), linear.batch_size, remainder=True)
 
     def open(self, workdir: Workdir, digest: str) -> None:
-        """Writes which evaluation this is, or checks that the directory is this one's.
+        """Writes the identity of this evaluation, or checks that the directory belongs to it.
 
         Args:
-          workdir: of the evaluation.
-          digest: of the backbone.
+          workdir: working directory of the evaluation.
+          digest: hash of the backbone.
 
         Raises:
-          UsageError: if it cannot be written to, or belongs to another.
+          UsageError: if the directory cannot be written or belongs to another evaluation.
         """
         settings = configs.to_dict(self._config)
         identity = {
@@ -249,7 +249,7 @@ class _Probe:
                 files.write_json(workdir.evaluation, identity)
 
     def held(self, session: Session) -> dict[str, "_Held"]:
-        """Returns what the classifiers are tested on: "test", and with several classifiers "holdout"."""
+        """Returns the images on which the classifiers are tested: "test", and with several classifiers "holdout"."""
         session.say(f"Features of {len(self._test):,} held-out images")
         held = {"test": _Held(self.frozen, self._features("test"), self._test.labels(), self.labels)}
         if self._aside is not None:
@@ -264,7 +264,7 @@ class _Probe:
         return self._checkpoint.features(split, self._devices)
 
     def start(self, stored: checkpoints.Stored | None) -> ProbeState:
-        """Returns the state to go on from, on the devices; a new one where nothing is stored."""
+        """Returns the state from which to continue, on the devices; a new one if nothing is stored."""
         features = self._features("test")
 
         def create() -> ProbeState:
@@ -292,7 +292,7 @@ class _Probe:
 
         Args:
           first: steps done before.
-          session: shows lines, and takes note of unreadable images.
+          session: shows lines and records unreadable images.
         """
         unreadable = session.bad_images(len(self._train))
         views = _Views(self.frozen, self._config, self._train, self.labels, unreadable)
@@ -308,14 +308,14 @@ class _Probe:
         """Returns the result of a label.
 
         Args:
-          label: its name.
-          history: what was logged after each epoch.
+          label: name of the label.
+          history: record of each epoch.
         """
         return _result(label, self._protocol, self._combinations, history, self._train, self._test)
 
 
 class _Held:
-    """Images that classifiers are tested on: their features, computed once, on the devices."""
+    """Test images for classifiers: their features, computed once, on the devices."""
 
     def __init__(
         self,
@@ -394,7 +394,7 @@ class _Views:
         }
 
     def fresh(self, start: int) -> _HostBatches:
-        """Yields crops with labels and weights, new ones in every epoch."""
+        """Yields crops with labels and weights; every epoch has new crops."""
         for number, batch in enumerate(self._batches(self._source, start, self._bad_images), start):
             yield self._with_labels(batch) | {"number": np.full(len(batch["views"]), number, np.int32)}
 
@@ -405,12 +405,12 @@ class _Views:
         return self._frozen.apply(weights, self._augment(example_rngs(rng, place), batch["views"][:, 0]))
 
     def kept(self, start: int, say: Callable[[str], None], features: np.ndarray | None) -> _HostBatches:
-        """Yields features with labels and weights: those of the first epochs' crops, computed now, in turn.
+        """Computes the features of the first epochs' crops, then yields them in turn with labels and weights.
 
         Args:
           start: steps done before.
-          say: shows a line.
-          features: of the images as they are evaluated, `(N, D)`, to be used without any views; None: with views.
+          say: shows a line to the user.
+          features: features of the evaluation views, `(N, D)`, to be used without random views; None: with views.
         """
         count, linear = len(self._source), self._config.linear
         stored = self._compute(min(linear.views, linear.epochs), say) if features is None else features[None]
@@ -437,7 +437,7 @@ class _Views:
                 say(f"Features of {count:,} training images, view {number // steps + 1} of {views}")
             batch = next(batches)
             batch["number"] = np.full(len(batch["index"]), number, np.int32)
-            # What fills a batch up is a copy of another row in it, but flipped by itself: only the first one counts.
+            # Padding copies another row of the batch but has its own flip: only the first copy counts.
             batch["index"] = np.where(batch.pop("weight") > 0, batch["index"], -1)
             features, index = compute(self._frozen.weights, sharding.put_batch(mesh, batch))
             features, index = np.asarray(features), np.asarray(index)
@@ -445,12 +445,12 @@ class _Views:
                 stored = np.empty((views, count, features.shape[1]), features.dtype)
             stored[number // steps, index[index >= 0]] = features[index >= 0]
         batches.close()
-        assert stored is not None  # there is a view at least, of an image at least
+        assert stored is not None  # there is at least one view of one image
         return stored
 
 
 class _Order:
-    """A source of nothing but the order of its images."""
+    """A source that has only the order of its images."""
 
     label_names: dict[str, tuple[str, ...]] = {}  # noqa: RUF012
 
@@ -483,7 +483,7 @@ def _step(
         of_images = features(weights, batch)
         new: dict[str, classifiers.HeadsState] = {}
         found: dict[str, dict[str, jax.Array]] = {}
-        dtype = state.heads[names[0]].params["weight"].dtype  # the features', as all heads'
+        dtype = state.heads[names[0]].params["weight"].dtype  # all heads and the features have this dtype
         lr = jnp.asarray(table, dtype)[state.step]
         for name in names:
             new[name], found[name] = classifiers.update(
@@ -495,7 +495,7 @@ def _step(
                 linear.momentum,
                 mask=batch["weight"],
             )
-        # Of several classifiers the best one: one whose learning rate is too high may diverge while others go on.
+        # Use the best classifier: one with too high a learning rate may diverge while the others are fine.
         mean = {
             metric: jnp.mean(jnp.stack([choose(found[name][metric]) for name in names]))
             for metric, choose in (("loss", jnp.nanmin), ("acc1", jnp.nanmax), ("acc5", jnp.nanmax))
@@ -507,7 +507,7 @@ def _step(
 
 
 def _summary(found: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
-    """Returns what is logged after an epoch: accuracy of the classifier that is best so far, and of all of them."""
+    """Returns the record of an epoch: the accuracy of the best classifier so far and of all of them."""
     record: dict[str, Any] = {}
     for name, test in found["test"].items():
         chosen = int(np.argmax(found.get("holdout", found["test"])[name]["top1"]))
@@ -527,7 +527,7 @@ def _result(
     source: Source,
     test: Source,
 ) -> Result:
-    """Puts together what was logged after each epoch."""
+    """Combines the records of all epochs into a result."""
     top1 = np.array([record["test"][label]["top1"] for record in history])  # (epochs, heads)
     last = history[-1]
     aside = last["holdout"][label]["top1"] if "holdout" in last else None

@@ -1,6 +1,6 @@
-"""Evaluation while pre-training: frozen features of a part of the images, nearest neighbors and a linear readout.
+"""Evaluation during pre-training: nearest neighbors and a linear readout on frozen features of some of the images.
 
-Nothing is trained along with the encoder, so that the steps in between cost nothing more and no gradient reaches it.
+Nothing is trained along with the encoder, so the steps in between cost no more and no extra gradient reaches it.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ from ifm_jax.pretrain import DeviceState
 
 
 class OnlineEvaluation:
-    """What a state of pre-training is worth: `(state) -> record`.
+    """Evaluates a state of pre-training: `(state) -> record`.
 
     Args:
-      config: resolved.
-      mesh: the devices.
+      config: resolved config.
+      mesh: mesh of the devices.
 
     Raises:
       UsageError: if the source has no labels, or no held-out images.
@@ -47,7 +47,7 @@ class OnlineEvaluation:
         """Evaluates the query encoder.
 
         Args:
-          state: on the devices of the mesh.
+          state: state on the devices of the mesh.
 
         Returns:
           `knn` and `linear`, held-out accuracy in percent (with several labels their mean, and each one as

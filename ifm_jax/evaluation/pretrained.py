@@ -1,4 +1,4 @@
-"""What is evaluated: a frozen encoder, whatever holds it, and the labeled images it is evaluated on."""
+"""The inputs of an evaluation: a frozen encoder from any kind of checkpoint, and labeled images."""
 
 import dataclasses
 import os
@@ -22,12 +22,12 @@ PROBE_LEAST_AREA = 0.08  # of a training crop, relative to the image's
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint and the config that it is evaluated under.
+    """A checkpoint and the config for its evaluation.
 
     Attributes:
-      config: resolved; its network is the checkpoint's.
-      snapshot: of a run, one of its checkpoints, or a PyTorch file.
-      path: where it is.
+      config: resolved config; it describes the checkpoint's network.
+      snapshot: snapshot of a run, one of its checkpoints, or a PyTorch file.
+      path: path of the checkpoint.
     """
 
     config: Config
@@ -37,14 +37,14 @@ class Pretrained:
 
     @property
     def step(self) -> int:
-        """Updates that it was trained for."""
+        """Number of updates in its training."""
         return int(self.snapshot.state.step)
 
     def frozen(self, devices: list[jax.Device] | None = None, layer: str = "backbone") -> FrozenEncoder:
         """Returns its query encoder.
 
         Args:
-          devices: to run on; None: all there are.
+          devices: devices to run on; None: all.
           layer: one of `features.LAYERS`.
         """
 
@@ -68,7 +68,7 @@ class Pretrained:
 
         Args:
           split: "train" or "test".
-          devices: as for `frozen`.
+          devices: see `frozen`.
           layer: likewise.
         """
         return self._once(
@@ -90,16 +90,16 @@ class Pretrained:
 
 
 def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str = "") -> Pretrained:
-    """Reads what is to be evaluated.
+    """Reads the checkpoint to evaluate.
 
     Args:
       path: a run's workdir (its newest checkpoint), one of its checkpoints, or a `.pth.tar`.
-      config: to evaluate under; None: the checkpoint's own. Fields that describe the network and have their default
-        follow the checkpoint.
+      config: config of the evaluation; None: the checkpoint's own. Fields of the network that have their default follow
+        the checkpoint.
       prefix: what the network's names in a PyTorch file begin with; see `loading.read`.
 
     Raises:
-      UsageError: if nothing can be read there, or the config describes another network.
+      UsageError: if there is nothing to read at `path`, or the config describes another network.
     """
     found = loading.read(path, prefix=prefix)
     config = configs.from_dict(configs.to_dict(found.config if config is None else config))
@@ -116,19 +116,19 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
 
 
 def labeled(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:
-    """Returns the images of a split that have labels, to be evaluated, or to train a classifier on.
+    """Returns the labeled images of a split, for evaluation or to train a classifier.
 
     Args:
-      config: a validated one.
+      config: validated config.
       split: "train" or "test".
-      count: views of an image.
-      least_area: of a view, relative to the image's.
+      count: number of views per image.
+      least_area: least area of a view, relative to the image's.
 
     Returns:
-      The source; of its labels, only `data.label` if that names one.
+      The source; if `data.label` names a label, the source has only that one.
 
     Raises:
-      UsageError: if there are no labels, not the one named, or no images.
+      UsageError: if there are no labels, no label of that name, or no images.
     """
     if split not in SPLITS:
         raise UsageError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
@@ -146,10 +146,10 @@ def labeled(config: Config, split: str, count: int = 1, least_area: float = PROB
 
 
 def chosen_labels(config: Config, source: Source) -> list[str]:
-    """Returns the names of the labels that the evaluation is about.
+    """Returns the names of the labels to evaluate.
 
     Raises:
-      UsageError: if the source lacks the one that the config names.
+      UsageError: if the source lacks the label that the config names.
     """
     if config.data.label and config.data.label not in source.label_names:
         raise UsageError(

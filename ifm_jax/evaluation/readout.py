@@ -1,7 +1,7 @@
-"""Linear readouts: how much of each label a frozen representation holds, as a linear classifier can read it.
+"""Linear readouts: how well a linear classifier can read each label from a frozen representation.
 
-After Hermann and Lampinen (2020) and Robinson et al. (2021, section 4.2): one classifier for each of shape, texture and
-color on the features before the projection head, accuracy on held-out images.
+This follows Hermann and Lampinen (2020) and Robinson et al. (2021, section 4.2): one classifier for each of shape,
+texture and color on the features before the projection head, and its accuracy on held-out images.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ class Readouts:
     """The linear readouts of one encoder, or their mean over seeds.
 
     Attributes:
-      name: of the run.
-      step: updates it had; 0: untrained.
+      name: name of the run.
+      step: number of updates; 0: untrained.
       accuracy: label -> held-out accuracy in percent.
-      seed: of the run.
+      seed: seed of the run.
     """
 
     name: str
@@ -62,7 +62,7 @@ def linear_readout(
       test_features: `(M, D)`.
       test_labels: int `(M,)`.
       l2: penalty on the weights, relative to the mean loss.
-      max_iter: of the L-BFGS solver.
+      max_iter: greatest number of iterations of the L-BFGS solver.
     """
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=1 / (l2 * len(train_labels)), max_iter=max_iter))
     classifier.fit(train_features, train_labels)

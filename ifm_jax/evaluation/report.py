@@ -29,7 +29,7 @@ def print_table(rows: Sequence[Readouts], console: rich.console.Console | None =
 
 
 def print_linear(results: Sequence[Result], console: rich.console.Console | None = None) -> None:
-    """Prints what linear evaluation found: a table for each label, a line for each classifier."""
+    """Prints the results of linear evaluation: a table for each label, a line for each classifier."""
     console = console or rich.console.Console()
     for result in results:
         title = f"Linear evaluation of {result.label!r} ({result.protocol} protocol): {result.test_images:,} images, "
@@ -51,8 +51,8 @@ def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike[str]) ->
     """Draws the histograms of the cosine similarities of positives and of negatives.
 
     Args:
-      found: what `evaluate.diagnose` returns.
-      path: of the PNG.
+      found: result of `evaluate.diagnose`.
+      path: path of the PNG file.
     """
     figure, axes = _figure(8, 4)
     edges = np.asarray(found["edges"])
@@ -78,7 +78,7 @@ def draw_map(
     Args:
       points: `(N, 2)`.
       labels: name -> int `(N,)`, and the names of the classes.
-      path: of the PNG.
+      path: path of the PNG file.
     """
     figure, grid = _figure(1 + 5.5 * len(labels), 6, len(labels))
     for axes, (name, (classes, names)) in zip(np.atleast_1d(grid), labels.items(), strict=True):
@@ -112,10 +112,10 @@ def draw_readouts(
     """Draws grouped bars, a group for each label and a bar for each run, with the accuracy on top.
 
     Args:
-      rows: one for each run; the same labels in all.
-      path: of the PNG.
+      rows: readouts of each run, all with the same labels.
+      path: path of the PNG file.
       chance: label -> accuracy of guessing in percent, drawn as a dashed line.
-      errors: run -> label -> standard error in points, drawn as a bar of its own.
+      errors: run -> label -> standard error in points, drawn as an error bar.
     """
     labels = list(rows[0].accuracy)
     figure = Figure(figsize=(2.2 + 2.2 * len(labels), 4.4), layout="constrained")
@@ -158,7 +158,7 @@ def draw_samples(images: np.ndarray, views: Sequence[np.ndarray], path: str | os
     Args:
       images: uint8 `(N, H, W, 3)`.
       views: each float or uint8 `(N, h, w, 3)`; floats in [0, 1].
-      path: of the PNG.
+      path: path of the PNG file.
     """
     rows = [("image", images), *((f"view {i + 1}", view) for i, view in enumerate(views))]
     figure = Figure(figsize=(0.9 + len(images), len(rows) * 1.06), layout="constrained")

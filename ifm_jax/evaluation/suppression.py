@@ -8,10 +8,10 @@ one method: mean and standard error over seeds; methods are compared with the fi
 suppression.json, suppression.md and suppression.png.
 """
 
-if __name__ == "__main__":  # a door, as train.py: nothing below is reached
+if __name__ == "__main__":  # an entry point, like train.py: nothing below runs
     from ifm_jax import process
 
-    process.begin()  # first: what is imported below takes seconds
+    process.begin()  # first: the imports below take seconds
 
     from ifm_jax.cli import suppression
 
@@ -42,13 +42,13 @@ _METHODS = {"moco": "MoCo", "simclr": "SimCLR"}
 
 
 def read_out(name: str, config: Config, frozen: FrozenEncoder, step: int) -> Readouts:
-    """Reads every label of the config's source out of a frozen backbone.
+    """Reads out every label of the config's source from a frozen backbone.
 
     Args:
-      name: for the result.
-      config: a resolved config.
-      frozen: the backbone.
-      step: updates it had.
+      name: name of the result.
+      config: resolved config.
+      frozen: frozen backbone.
+      step: number of its updates.
 
     Raises:
       UsageError: if the source has no labels.
@@ -71,8 +71,8 @@ def read_out_workdir(workdir: str | os.PathLike[str], name: str | None = None) -
     """Reads out the newest checkpoint of a run.
 
     Args:
-      workdir: of the run.
-      name: for the result; None: what its config says of the method.
+      workdir: working directory of the run.
+      name: name of the result; None: derived from the method in its config.
 
     Raises:
       UsageError: if there is no run or no checkpoint there, or its images have no labels.
@@ -88,7 +88,7 @@ def _one_device() -> jax.sharding.Mesh:
 def method_name(config: Config) -> str:
     """Returns a name for all runs with a config's method: `MoCo, T = 0.2`, `IFM (eps 0.1), T = 0.07`.
 
-    IFM alone is IFM on MoCo, as the original has it; `IFM (eps 0.1) on SimCLR, T = 0.5` on another method.
+    IFM alone means IFM on MoCo, as in the original; `IFM (eps 0.1) on SimCLR, T = 0.5` on another method.
     """
     ifm, name = config.ifm, _METHODS[config.method]
     if ifm.objective != "infonce":
@@ -101,12 +101,12 @@ def method_name(config: Config) -> str:
 
 
 def grouped(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, list[str | os.PathLike[str]]]:
-    """Returns the runs of each method, which differ in nothing but their seed, in the order given.
+    """Groups runs by method, in the order given; the runs of a method differ only in their seed.
 
-    Methods whose names agree get what tells them apart in addition.
+    Methods of the same name also get the fields in which they differ.
 
     Raises:
-      UsageError: if a workdir is no run, or two runs of a method have the same seed.
+      UsageError: if a workdir holds no run, or two runs of a method have the same seed.
     """
     groups: list[tuple[Config, list[str | os.PathLike[str]]]] = []
     for workdir in workdirs:
@@ -147,12 +147,12 @@ def standard_errors(rows: Sequence[Readouts]) -> dict[str, float] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much better one method reads out a label than another, in points, paired by seed.
+    """The difference of two methods in the readout of a label, in points, paired by seed.
 
     Attributes:
-      mean: over the seeds that both have.
-      standard_error: of the mean; None for a single seed.
-      seeds: how many.
+      mean: mean over the seeds that both have.
+      standard_error: standard error of the mean; None for a single seed.
+      seeds: number of these seeds.
     """
 
     mean: float
@@ -183,7 +183,7 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def summary(results: dict[str, list[Readouts]]) -> dict[str, Any]:
-    """Returns all that a report says, for JSON: runs, means, standard errors, differences from the first method."""
+    """Returns the contents of a report for JSON: runs, means, standard errors, differences from the first method."""
     names = [name for name in results if name != "untrained"]
     return {
         "runs": {name: [row.to_dict() for row in rows] for name, rows in results.items()},
@@ -223,10 +223,10 @@ def write(results: dict[str, list[Readouts]], directory: str | os.PathLike[str])
 
     Args:
       results: method -> its readouts.
-      directory: to write into; made if it is not there.
+      directory: directory of the report; created if it does not exist.
 
     Raises:
-      UsageError: if it cannot be written to.
+      UsageError: if the directory cannot be written.
     """
     from ifm_jax.evaluation import report
 
@@ -246,14 +246,14 @@ def compare(workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLik
     """Reads out runs, method by method, prints the table and writes the report.
 
     Args:
-      workdirs: of the runs; those of the first method also say what the untrained network is.
+      workdirs: working directories of the runs; those of the first method also determine the untrained network.
       output: directory of the report.
 
     Returns:
       Method -> its readouts, "untrained" first.
 
     Raises:
-      UsageError: if a workdir is no run, or named twice, or the report cannot be written.
+      UsageError: if a workdir holds no run or is named twice, or the report cannot be written.
     """
     from ifm_jax.evaluation import report
 

@@ -1,4 +1,4 @@
-"""What is learned from: methods of contrastive learning, and the losses that they share."""
+"""Methods of contrastive learning, and the losses that they share."""
 
 from ifm_jax.methods.method import OBJECTIVES, Kind, Method, Objective, Outcome, Views
 from ifm_jax.methods.moco import MoCo, MoCoMemory

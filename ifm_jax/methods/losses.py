@@ -46,14 +46,14 @@ Epsilon = float | tuple[float, float]
 )
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """How queries stand against their keys and their negatives: a few scalars each, whatever the objective.
+    """The comparison of queries with their keys and negatives: a few scalars per query, for every objective.
 
     Attributes:
       positive: s+ = q.k+ / tau, of each query; float32 or better.
       negatives: L-, the logarithm of the (reweighted) sum over the negatives; likewise.
       rank: int32, the number of negatives more similar to the query than its key (0: the key comes first); from
         unperturbed similarities, no gradient.
-      count: K, the number of negatives of a query; a Python number.
+      count: K, the number of negatives per query; a Python number.
     """
 
     positive: jax.Array
@@ -120,7 +120,7 @@ def contrast_in_batch(
     Args:
       views: `(N, 2, dim)` L2-normalized embeddings of both views of N >= 2 images.
       temperature: tau > 0.
-      beta: as for `contrast`.
+      beta: see `contrast`.
       gather: returns `views` with all rows on every device, by a sharding constraint; the gradient comes back through
         it.
 
@@ -128,7 +128,7 @@ def contrast_in_batch(
       A `Contrast` of `(N, 2)` arrays.
 
     Raises:
-      ValueError: if `views` is of another shape, or `beta` is negative.
+      ValueError: if `views` has another shape, or `beta` is negative.
     """
     if views.ndim != 3 or views.shape[1] != 2 or len(views) < 2:
         raise ValueError(f"views {views.shape} must be (N, 2, dim), both views of at least 2 images")
@@ -136,7 +136,7 @@ def contrast_in_batch(
     views = views.astype(np.promote_types(views.dtype, jnp.float32))
     positive = jnp.sum(views[:, 0] * views[:, 1], axis=-1)[:, None]
     similarities = jnp.einsum("nvd,mwd->nvmw", views, gather(views), precision=jax.lax.Precision.HIGHEST)
-    # Left out are the query itself and its positive. Compared by number, so that the mask is never stored.
+    # Leave out the query itself and its positive. The mask compares numbers, so it is never stored.
     one, other = (jax.lax.broadcasted_iota(jnp.int32, (n, 1, n, 1), axis) for axis in (0, 2))
     negatives = jnp.where(one == other, -jnp.inf, similarities)
     logits = positive / temperature
@@ -149,12 +149,12 @@ def contrast_in_batch(
 
 
 def _log_sum(logits: jax.Array, beta: float, *, count: int, axis: int | tuple[int, ...]) -> jax.Array:
-    """The logarithm of the sum over the negatives, each times e^(beta x) over the mean of these weights."""
+    """Returns the log of the sum over the negatives, each weighted by e^(beta x) over the mean of these weights."""
     if beta == 0:
         return jax.nn.logsumexp(logits, axis=axis)
     if beta < 0:
         raise ValueError(f"beta is {beta}: expected 0 (all negatives alike) or more")
-    # Both sums about the same maximum, which cancels but for itself: nothing large is subtracted from its like.
+    # Both sums share the same maximum, which cancels except once: no large numbers are subtracted from each other.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=axis, keepdims=True))
     below = logits - largest
     hard = jnp.log(jnp.sum(jnp.exp((1 + beta) * below), axis=axis))
@@ -163,7 +163,7 @@ def _log_sum(logits: jax.Array, beta: float, *, count: int, axis: int | tuple[in
 
 
 def margin_shift(temperature: float, epsilon: Epsilon) -> float:
-    """Returns what IFM adds to the margin: `(epsilon_positive + epsilon_negative) / temperature`.
+    """Returns IFM's shift of the margin: `(epsilon_positive + epsilon_negative) / temperature`.
 
     Args:
       temperature: tau > 0.
@@ -183,17 +183,17 @@ def margins(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the margins z without and with IFM's shift: the loss of a query is softplus of either.
 
-    Without debiasing they are `found.margin` and that plus `margin_shift`. With it only the shift of the positive and
-    the shift of the negatives together say where the second one is, since they meet in N_g.
+    Without debiasing they are `found.margin` and `found.margin` plus `margin_shift`. With debiasing the second depends
+    on the shifts of the positive and of the negatives separately, since both enter N_g.
 
     Args:
-      found: of `contrast` or `contrast_in_batch`.
+      found: result of `contrast` or `contrast_in_batch`.
       temperature: tau > 0, the one of `found`.
-      epsilon: as for `ifm_info_nce`.
-      tau_plus: the share of the negatives that are positives in truth, a Python number in [0, 1); 0: no debiasing.
+      epsilon: see `ifm_info_nce`.
+      tau_plus: the share of the negatives that are really positives, a Python number in [0, 1); 0: no debiasing.
 
     Returns:
-      `(clean, shifted)`, each of the shape of `found.positive`.
+      `(clean, shifted)`, each with the shape of `found.positive`.
 
     Raises:
       ValueError: if `tau_plus` is not in [0, 1).
@@ -210,10 +210,10 @@ def margins(
 def _debiased(
     positive: jax.Array, negatives: jax.Array, *, count: int, temperature: float, tau_plus: float
 ) -> jax.Array:
-    """The margin log N_g - s+."""
+    """Returns the margin log N_g - s+."""
     floor = math.log(count) - 1 / temperature
-    # log(R - P) = log R + log(1 - e^(-d)) with d = log R - log P, P = tau+ K e^s+; there is none where d <= 0, and
-    # what stands there instead keeps the gradient finite.
+    # log(R - P) = log R + log(1 - e^(-d)) with d = log R - log P, P = tau+ K e^s+; it does not exist for d <= 0,
+    # where a substitute value keeps the gradient finite.
     d = negatives - positive - math.log(tau_plus * count)
     estimate = negatives + jax.nn.log1mexp(jnp.where(d > 0, d, 1.0)) - math.log1p(-tau_plus)
     return jnp.where((d > 0) & (estimate >= floor), estimate, floor) - positive
@@ -224,8 +224,8 @@ def info_nce(
 ) -> jax.Array:
     """Returns the InfoNCE loss of each query, `(N,)`.
 
-    The cross entropy of picking the key among itself and the K negatives (van den Oord et al. 2018, eq. 4;
-    He et al. 2020, eq. 1), as softplus(z):
+    This is the cross entropy of picking the key among itself and the K negatives (van den Oord et al. 2018, eq. 4; He
+    et al. 2020, eq. 1), as softplus(z):
 
         -log(e^s+ / (e^s+ + sum_j e^x_j))
 
@@ -237,7 +237,7 @@ def info_nce(
       queue: `(K, dim)` L2-normalized negatives.
       temperature: tau > 0.
       beta: concentration on hard negatives, a Python number >= 0; 0: all count alike.
-      tau_plus: the share of the negatives that are positives in truth, a Python number in [0, 1); 0: no debiasing.
+      tau_plus: the share of the negatives that are really positives, a Python number in [0, 1); 0: no debiasing.
 
     Returns:
       `(N,)`, float32 or better.
@@ -273,8 +273,8 @@ def ifm_info_nce(
 
         InfoNCE = softplus(z),    IFM = softplus(z + 2 epsilon / tau)
 
-    Robinson et al. 2021b, eq. 3 and 4 with the original code's weighting. `epsilon=0` is InfoNCE exactly. The shifted
-    loss alone (`ifm_only`) is `softplus(margins(...)[1])`.
+    See Robinson et al. 2021b, eq. 3 and 4, with the original code's weighting. `epsilon=0` is InfoNCE exactly. The
+    shifted loss alone (`ifm_only`) is `softplus(margins(...)[1])`.
 
     Args:
       query: `(N, dim)` L2-normalized embeddings.
@@ -285,13 +285,13 @@ def ifm_info_nce(
         negatives before the temperature; or a pair `(epsilon_positive, epsilon_negative)`.
       alpha: weight of the perturbed loss, >= 0.
       beta: concentration on hard negatives, a Python number >= 0; 0: all count alike.
-      tau_plus: the share of the negatives that are positives in truth, a Python number in [0, 1); 0: no debiasing.
+      tau_plus: the share of the negatives that are really positives, a Python number in [0, 1); 0: no debiasing.
 
     Returns:
       `(N,)`, float32 or better.
 
     Raises:
-      ValueError: as for `info_nce`.
+      ValueError: see `info_nce`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -314,21 +314,21 @@ def nt_xent(
     beta: float = 0.0,
     tau_plus: float = 0.0,
 ) -> jax.Array:
-    """Returns SimCLR's loss of each view, `(2N,)`, with IFM and hard negatives where asked for.
+    """Returns SimCLR's loss of each view, `(2N,)`, optionally with IFM and hard negatives.
 
-    InfoNCE of each view against the other view of its image, the negatives being the 2N - 2 views of the other images
-    (Chen et al. 2020, eq. 1, "NT-Xent"); their mean is the batch's loss. With `epsilon` it is (InfoNCE + alpha IFM) /
-    (1 + alpha) as in `ifm_info_nce`, with `beta` and `tau_plus` the loss of "Contrastive learning with hard negative
-    samples" (Robinson et al. 2021a, eq. 4, as its code has it).
+    This is InfoNCE of each view against the other view of its image, with the 2N - 2 views of the other images as
+    negatives (Chen et al. 2020, eq. 1, "NT-Xent"); their mean is the batch's loss. With `epsilon` it is (InfoNCE +
+    alpha IFM) / (1 + alpha) as in `ifm_info_nce`, with `beta` and `tau_plus` the loss of "Contrastive learning with
+    hard negative samples" (Robinson et al. 2021a, eq. 4, as in its code).
 
     Args:
       first: `(N, dim)` L2-normalized embeddings of one view of N >= 2 images.
       second: `(N, dim)` L2-normalized embeddings of the other; gradients flow through both.
       temperature: tau > 0.
-      epsilon: IFM's perturbation budget, as for `ifm_info_nce`; 0: InfoNCE.
+      epsilon: IFM's perturbation budget, see `ifm_info_nce`; 0: InfoNCE.
       alpha: weight of the perturbed loss, >= 0.
       beta: concentration on hard negatives, a Python number >= 0; 0: all count alike.
-      tau_plus: the share of the negatives that are positives in truth, a Python number in [0, 1); 0: no debiasing.
+      tau_plus: the share of the negatives that are really positives, a Python number in [0, 1); 0: no debiasing.
 
     Returns:
       `(2N,)`, float32 or better: the losses of the first views, then those of the second.

@@ -1,8 +1,8 @@
-"""What a method of contrastive learning is: the part of a step between its views and its gradient.
+"""Defines a method of contrastive learning: the part of a step between its views and its gradient.
 
-Everything else (views, gradient, optimizer, metrics, saving, placing, resuming) is the same for all of them and lives
-in `ifm_jax.pretrain`. A method is a frozen dataclass with the functions of `Method`; what it carries from step to step
-beside the network it keeps in a *memory*, a NamedTuple of arrays (`()` for none). `docs/methods.md` writes one.
+Everything else (views, gradient, optimizer, metrics, saving, placing, resuming) is the same for all methods and lives
+in `ifm_jax.pretrain`. A method is a frozen dataclass with the functions of `Method`. Its state beside the network goes
+from step to step in a *memory*, a NamedTuple of arrays (`()` for none). `docs/methods.md` shows how to write a method.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from ifm_jax.models import Encoder
 
 Tree = dict[str, Any]
 Memory = TypeVar("Memory")
-Leaf = TypeVar("Leaf")  # an array, or what stands in its place: a sharding; None, where it may be missing
-Part = TypeVar("Part")  # nested dicts of arrays, or what stands in their place
+Leaf = TypeVar("Leaf")  # an array, or a sharding in its place; None, where it may be missing
+Part = TypeVar("Part")  # nested dicts of arrays, or their stand-in
 
 # (a random key for each example (N,), images (N, H, W, 3)) -> views (N, h, w, 3), float, normalized.
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Outcome(NamedTuple, Generic[Memory]):
-    """What a method's loss leaves behind beside its gradient.
+    """The results of a method's loss besides its gradient.
 
     Attributes:
       batch_stats: running averages of the network after this batch.
-      memory: for the next step.
+      memory: memory for the next step.
       metrics: scalars by name.
     """
 
@@ -42,14 +42,14 @@ class Outcome(NamedTuple, Generic[Memory]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Views:
-    """The two views of every image of a batch, made when a method asks for them.
+    """The two views of every image of a batch, made on request of a method.
 
     Attributes:
-      images: of which the two views are made, each `(N, H, W, 3)`; the same array twice, or two crops of each image.
-      rngs: a random key for either view.
-      augment: makes a view of each image; an image keeps the randomness of its own place in whatever order.
-      permutation: int32 `(N,)`, where the order in which MoCo shuffles is given and not drawn; None: it is drawn.
-      mesh: the devices; None: wherever the arrays are.
+      images: images from which the two views are made, each `(N, H, W, 3)`; the same array twice, or two crops.
+      rngs: a random key for each view.
+      augment: makes a view of each image; an image's randomness follows its own position, in any order.
+      permutation: order in which MoCo shuffles, int32 `(N,)`; None: drawn at random.
+      mesh: mesh of the devices; None: arrays stay where they are.
     """
 
     images: tuple[jax.Array, jax.Array]
@@ -60,34 +60,34 @@ class Views:
 
     @property
     def count(self) -> int:
-        """N, the images of the global batch."""
+        """N, the number of images in the global batch."""
         return self.images[0].shape[0]
 
     def __call__(self, number: int, order: jax.Array | None = None) -> jax.Array:
         """Returns a view of every image, `(N, h, w, 3)`, split over the devices.
 
         Args:
-          number: 0 or 1, which view.
-          order: int32 `(N,)`; place i of the result holds the view of image `order[i]`. None: as they are.
+          number: number of the view, 0 or 1.
+          order: int32 `(N,)`; row i of the result is the view of image `order[i]`. None: the given order.
         """
         images = self.images[number]
         if order is None:
             place = jnp.arange(self.count, dtype=jnp.int32)
         else:
             place = order
-            # Shuffled while they are smallest; without the constraint every device would make all views.
+            # Shuffle images while they are smallest; without the constraint every device would make all views.
             images = sharding.split_rows(images[order], self.mesh)
         return sharding.split_rows(self.augment(example_rngs(self.rngs[number], place), images), self.mesh)
 
 
 class Method(Protocol[Memory]):
-    """What a step asks of a method.
+    """The interface of a method for a step.
 
     Attributes:
       encoder: the network that is trained, evaluated and exported.
-      mesh: the devices; None: wherever the arrays are.
-      memory: the type of what it carries, a NamedTuple, or `tuple` for nothing.
-      trained_views: how many of the two views of an image the gradient flows through; for what a step needs of memory.
+      mesh: mesh of the devices; None: arrays stay where they are.
+      memory: type of the memory, a NamedTuple, or `tuple` for none.
+      trained_views: number of an image's two views through which the gradient flows; for the memory estimate of a step.
     """
 
     memory: type
@@ -100,50 +100,50 @@ class Method(Protocol[Memory]):
     def mesh(self) -> jax.sharding.Mesh | None: ...  # noqa: D102
 
     def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> Memory:
-        """Returns the memory that a run starts with.
+        """Returns the initial memory of a run.
 
         Args:
           rng: a JAX random key.
-          params: of the fresh network.
-          batch_stats: of the fresh network.
+          params: parameters of the fresh network.
+          batch_stats: statistics of the fresh network.
         """
 
     def placements(self, mesh: jax.sharding.Mesh) -> Any:
-        """Returns where the memory lies on the devices: its structure, a sharding in place of each field."""
+        """Returns the placement of the memory on the devices: its structure with a sharding for each field."""
 
     def loss(
         self, params: Tree, batch_stats: Tree, memory: Memory, views: Views, rng: jax.Array
     ) -> tuple[jax.Array, Outcome[Memory]]:
-        """Returns the loss of a batch, of which the gradient with respect to `params` is taken, and what it leaves.
+        """Returns the loss of a batch, to be differentiated with respect to `params`, and its other results.
 
         Args:
-          params: of the network, before the step.
-          batch_stats: of the network.
-          memory: of the step before.
-          views: of the batch.
-          rng: a JAX random key of this step, for what the method draws.
+          params: parameters of the network, before the step.
+          batch_stats: statistics of the network.
+          memory: memory after the previous step.
+          views: views of the batch.
+          rng: a JAX random key of this step, for the method's own draws.
         """
 
     def negatives(self, batch_size: int) -> int:
-        """Returns how many negatives a query has, from a global batch of so many images."""
+        """Returns the number of negatives per query for a global batch of `batch_size` images."""
 
     def full_step(self, batch_size: int) -> int:
-        """Returns the step after which all negatives are of real images; 0: from the start."""
+        """Returns the step after which all negatives come from real images; 0: from the start."""
 
     @staticmethod
     def missing(memory: Any) -> list[str]:
-        """Returns the parts of a memory that are not there (`None`, as from an incomplete checkpoint), in words."""
+        """Returns the missing parts of a memory (`None`, as from an incomplete checkpoint), in words."""
 
     @staticmethod
     def inherit(given: Any, fresh: Any, params: Tree, batch_stats: Tree, same_head: bool) -> tuple[Any, list[str]]:
-        """Returns the memory of a new run that starts with the weights of another, and what it is made of, in words.
+        """Returns the memory of a new run that starts with the weights of another, and a description of its parts.
 
         Args:
-          given: the other run's memory, perhaps of another method, or with parts missing; NumPy arrays.
-          fresh: that of a new run, NumPy arrays, as what is returned.
-          params: of the network that the new run starts with.
-          batch_stats: likewise.
-          same_head: the other run's projection head is the new one's too.
+          given: memory of the other run, perhaps of another method or with missing parts; NumPy arrays.
+          fresh: memory of a new run, NumPy arrays, like the result.
+          params: parameters of the network that the new run starts with.
+          batch_stats: statistics of that network.
+          same_head: whether the new run uses the other run's projection head.
         """
 
 
@@ -153,10 +153,10 @@ OBJECTIVES: tuple[str, ...] = get_args(Kind)
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """InfoNCE, IFM's loss, or their mean, with or without hard negatives: the same for every method.
+    """InfoNCE, IFM's loss, or their mean, with or without hard negatives, for every method.
 
-    A method compares its queries with their keys and negatives at `objective.temperature` and `objective.beta`, by
-    `losses.contrast` or `losses.contrast_in_batch`, and gives the objective what it has found:
+    A method compares its queries with their keys and negatives at `objective.temperature` and `objective.beta`, with
+    `losses.contrast` or `losses.contrast_in_batch`, and passes the result to the objective:
 
         found = losses.contrast(queries, keys, queue, objective.temperature, objective.beta)
         loss, metrics = objective(found)
@@ -170,7 +170,7 @@ class Objective:
       tau_plus: the share of the negatives that are positives in truth, in [0, 1).
 
     Raises:
-      ValueError: for an unknown kind.
+      ValueError: if the kind is unknown.
     """
 
     kind: Kind = "ifm"
@@ -185,14 +185,14 @@ class Objective:
             raise ValueError(f"unknown objective {self.kind!r}: expected one of {', '.join(OBJECTIVES)}")
 
     def __call__(self, found: losses.Contrast) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss, a scalar, and what is told of it.
+        """Returns the loss, a scalar, and its metrics.
 
         Args:
-          found: of all queries, any shape; compared at this temperature and beta.
+          found: comparison of all queries, any shape, at this temperature and beta.
 
         Returns:
           The loss to be minimized, and scalars: `loss`, the same; `loss_clean`, without IFM's shift; `loss_ifm`, with
-          it, whatever the kind; `acc1` and `acc5`, the contrast accuracy in percent.
+          the shift, for every kind; `acc1` and `acc5`, the contrast accuracy in percent.
         """
         clean, ifm = (
             jnp.mean(jax.nn.softplus(margin))

@@ -1,4 +1,4 @@
-"""MoCo: negatives from a queue of earlier batches' keys (He et al. 2020, algorithm 1), as IFM's original has it."""
+"""MoCo: negatives from a queue of earlier batches' keys (He et al. 2020, algorithm 1), as in IFM's original."""
 
 import dataclasses
 from typing import Any, Generic, NamedTuple
@@ -15,11 +15,11 @@ from ifm_jax.models import Encoder
 
 
 class MoCoMemory(NamedTuple, Generic[Leaf, Part]):
-    """What MoCo carries from step to step: arrays, or as in `pretrain.TrainState` what stands in their place.
+    """MoCo's state beside the network: arrays, or stand-ins for them as in `pretrain.TrainState`.
 
     Attributes:
-      key_params: of the key encoder, the momentum average of the query encoder's.
-      key_batch_stats: running averages of the key encoder; its own, not averaged by the momentum update.
+      key_params: parameters of the key encoder, the momentum average of the query encoder's.
+      key_batch_stats: running averages of the key encoder itself, without the momentum update.
       queue: `(K, dim)` keys, L2-normalized; the oldest at row `queue_ptr`.
       queue_ptr: int32 scalar.
     """
@@ -40,12 +40,12 @@ class MoCo:
 
     Attributes:
       encoder: architecture of query and key encoder.
-      objective: what is made of the margins.
-      queue_size: K, a multiple of the batch.
+      objective: computes the loss from the comparison.
+      queue_size: K, a multiple of the batch size.
       momentum: m of the key encoder's moving average.
-      shuffle: keys are computed in a random order of the batch, so that the key's BatchNorm group is not the query's.
-      queue_sharded: each device holds its part of the queue and compares all queries with it.
-      mesh: the devices; None: wherever the arrays are.
+      shuffle: compute keys in a random order of the batch, so that a key's BatchNorm group differs from its query's.
+      queue_sharded: each device holds a part of the queue and compares all queries with it.
+      mesh: mesh of the devices; None: arrays stay where they are.
     """
 
     encoder: Encoder
@@ -60,21 +60,21 @@ class MoCo:
     trained_views = 1
 
     def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> _Carried:
-        """Returns the memory a run starts with: a copy of the query encoder, a queue of random unit vectors."""
+        """Returns the initial memory of a run: a copy of the query encoder and a queue of random unit vectors."""
         keys = queue.create(rng, self.queue_size, self.encoder.dim, jnp.dtype(self.encoder.param_dtype))
-        # Copies, not the same arrays: the step gives its state's memory away.
+        # Copies, not the same arrays: the step donates its state's memory.
         key_params, key_batch_stats = jax.tree.map(jnp.copy, (params, batch_stats))
         return MoCoMemory(key_params, key_batch_stats, keys, jnp.zeros((), jnp.int32))
 
     def placements(self, mesh: jax.sharding.Mesh) -> MoCoMemory[NamedSharding, NamedSharding]:
-        """Returns where the memory lies: everything on every device, but for a queue that is split."""
+        """Returns the placement of the memory: everything on every device, except for a split queue."""
         whole = sharding.replicated(mesh)
         return MoCoMemory(whole, whole, sharding.split(mesh) if self.queue_sharded else whole, whole)
 
     def loss(
         self, params: Tree, batch_stats: Tree, memory: _Carried, views: Views, rng: jax.Array
     ) -> tuple[jax.Array, Outcome[_Carried]]:
-        """Returns the loss of a batch and what it leaves; see `Method`. The order is the original's."""
+        """Returns the loss of a batch and its other results; see `Method`. The order is the original's."""
         # 1. The key encoder follows the query encoder as it was before this step; parameters only, not statistics.
         m, now = self.momentum, jax.lax.stop_gradient(params)
         key_params = jax.tree.map(lambda k, q: m * k + (1 - m) * q, memory.key_params, now)
@@ -90,7 +90,7 @@ class MoCo:
         if order is not None:
             keys = sharding.split_rows(keys[jnp.argsort(order)], self.mesh)
         keys = jax.lax.stop_gradient(keys)
-        all_keys = sharding.on_every_device(keys, self.mesh)  # every device writes its queue itself
+        all_keys = sharding.on_every_device(keys, self.mesh)  # every device writes its own queue
 
         # 3. Loss against the queue as it was before this step's keys.
         queries, batch_stats = self.encoder(params, batch_stats, views(0), train=True)
@@ -116,7 +116,7 @@ class MoCo:
 
     @staticmethod
     def missing(memory: Any) -> list[str]:
-        """Returns the parts of a memory that are not there, in words; see `Method`."""
+        """Returns the missing parts of a memory, in words; see `Method`."""
         if not isinstance(memory, MoCoMemory):
             return ["key encoder", "queue"]
         parts = {"key encoder": memory.key_params, "queue": memory.queue}
@@ -126,7 +126,7 @@ class MoCo:
     def inherit(
         given: Any, fresh: _AtRest, params: Tree, batch_stats: Tree, same_head: bool
     ) -> tuple[_AtRest, list[str]]:
-        """Returns the memory of a run that starts with the weights of another, and in words; see `Method`."""
+        """Returns the memory of a run that starts with the weights of another, and its description; see `Method`."""
         lacks = MoCo.missing(given) if same_head else ["key encoder", "queue"]
 
         def cast(tree: Any, like: Any) -> Any:

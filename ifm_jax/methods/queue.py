@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def create(rng: jax.Array, size: int, dim: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Returns a queue of random unit vectors, `(size, dim)`, as the original starts with.
+    """Returns a queue of random unit vectors, `(size, dim)`, like the original's initial queue.
 
     A row is a key; PyTorch's `queue` buffer is the transpose, `(dim, K)`.
 
@@ -13,7 +13,7 @@ def create(rng: jax.Array, size: int, dim: int, dtype: jnp.dtype = jnp.float32) 
       rng: a JAX random key.
       size: K, the number of negatives.
       dim: length of an embedding.
-      dtype: of the queue.
+      dtype: dtype of the queue.
     """
     queue = jax.random.normal(rng, (size, dim), dtype)
     return queue / jnp.linalg.norm(queue, axis=1, keepdims=True)
@@ -27,9 +27,9 @@ def enqueue(
     Args:
       queue: `(K, dim)`.
       pointer: int32 scalar, the row of the oldest key; a multiple of N.
-      keys: `(N, dim)` in global sample order, N a divisor of K.
-      by_row: every row decides for itself whether it is replaced. For a queue whose rows are split over devices: to
-        write a slice, the compiler would gather all of them on each device first.
+      keys: `(N, dim)` in global sample order; N divides K.
+      by_row: select the new value row by row. For a queue whose rows are split over devices: to write a slice, the
+        compiler would first gather all of them on each device.
 
     Returns:
       The queue with rows `pointer ... pointer + N - 1` replaced, and the next pointer `(pointer + N) mod K`.

@@ -21,9 +21,9 @@ class SimCLR:
     its image, its negatives are the 2N - 2 views of the other images.
 
     Attributes:
-      encoder: the network; one BatchNorm group is the whole batch of 2N views, several split it by image.
-      objective: what is made of the margins.
-      mesh: the devices; None: wherever the arrays are.
+      encoder: the network; a single BatchNorm group holds the whole batch of 2N views, several split it by image.
+      objective: computes the loss from the comparison.
+      mesh: mesh of the devices; None: arrays stay where they are.
     """
 
     encoder: Encoder
@@ -34,17 +34,17 @@ class SimCLR:
     trained_views = 2
 
     def start(self, rng: jax.Array, params: Tree, batch_stats: Tree) -> tuple[()]:
-        """Returns the memory a run starts with: none."""
+        """Returns the initial memory of a run: none."""
         return ()
 
     def placements(self, mesh: jax.sharding.Mesh) -> tuple[()]:
-        """Returns where the memory lies: nowhere."""
+        """Returns the placement of the memory: none."""
         return ()
 
     def loss(
         self, params: Tree, batch_stats: Tree, memory: tuple[()], views: Views, rng: jax.Array
     ) -> tuple[jax.Array, Outcome[tuple[()]]]:
-        """Returns the loss of a batch and what it leaves; see `Method`."""
+        """Returns the loss of a batch and its other results; see `Method`."""
         # Both views of an image side by side: they share a device and a BatchNorm group, and nothing is exchanged.
         both = jnp.stack([views(0), views(1)], axis=1)
         both = sharding.split_rows(both.reshape(-1, *both.shape[2:]), self.mesh)
@@ -69,7 +69,7 @@ class SimCLR:
 
     @staticmethod
     def missing(memory: Any) -> list[str]:
-        """Returns the parts of a memory that are not there: there are none; see `Method`."""
+        """Returns the missing parts of a memory: none; see `Method`."""
         return []
 
     @staticmethod

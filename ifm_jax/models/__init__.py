@@ -1,4 +1,4 @@
-"""Networks: the ResNet family as torchvision's, grouped BatchNorm, projection heads."""
+"""Networks: torchvision's ResNet family, grouped BatchNorm, projection heads."""
 
 from ifm_jax.models.batch_norm import BatchNorm, RunningStats
 from ifm_jax.models.encoder import Encoder, only_head, without_head

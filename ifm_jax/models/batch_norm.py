@@ -1,8 +1,8 @@
 """Batch normalization in groups, with PyTorch's semantics.
 
-"One BatchNorm a GPU" is part of MoCo's recipe: statistics over the whole batch would leak which key belongs to which
-query. Here it is a number, `groups`, and not a property of the machine: the batch is split in G contiguous groups, each
-normalized by its own statistics, whatever the number of devices.
+"One BatchNorm per GPU" is part of MoCo's recipe: statistics over the whole batch would leak which key belongs to which
+query. Here a number, `groups`, replaces this property of the machine: the batch is split into G contiguous groups, each
+normalized with its own statistics, for any number of devices.
 """
 
 from typing import Literal
@@ -20,16 +20,17 @@ class BatchNorm(nnx.Module):
 
     Training normalizes group g with the mean and the biased variance of its own N/G samples (all positions), computed
     in float32 or better, and moves the running averages by `(1 - momentum)`: towards the mean and the *unbiased*
-    variance of group 0 (`running_stats="first_group"`: what a DistributedDataParallel run of G processes saves, since
-    it broadcasts rank 0's buffers), or towards the mean of all groups' (`"mean"`). Evaluation uses these averages.
+    variance of group 0 (`running_stats="first_group"`: like the saved buffers of a DistributedDataParallel run of G
+    processes, which broadcasts rank 0's), or towards the mean of all groups' (`"mean"`). Evaluation uses these
+    averages.
 
     Args:
-      num_features: C.
-      groups: G; N must be a multiple of it.
+      num_features: number of channels, C.
+      groups: number of groups, G; N must be a multiple of it.
       running_stats: which statistics the running averages follow.
       momentum: weight of the old running average (PyTorch's `1 - momentum`).
       epsilon: added to the variance.
-      param_dtype: of scale, bias and the running averages.
+      param_dtype: dtype of scale, bias and the running averages.
 
     Raises:
       ValueError: in training, if N is not a multiple of `groups`.
@@ -55,7 +56,7 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalises `x`, `(N, ..., C)`; the result has its dtype. With `train`, moves the running averages."""
+        """Normalizes `x`, `(N, ..., C)`; the result has its dtype. With `train`, moves the running averages."""
         dtype = np.promote_types(x.dtype, jnp.float32)
         scale, bias = self.scale[...].astype(dtype), self.bias[...].astype(dtype)
         if not train:
@@ -66,14 +67,14 @@ class BatchNorm(nnx.Module):
         batch, channels = x.shape[0], x.shape[-1]
         if batch % self.groups:
             raise ValueError(f"a batch of {batch} does not split into {self.groups} BatchNorm groups (bn_groups)")
-        # With the groups on the leading axis each device reduces over its own samples only.
+        # With the groups on the leading axis each device reduces only over its own samples.
         grouped = x.reshape(self.groups, batch // self.groups, *x.shape[1:])
         axes = tuple(range(1, grouped.ndim - 1))
         values = grouped.astype(dtype)
         mean = jnp.mean(values, axis=axes, keepdims=True)
-        centerd = values - mean
-        var = jnp.mean(jnp.square(centerd), axis=axes, keepdims=True)
-        y = centerd * (jax.lax.rsqrt(var + self.epsilon) * _channels(scale, grouped.ndim))
+        centered = values - mean
+        var = jnp.mean(jnp.square(centered), axis=axes, keepdims=True)
+        y = centered * (jax.lax.rsqrt(var + self.epsilon) * _channels(scale, grouped.ndim))
         y = y + _channels(bias, grouped.ndim)
 
         count = values.size // (self.groups * channels)
@@ -88,10 +89,10 @@ class BatchNorm(nnx.Module):
         for average, new in ((self.mean, pick(mean)), (self.var, pick(unbiased))):
             old = average[...]
             new = jax.lax.stop_gradient(new).astype(old.dtype)
-            # Not `average[...] = `: that asks a traced value for its sharding, which searches the whole trace so far.
+            # Not `average[...] = `: that reads a traced value's sharding, which searches the whole trace so far.
             average.set_value(self.momentum * old + (1 - self.momentum) * new)
 
 
 def _channels(vector: jax.Array, ndim: int) -> jax.Array:
-    """`(C,)` as `(1, ..., 1, C)` of rank `ndim`."""
+    """Reshapes `(C,)` to `(1, ..., 1, C)` of rank `ndim`."""
     return vector.reshape((1,) * (ndim - 1) + vector.shape)

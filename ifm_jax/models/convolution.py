@@ -1,14 +1,14 @@
 """Two-dimensional convolution that is fast on CPUs too.
 
-XLA hands a convolution to a library there if it fits the library, and to a plain loop otherwise. That loop, up to a
-hundred times slower, is what a 3x3 kernel meets on a 2x2 map, the input gradient of a strided convolution that ends in
+On CPUs XLA passes a convolution to a library if the library supports it, and runs a plain loop otherwise. That loop, up
+to a hundred times slower, computes a 3x3 kernel on a 2x2 map, the input gradient of a strided convolution that ends in
 one, and the kernel gradient of the 7x7 stem: a ResNet-18 on images of 64 px spends nine tenths of a step in it. Here
-such a convolution is a sum of matrix products, one for each tap of the kernel (a tap: one of its k_h * k_w places),
-over those output places alone for which the tap lies within the map. On small maps that is also less work, since
-nothing is multiplied with padding.
+such a convolution is a sum of matrix products, one for each tap of the kernel (one of its k_h * k_w positions), only
+over the output positions for which the tap lies within the map. On small maps that is also less work, since nothing is
+multiplied with padding.
 
-Each of the three computations (the convolution and its two gradients) is chosen by its shape, by measurement, and by
-the platform that the program is *compiled* for: elsewhere than on CPUs it is XLA's convolution, forward and backward.
+The form of each of the three computations (the convolution and its two gradients) depends on its shape, as measured,
+and on the platform for which the program is *compiled*: except on CPUs it is XLA's convolution, forward and backward.
 """
 
 import functools
@@ -35,10 +35,10 @@ def conv_general_dilated(
     Args:
       x: `(N, H, W, C_in)`.
       kernel: `(k_h, k_w, C_in / groups, C_out)`, dtype of `x`.
-      window_strides: of height and width.
+      window_strides: strides along height and width.
       padding: zeros before and after, for height and width.
-      **options: of `jax.lax.conv_general_dilated`; groups, dilations and whatever else changes the computation leave
-        all of it to XLA.
+      **options: options of `jax.lax.conv_general_dilated`; with groups, dilations or anything else that changes the
+        computation, XLA computes all of it.
 
     Returns:
       `(N, H', W', C_out)`, dtype of `x`.
@@ -61,7 +61,7 @@ _Saved = tuple[jax.Array, jax.Array]  # input and kernel
 
 
 class _Choice(NamedTuple):
-    """Which of the three computations are not XLA's convolution on a CPU, but matrix products."""
+    """Tells which of the three computations are matrix products on a CPU instead of XLA's convolution."""
 
     output: bool
     input_gradient: bool
@@ -72,14 +72,14 @@ def _choose(x: Shape, kernel: Shape, strides: Shape, padding: Padding) -> _Choic
     """Chooses by shape: as measured on one core of an x86 CPU with AVX2, float32."""
     side = max(_output_sizes(x, kernel, strides, padding))
     if kernel[:2] == (1, 1):
-        # A plain matrix product but for the stride, which only the kernel's gradient suffers from: 3 to 7 times.
+        # A plain matrix product except for the stride, which slows only the kernel's gradient: 3 to 7 times.
         return _Choice(False, False, max(strides) > 1)
     if side <= 2:
         return _Choice(True, True, False)  # 20 to 120 times faster; XLA's kernel gradient is good here
-    # 1.5 to 3 times faster. A 4x4 map gains too little for what nine products cost to compile.
+    # 1.5 to 3 times faster. On a 4x4 map the gain does not justify compiling nine products.
     if 5 <= side <= 7 and min(kernel[2:]) >= 128:
         return _Choice(True, True, True)
-    # XLA's kernel gradient takes the output map as its window: too large for the library. 5 times faster.
+    # XLA's kernel gradient uses the output map as its window, too large for the library. 5 times faster.
     return _Choice(False, False, _is_large_stem(kernel))
 
 
@@ -90,7 +90,7 @@ def _is_large_stem(kernel: Shape) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolution(x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding) -> jax.Array:
-    """The convolution, each computation in the form that `_choose` names."""
+    """Computes the convolution, with each computation in the form that `_choose` picks."""
     if not _choose(x.shape, kernel.shape, strides, padding).output:
         return _output(x, kernel, strides=strides, padding=padding)
     return _on_cpu(_output_by_taps, _output, x, kernel, strides=strides, padding=padding)
@@ -121,7 +121,7 @@ def _on_cpu(
     special: Callable[..., jax.Array], general: Callable[..., jax.Array], *operands: jax.Array, **options: Any
 ) -> jax.Array:
     """Returns `special`'s result if the program is compiled for a CPU, else `general`'s."""
-    # Not jax.default_backend(): a program may be compiled for a TPU that is not there (benchmarks/tpu_plan.py).
+    # Not jax.default_backend(): a program may be compiled for an absent TPU (benchmarks/tpu_plan.py).
     return jax.lax.platform_dependent(
         *operands, cpu=functools.partial(special, **options), default=functools.partial(general, **options)
     )
@@ -146,7 +146,7 @@ def _kernel_gradient(
 def _input_gradient_in_order(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
-    """A convolution of the gradient, zeros between its values where there is a stride, with the kernel turned round."""
+    """Convolves the gradient, with zeros between its values if there is a stride, with the flipped kernel."""
     around = []
     for axis in range(2):
         before = kernel.shape[axis] - 1 - padding[axis][0]
@@ -161,7 +161,7 @@ def _input_gradient_in_order(
 def _kernel_gradient_in_order(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
-    """A convolution of the input with the gradient: channels stand for images, images for channels."""
+    """Convolves the input with the gradient, with channels and images swapped."""
     around = []
     for axis in range(2):
         dilated = (gradient.shape[1 + axis] - 1) * strides[axis] + 1
@@ -211,7 +211,7 @@ def _kernel_gradient_by_taps(
 def _kernel_gradient_by_rows(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
-    """The taps of a kernel's row as one matrix product: with few channels, one tap's would be too narrow."""
+    """Computes the taps of a kernel's row as one matrix product: with few channels, one tap's would be too narrow."""
     height, width = gradient.shape[1:3]
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
@@ -228,14 +228,14 @@ def _kernel_gradient_by_rows(
 
 
 class _Overlap(NamedTuple):
-    """Along one axis: the output places for which a tap lies within the input, and the input places that it meets."""
+    """For one tap and axis: the output positions for which the tap lies in the input, and the inputs it reads."""
 
     outputs: slice
     inputs: slice
 
 
 def _taps(size: int, outputs: int, kernel: int, stride: int, before: int) -> Iterator[tuple[int, _Overlap]]:
-    """Yields the taps of an axis that meet the input at all: output o meets input o * stride + tap - before."""
+    """Yields the taps of an axis that reach the input: output o reads input o * stride + tap - before."""
     for tap in range(kernel):
         offset = tap - before
         first = max(0, -(offset // stride))
@@ -246,7 +246,7 @@ def _taps(size: int, outputs: int, kernel: int, stride: int, before: int) -> Ite
 
 
 def _place(product: jax.Array, places: tuple[slice, slice], sizes: Sequence[int]) -> jax.Array:
-    """Returns zeros `(N, *sizes, C)` with `product` at these places."""
+    """Returns zeros `(N, *sizes, C)` with `product` at these positions."""
     between = [(place.start, size - place.stop, place.step - 1) for place, size in zip(places, sizes, strict=True)]
     return jax.lax.pad(product, jnp.zeros((), product.dtype), [(0, 0, 0), *between, (0, 0, 0)])
 
@@ -256,7 +256,7 @@ def _contract(a: jax.Array, b: jax.Array, axes: tuple[Shape, Shape]) -> jax.Arra
 
 
 def _sum_dtype(x: jax.Array) -> np.dtype:
-    """Sums are rounded to bfloat16 once, at their end, as a convolution's are."""
+    """Returns the dtype of sums, which are rounded to bfloat16 once, at the end, as in a convolution."""
     return np.promote_types(x.dtype, jnp.float32)
 
 

@@ -16,21 +16,21 @@ _HEAD = "fc"
 
 
 def without_head(tree: Tree) -> Tree:
-    """Returns an encoder's `params` or `batch_stats` without those of its head."""
+    """Returns an encoder's `params` or `batch_stats` without the head's part."""
     return {name: value for name, value in tree.items() if name != _HEAD}
 
 
 def only_head(tree: Tree) -> Tree:
-    """Returns of an encoder's `params` or `batch_stats` those of its head: one entry, or none."""
+    """Returns the head's part of an encoder's `params` or `batch_stats`: one entry, or none."""
     return {name: value for name, value in tree.items() if name == _HEAD}
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What query and key encoder have in common: a ResNet backbone and a projection head of `dim` outputs.
+    """The architecture of query and key encoder: a ResNet backbone and a projection head of `dim` outputs.
 
     The module itself is defined with Flax NNX; this splits it into plain nested dicts of arrays, so that a training
-    step is a pure function and a checkpoint holds nothing but names and arrays.
+    step is a pure function and a checkpoint holds only names and arrays.
 
     Attributes:
       arch: one of `resnet.ARCHITECTURES`.
@@ -40,9 +40,9 @@ class Encoder:
       width: channels of the first stage; 0: the architecture's own.
       bn_groups: groups of every BatchNorm in training.
       running_stats: which statistics the running averages follow, "first_group" or "mean".
-      compute_dtype: of convolutions and products.
-      param_dtype: of parameters and running averages.
-      mlp: an argument only: whether the head is "mlp" or "linear", as it was said before there were more.
+      compute_dtype: dtype of convolutions and products.
+      param_dtype: dtype of parameters and running averages.
+      mlp: only an argument: whether the head is "mlp" or "linear", the spelling from before there were more heads.
     """
 
     arch: str
@@ -82,7 +82,7 @@ class Encoder:
 
     def bind(self, params: Tree, batch_stats: Tree) -> resnet.ResNet:
         """Returns the live module with these values."""
-        # An abstract module costs nothing: no array is made.
+        # An abstract module costs nothing: it creates no arrays.
         abstract = nnx.eval_shape(lambda: self.module(nnx.Rngs(params=0)))
         graphdef, param_state, stats_state = nnx.split(abstract, nnx.Param, nnx.BatchStat)
         nnx.replace_by_pure_dict(param_state, params)
@@ -92,10 +92,10 @@ class Encoder:
     def __call__(self, params: Tree, batch_stats: Tree, images: jax.Array, *, train: bool) -> tuple[jax.Array, Tree]:
         """Returns L2-normalized embeddings `(N, dim)`, float32 or better, and the new batch statistics.
 
-        Normalisation is PyTorch's: divided by max(norm, 1e-12).
+        Normalization is PyTorch's: embeddings are divided by max(norm, 1e-12).
 
         Args:
-          params: of this encoder.
+          params: parameters of this encoder.
           batch_stats: running averages of this encoder.
           images: `(N, H, W, 3)` float, normalized.
           train: normalize with the batch's statistics and move the running averages.
@@ -103,7 +103,7 @@ class Encoder:
         module = self.bind(params, batch_stats)
         outputs = module(images, train=train)
         outputs = outputs.astype(np.promote_types(outputs.dtype, jnp.float32))
-        # max under the root: the gradient at zero stays finite.
+        # max under the root keeps the gradient at zero finite.
         square = jnp.sum(jnp.square(outputs), axis=-1, keepdims=True)
         embeddings = outputs * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
         return embeddings, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))

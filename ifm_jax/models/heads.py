@@ -1,4 +1,4 @@
-"""What stands on the pooled features: a linear layer, or a projection head of two."""
+"""Heads for the pooled features: a linear layer, or a projection head of two."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ def linear(
     param_dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """Returns a linear layer that starts as PyTorch's: weight and bias uniform in +-1/sqrt(in_features)."""
+    """Returns a linear layer initialized like PyTorch's: weight and bias uniform in +-1/sqrt(in_features)."""
 
     def init(rng: jax.Array, shape: Sequence[int], dtype: Any, out_sharding: Any = None) -> jax.Array:
         del out_sharding
@@ -44,7 +44,7 @@ def linear(
 class MLPHead(nnx.Module):
     """MoCo-v2's and SimCLR's projection head: linear, ReLU, linear; the hidden layer as wide as its input.
 
-    Chen et al. 2020a, section 2.1 and 2020b, section 3.
+    See Chen et al. 2020a, section 2.1, and 2020b, section 3.
 
     In the original's checkpoints `hidden` is `fc.0` and `output` is `fc.2`.
     """
@@ -67,13 +67,13 @@ class MLPHead(nnx.Module):
 
 
 class HCLHead(nnx.Module):
-    """The projection head of "Contrastive learning with hard negative samples", as its released code has it.
+    """The projection head of "Contrastive learning with hard negative samples", as in its released code.
 
     Linear without bias, BatchNorm, ReLU, linear; the hidden layer has 512 outputs. In a PyTorch `Sequential` of these
     four, `hidden` is `fc.0`, `norm` is `fc.1` and `output` is `fc.3`.
 
     Args:
-      norm: makes a `BatchNorm` for a number of features; the backbone's, so that the groups are the same.
+      norm: makes a `BatchNorm` for a number of features; the same as in the backbone, so that the groups are equal.
     """
 
     hidden_features = 512
@@ -105,13 +105,13 @@ def create(
 
     Args:
       head: one of `HEADS`: "linear" (MoCo v1's, and a classifier), "mlp" (MoCo-v2's and SimCLR's) or "hcl".
-      in_features: of the backbone.
+      in_features: number of features of the backbone.
       out_features: length of an embedding.
       norm: makes a `BatchNorm` for a number of features.
-      **options: dtype, param_dtype, rngs.
+      **options: dtype, param_dtype and rngs of the layers.
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: if the name is unknown.
     """
     if head == "linear":
         return linear(in_features, out_features, **options)

@@ -1,8 +1,8 @@
 """The ResNet family as torchvision defines it, on `(N, H, W, C)` images.
 
-Same parameters under the same names (`conv1`, `bn1`, `layer1.0.conv1`, ..., `fc`), same arithmetic: symmetric padding
-(`SAME` pads differently at stride 2), the stride in the 3x3 convolution of a bottleneck (ResNet v1.5), ReLU after the
-stem, biased-variance normalization, and the same distributions at the start.
+The parameters have the same names (`conv1`, `bn1`, `layer1.0.conv1`, ..., `fc`). The arithmetic is the same: symmetric
+padding (`SAME` pads differently at stride 2), the stride in the 3x3 convolution of a bottleneck (ResNet v1.5), ReLU
+after the stem, biased-variance normalization, and the same initial distributions.
 
 Sources: He et al. 2016; torchvision.models.resnet; Xie et al. 2017 (ResNeXt); Zagoruyko and Komodakis 2016 (wide).
 """
@@ -24,14 +24,14 @@ STEMS: tuple[str, ...] = get_args(Stem)
 
 
 class Architecture(NamedTuple):
-    """What tells one ResNet from another.
+    """The parameters that distinguish ResNets.
 
     Attributes:
-      bottleneck: three convolutions a block (1x1, 3x3, 1x1), expansion 4, instead of two 3x3.
-      depths: blocks in each stage.
-      groups: groups of the 3x3 convolutions (ResNeXt's cardinality).
+      bottleneck: three convolutions per block (1x1, 3x3, 1x1), expansion 4, instead of two 3x3.
+      depths: number of blocks in each stage.
+      groups: number of groups in the 3x3 convolutions (ResNeXt's cardinality).
       width_per_group: width of a group where the stage has 64 channels (wide ResNets: 128).
-      width: channels of the stem and of the first stage; each later stage doubles them.
+      width: number of channels in the stem and the first stage; each later stage doubles them.
     """
 
     bottleneck: bool
@@ -64,7 +64,7 @@ _kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 def _conv(
     in_features: int, out_features: int, kernel: int, *, stride: int = 1, groups: int = 1, **options: Any
 ) -> nnx.Conv:
-    """A convolution without bias, padded by (kernel - 1) / 2 on every side as PyTorch's."""
+    """Returns a convolution without bias, padded by (kernel - 1) / 2 on every side like PyTorch's."""
     pad = (kernel - 1) // 2
     return nnx.Conv(
         in_features,
@@ -162,20 +162,20 @@ class Bottleneck(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A ResNet: images `(N, H, W, 3)` -> `(N, num_classes)`, or pooled features where there is no head.
+    """A ResNet: images `(N, H, W, 3)` -> `(N, num_classes)`, or pooled features if there is no head.
 
     Args:
-      arch: which one; see `ARCHITECTURES`.
-      num_classes: outputs of `fc`; 0: no head, the result is the `(N, num_features)` pooled features.
-      head: what `fc` is: "linear" (one layer), "mlp" (MoCo-v2's and SimCLR's) or "hcl"; see `heads`.
+      arch: name of the architecture; see `ARCHITECTURES`.
+      num_classes: number of outputs of `fc`; 0: no head, the result is the `(N, num_features)` pooled features.
+      head: kind of `fc`: "linear" (one layer), "mlp" (MoCo-v2's and SimCLR's) or "hcl"; see `heads`.
       mlp: another spelling of `head="mlp"`.
       stem: "imagenet" (7x7 stride 2, max-pooling), "small" (3x3, no pooling: images of 32 to 64 px) or
         "small_stride2" (5x5 stride 2, no pooling: the cheaper one for processors without an accelerator).
       bn_groups: groups of every BatchNorm in training (see `batch_norm`).
       running_stats: which statistics the running averages follow, "first_group" or "mean".
-      dtype: in which convolutions and products are computed (None: that of images and parameters together);
-        normalization statistics are always float32 or better.
-      param_dtype: of parameters and running averages.
+      dtype: dtype of convolutions and products (None: the promoted dtype of images and parameters); normalization
+        statistics are always float32 or better.
+      param_dtype: dtype of parameters and running averages.
       rngs: an `nnx.Rngs` with a `params` stream.
     """
 
@@ -242,7 +242,7 @@ class ResNet(nnx.Module):
         return jnp.mean(x, axis=(1, 2), dtype=np.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Returns `(N, num_classes)`, or the features where there is no head; arguments as for `features`."""
+        """Returns `(N, num_classes)`, or the features if there is no head; arguments as for `features`."""
         x = self.features(images, train=train)
         if self.fc is None:
             return x
@@ -255,10 +255,10 @@ def create(arch: str, *, width: int = 0, **options: Any) -> ResNet:
     Args:
       arch: one of `ARCHITECTURES`.
       width: channels of the first stage; 0: the architecture's own (64; 16 for resnet8).
-      **options: of `ResNet`.
+      **options: options of `ResNet`.
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: if the name is unknown.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: expected one of {', '.join(ARCHITECTURES)}")
@@ -267,7 +267,7 @@ def create(arch: str, *, width: int = 0, **options: Any) -> ResNet:
 
 
 def _factory(name: str) -> Callable[..., ResNet]:
-    """The named architecture as a function of `ResNet`'s options, as in torchvision.models."""
+    """Returns a function that builds the named architecture from `ResNet`'s options, as in torchvision.models."""
 
     def build(**options: Any) -> ResNet:
         return create(name, **options)

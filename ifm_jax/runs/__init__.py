@@ -1,1 +1,1 @@
-"""A run: how it starts, its loop, its working directory, and what it says of itself."""
+"""A run: its start, loop, working directory and messages."""

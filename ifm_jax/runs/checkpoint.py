@@ -1,9 +1,9 @@
-"""Saving and restoring: the whole state and the config, asynchronously, with Orbax.
+"""Saves and restores the whole state and the config, asynchronously, with Orbax.
 
-A checkpoint holds nested dicts of arrays under plain names, so that it can be read without this package, on any number
-of devices. One is visible only once it is whole: Orbax writes under another name and renames. What can damage it after
-that (a disk, a copy, a hand) is detected when it is read: a checksum of every array, and of the config, lies beside
-them, since the storage format itself checks its index and not its data.
+A checkpoint holds nested dicts of arrays under plain names, so it can be read without this package, on any number of
+devices. It becomes visible only once it is complete: Orbax writes under another name and renames. Later damage (by a
+disk, a copy, a person) is detected on reading: checksums of every array and of the config are stored beside them, since
+the storage format itself checks its index but not its data.
 
     <step>/state/       the arrays
     <step>/config/      the config, JSON
@@ -36,11 +36,11 @@ Tree = dict[str, Any]
 
 
 class Stored(NamedTuple):
-    """What a checkpoint holds, read and checked.
+    """The contents of a checkpoint, read and checked.
 
     Attributes:
-      state: as it was asked for.
-      config: of the run when it was saved, JSON.
+      state: state in the requested form.
+      config: config of the run when it was saved, JSON.
     """
 
     state: Any
@@ -50,22 +50,22 @@ class Stored(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run, in one directory: the newest `keep`, and the best by a metric if one is named.
 
-    What an earlier process was still writing when it died is removed.
+    Incomplete checkpoints of an earlier process that died are removed.
 
     Args:
-      directory: made if it is not there.
-      keep: how many of the newest to keep.
-      best: name of the metric whose highest value's checkpoint is kept too; empty: none.
+      directory: directory of the checkpoints; created if it does not exist.
+      keep: number of the newest checkpoints to keep.
+      best: name of a metric; the checkpoint with its highest value is kept too; empty: none.
 
     Raises:
-      RunError: if it cannot be made.
+      RunError: if the directory cannot be created.
     """
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 3, best: str = ""):
         self.directory = pathlib.Path(directory).absolute()
         self._best = best
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-        value = None  # without it Orbax writes no metrics
+        value = None  # then Orbax writes no metrics
         if best:
             value = lambda metrics: metrics.get(best, -np.inf)  # noqa: E731
             policies.append(checkpoint_managers.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False))
@@ -79,20 +79,20 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest whole checkpoint, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, state: Any, config: dict[str, Any], found: Mapping[str, float] | None = None) -> None:
-        """Starts saving; returns once the state is copied, and writes it in the background.
+        """Starts to save: returns once the state is copied, then writes it in the background.
 
         Args:
-          state: a NamedTuple with a `step`, which names the checkpoint. One that is there already is kept. The fields
-            of a `memory` are written beside the others, under the names that they had before methods had memories.
-          config: the run's, as JSON.
-          found: what an evaluation of this state has found, by name; None: there was none.
+          state: a NamedTuple with a `step`, which names the checkpoint. An existing checkpoint of that name is kept.
+            The fields of a `memory` are written beside the others, under their names from before methods had memories.
+          config: config of the run, JSON.
+          found: results of an evaluation of this state, by name; None: there was none.
 
         Raises:
-          RunError: if this one or the one before it cannot be written.
+          RunError: if this checkpoint or the one before it cannot be written.
         """
         step = int(state.step)
         if step == self.latest_step():
@@ -105,7 +105,7 @@ class Checkpoints:
             checksums=ocp.args.JsonSave(_checksums(tree, config)),
         )
         measured = {self._best: found[self._best]} if self._best and found else None
-        if not self.directory.is_dir():  # Orbax would make it anew, and go on as if the others were still there
+        if not self.directory.is_dir():  # Orbax would recreate it and continue as if the others still existed
             raise RunError(
                 f"the checkpoints of {self.directory} were removed while the run was on: stopped at step {step}, "
                 "nothing is saved any more; the same command goes on from what is there"
@@ -114,16 +114,16 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=measured)
 
     def check(self) -> None:
-        """Raises the `RunError` of a checkpoint that could not be written in the background; does not wait."""
+        """Raises a `RunError` if a checkpoint could not be written in the background; does not wait."""
         with self._failures():
             self._manager.check_for_errors()
 
     @contextlib.contextmanager
     def _failures(self, step: int | None = None) -> Iterator[None]:
-        """Says in one line what keeps Orbax from writing."""
+        """Turns Orbax's errors while writing into one line."""
         try:
             yield
-        except Exception as error:  # the file system's, TensorStore's, Orbax's own
+        except Exception as error:  # from the file system, TensorStore or Orbax
             self._failed = True
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}, or the one before it,"
             raise RunError(
@@ -133,10 +133,10 @@ class Checkpoints:
             ) from error
 
     def wait(self) -> None:
-        """Returns when all that was started is written.
+        """Waits until all checkpoints in progress are written.
 
         Raises:
-          RunError: if it cannot be.
+          RunError: if one cannot be written.
         """
         with self._failures():
             self._manager.wait_until_finished()
@@ -146,7 +146,7 @@ class Checkpoints:
         """Finishes writing.
 
         Raises:
-          RunError: if it cannot be.
+          RunError: if one cannot be written.
         """
         with self._failures():
             self._manager.close()
@@ -160,37 +160,37 @@ class Checkpoints:
         try:
             if error is None:
                 return self.close()
-            # On several hosts Orbax waits for all of them: not where one has ended, or has failed alone.
+            # On several hosts Orbax waits for all of them; do not wait if one has ended or failed alone.
             if jax.process_count() == 1 or isinstance(error, RunError):
-                with contextlib.suppress(RunError):  # what ends the run is said already
+                with contextlib.suppress(RunError):  # the error that ends the run has been reported
                     self.close()
         finally:
             if self._failed:
                 self._settle()
-                del self._manager  # it holds the errors of its threads
+                del self._manager  # it keeps the errors of its threads alive
                 _release(error)
             self._silence.__exit__(None, None, None)
 
 
 def steps(directory: pathlib.Path) -> list[int]:
-    """Returns the steps of the checkpoints in a directory, ascending; none where it does not exist."""
+    """Returns the steps of the checkpoints in a directory, ascending; empty if it does not exist."""
     if not directory.is_dir():
         return []
-    # Orbax renames a checkpoint to its plain number once it is whole; 006 is not a name of its.
+    # Orbax renames a checkpoint to its plain number once it is complete; it never writes names like 006.
     names = [child.name for child in directory.iterdir() if child.is_dir()]
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def read(step_dir: pathlib.Path) -> Stored:
-    """Returns what a checkpoint holds, the state as nested dicts of NumPy arrays, whatever devices it was saved from.
+    """Returns the contents of a checkpoint, the state as nested dicts of NumPy arrays, wherever it was saved.
 
-    No other host takes part in it.
+    Involves no other host.
 
     Raises:
-      Exception: whatever a damaged checkpoint makes Orbax raise; ValueError where a checksum does not agree.
+      Exception: any error that a damaged checkpoint causes in Orbax; ValueError if a checksum does not match.
     """
     handler = ocp.PyTreeCheckpointHandler()
-    state: Any = step_dir / "state"  # Orbax asks for the Path of another package, and takes any
+    state: Any = step_dir / "state"  # typed as another package's Path, but Orbax accepts any
     wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(state).tree)
     tree = handler.restore(state, args=ocp.args.PyTreeRestore(restore_args=wanted))
     config = read_config(step_dir)
@@ -214,8 +214,8 @@ def read_config(step_dir: pathlib.Path) -> dict[str, Any]:
     """Returns the config in a checkpoint.
 
     Raises:
-      OSError: if there is none.
-      ValueError: if it is damaged.
+      OSError: if there is no config.
+      ValueError: if the config is damaged.
     """
     config = json.loads((step_dir / "config" / "metadata").read_text())
     known = _read_checksums(step_dir)
@@ -225,15 +225,15 @@ def read_config(step_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None, dict[int, str]]:
-    """Returns the newest checkpoint that can be read, and why the newer ones cannot.
+    """Returns the newest readable checkpoint, and the errors of the newer ones.
 
     Args:
-      directory: of the checkpoints.
-      like: the structure, shapes and dtypes its state must have, and comes in; None: nested dicts, as they are.
+      directory: directory of the checkpoints.
+      like: required structure, shapes and dtypes of the state, in which it is returned; None: nested dicts as stored.
 
     Returns:
-      The checkpoint, its state of NumPy arrays, None where none can be read; and of each damaged one, by its step, what
-      is wrong with it.
+      The checkpoint, with a state of NumPy arrays, or None if none can be read; and a dict from the step of each
+      damaged checkpoint to its error.
     """
     damaged: dict[int, str] = {}
     with _abandoned_work_is_silent(), warnings.catch_warnings():
@@ -244,14 +244,14 @@ def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None
                 if int(stored.state["step"]) != step:
                     raise ValueError(f"it holds step {int(stored.state['step'])}")
                 return (stored if like is None else stored._replace(state=fitted(stored.state, like))), damaged
-            except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
+            except Exception as error:  # a damaged checkpoint can make Orbax raise anything
                 damaged[step] = f"{type(error).__name__}: {first_line(error)}"
-            gc.collect()  # what is left of it has its say now
+            gc.collect()  # leftover tasks print their warnings now
     return None, damaged
 
 
 def newest_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None, dict[int, str]]:
-    """Does what `find_whole` does, where checkpoints none of which can be read are an error.
+    """Returns what `find_whole` does; raises if there are checkpoints and none can be read.
 
     Raises:
       UsageError: if there are checkpoints and none can be read.
@@ -267,14 +267,14 @@ def newest_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | No
 
 
 def fitted(tree: Tree, like: Any) -> Any:
-    """Returns the arrays of nested dicts in the structure of a state.
+    """Converts nested dicts of arrays to the structure of a state.
 
     Args:
-      tree: as `read` returns it.
+      tree: nested dicts from `read`.
       like: a state of arrays or of their shapes and dtypes.
 
     Raises:
-      ValueError: if it is another structure, or arrays have another shape or dtype.
+      ValueError: if the structure, or the shape or dtype of an array, differs.
     """
     if hasattr(like, "memory"):
         tree = nested(tree, list(flax.serialization.to_state_dict(like.memory)))
@@ -283,13 +283,13 @@ def fitted(tree: Tree, like: Any) -> Any:
     return state
 
 
-_CONFIG = "config"  # its place among the checksums; an array's name has no such first part
+_CONFIG = "config"  # its key among the checksums; no array's name begins like this
 
 
 def _checksums(tree: Tree, config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the checksums of a state on the devices, and of its config; on several hosts a collective.
+    """Returns the checksums of a state on the devices and of its config; a collective on several hosts.
 
-    An array that is split over hosts has one of each part's rows, so that nobody needs the whole of it.
+    An array that is split over hosts has one checksum per part, so that no host needs the whole array.
     """
     known: dict[str, Any] = {_CONFIG: _crc_of_json(config)}
     split = {}
@@ -297,7 +297,7 @@ def _checksums(tree: Tree, config: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, jax.Array):
             crc = _crc(np.asarray(value))
         elif value.is_fully_replicated:
-            # Not np.asarray(value): it would remember its copy, whose memory the next step could not use again.
+            # Not np.asarray(value): the array would cache the copy, and the next step could not reuse its memory.
             crc = _crc(np.asarray(value.addressable_data(0)))
         elif value.is_fully_addressable:
             crc = _crc(np.asarray(value))
@@ -315,7 +315,7 @@ def _checksums(tree: Tree, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_checksums(step_dir: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the checksums in a checkpoint; None: it is from before there were any."""
+    """Returns the checksums in a checkpoint; None for an old checkpoint without them."""
     if not (step_dir / "checksums").is_dir():
         return None
     known = json.loads((step_dir / "checksums" / "metadata").read_text())
@@ -338,7 +338,7 @@ def _describe(value: Any) -> str:
 
 
 def _crc(value: np.ndarray) -> int:
-    # Of every flipped bit, and of every burst of up to 32, CRC-32 is certain; it runs at 3 to 4 GB a second.
+    # CRC-32 detects every flipped bit and every burst of up to 32 bits; it runs at 3 to 4 GB a second.
     return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
 
@@ -347,7 +347,7 @@ def _crc_of_json(values: Any) -> int:
 
 
 def _release(error: BaseException | None) -> None:
-    """Drops what the calls that have ended with an error still hold: Orbax's tasks, which could not be collected."""
+    """Clears the frames of an error's traceback, which keep Orbax's tasks from being garbage-collected."""
     chain = [error] if error is not None else []
     for one in chain:
         traceback.clear_frames(one.__traceback__)
@@ -359,14 +359,14 @@ _NEVER_AWAITED = "coroutine .* was never awaited"
 
 @contextlib.contextmanager
 def _abandoned_work_is_silent() -> Iterator[Callable[[], None]]:
-    """Keeps what the reads and writes begun beside a failed one would have to say off the terminal, in its block.
+    """Within its block, hides the messages of reads and writes that a failed one has left behind.
 
-    Orbax gives up at the first that fails. The others end with coroutines that nobody waited for and tasks whose
-    errors nobody asked for, which asyncio reports once they are collected; TensorStore's threads find the event loop
-    closed, which Python reports through its hook.
+    Orbax gives up at the first failure. The others end as coroutines never awaited and tasks with errors never
+    retrieved, which asyncio reports once they are collected; TensorStore's threads find the event loop closed, which
+    Python reports through its hook.
 
     Yields:
-      What waits, after a failure, until they are done: a second in which none has said anything, five at most.
+      A function that waits, after a failure, until they are done: for a second without a message, at most five.
     """
     logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
     heard = time.monotonic()
@@ -394,14 +394,14 @@ def _abandoned_work_is_silent() -> Iterator[Callable[[], None]]:
         yield settle
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
-            gc.collect()  # what is left of it has its say now
+            gc.collect()  # leftover tasks print their warnings now
     finally:
         logger.removeFilter(is_of_others)
         sys.unraisablehook = hook
 
 
 def nested(tree: Tree, memory: Sequence[str]) -> Tree:
-    """Returns the arrays of a checkpoint with those of these names, where they are there, together as `memory`."""
+    """Returns the arrays of a checkpoint with the memory's arrays, where they exist, grouped under `memory`."""
     rest = {name: value for name, value in tree.items() if name not in memory}
     return rest | {"memory": {name: tree.get(name) for name in memory}}
 
@@ -412,5 +412,5 @@ def _check_array(expected: Any, found: Any) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, at most 200 characters of it."""
+    """Returns the first line of an error's message, at most 200 characters of it."""
     return (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,4 +1,4 @@
-"""`curves.png`: the metrics of a run as a picture. matplotlib is imported only where something is drawn."""
+"""Draws `curves.png`, the metrics of a run as a picture. Imports matplotlib only to draw."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 _MAX_POINTS = 2000
-BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"  # told apart by all eyes (Okabe and Ito)
+BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d55e00", "#009e73", "#56b4e9"  # safe for color-blind readers (Okabe and Ito)
 INK, GREY = "#333333", "#8a8a8a"
-# What a picture shows: for each panel its label and its curves, as field, text and color.
+# The contents of a picture: for each panel its label and its curves, as field, text and color.
 Panels = Sequence[tuple[str, Sequence[tuple[str, str, str]]]]
 PRETRAINING: Panels = (
     ("loss", (("loss", "total", BLUE), ("loss_clean", "InfoNCE", ORANGE), ("loss_ifm", "shifted (IFM)", GREEN))),
@@ -38,16 +38,16 @@ def draw_curves(
     *,
     chance: float | None = None,
 ) -> None:
-    """Draws `curves.png`: loss, accuracy and learning rate over the steps; the legends tell the latest values.
+    """Draws `curves.png`: loss, accuracy and learning rate over the steps; the legends show the latest values.
 
-    A long run's noisy curves are drawn pale, their running mean (over a fiftieth of the run) on top. At most 2000
-    points a curve are drawn. The picture takes the place of the old one at once; no state of matplotlib is touched.
+    For a long run the noisy curves are pale, with their running mean (over a fiftieth of the run) on top. A curve has
+    at most 2000 points. The picture replaces the old one atomically; matplotlib's global state stays unchanged.
 
     Args:
-        records: as `read` returns them; fields that are missing are not drawn. Without records nothing is drawn.
-        path: the PNG file, 1080 x 1080 px.
-        panels: what it shows; a panel without any value is left out.
-        chance: the loss by chance, InfoNCE's, drawn as a dashed line among the losses; None: no line.
+      records: records from `read`; missing fields are not drawn. Without records nothing is drawn.
+      path: path of the PNG file, 1080 x 1080 px.
+      panels: panels of the picture; a panel without any value is left out.
+      chance: InfoNCE loss at chance, drawn as a dashed line among the losses; None: no line.
     """
     if not records:
         return
@@ -76,11 +76,11 @@ def draw_curves(
                 continue
             values = np.array([math.nan if value is None else value for value in values], dtype=float)
             known = np.flatnonzero(np.isfinite(values))
-            if len(known) < count:  # found now and then, as by an evaluation
+            if len(known) < count:  # recorded only sometimes, as by an evaluation
                 style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.8}
                 axis.plot(steps[known], values[known], label=f"{text}  {_latest(name, values[known[-1]])}", **style)
                 continue
-            # Under MoCo total and InfoNCE are the same curve: the upper one dashed lets the lower one show.
+            # For MoCo the total and InfoNCE are the same curve: the upper one is dashed, so that the lower one shows.
             style = {"color": color, "linestyle": (0, (4, 2)) if name == "loss_clean" else "-"}
             text = f"{text}  {_latest(name, values[-1])}"
             if window >= 2 and name != "lr":
@@ -125,14 +125,14 @@ def _latest(name: str, value: float) -> str:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Returns the mean of up to `window` values before and after each value, over fewer of them at the ends."""
+    """Returns the mean of up to `window` values before and after each value, and over fewer at the ends."""
     import numpy as np
 
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     center = np.arange(len(values))
-    # Symmetric towards the ends, or a slope would be bent there; but not down to a single noisy value.
+    # Symmetric near the ends, or a slope would bend there; but never down to a single noisy value.
     reach = np.clip(np.minimum(center, len(values) - 1 - center), window // 4, window)
     low, high = np.maximum(center - reach, 0), np.minimum(center + reach + 1, len(values))
     number = counts[high] - counts[low]

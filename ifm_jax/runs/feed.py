@@ -1,4 +1,4 @@
-"""What feeds the training step: batches as the host reads them, or images that lie on the devices."""
+"""Feeds the training step: with batches that the host reads, or with images that are held on the devices."""
 
 import contextlib
 import time
@@ -19,23 +19,23 @@ from ifm_jax.runs.session import Session
 
 
 class Feed(Protocol):
-    """Where the batches of a run come from.
+    """The source of a run's batches.
 
     Attributes:
-      images: what the program takes between state and batch: all images, where they lie on the devices.
+      images: extra arguments of the program between state and batch: all images, if they are held on the devices.
     """
 
     images: tuple[jax.Array, ...]
 
     def step(self, step: PretrainStep) -> PretrainStep | OnDeviceStep:
-        """Returns the step that takes this feed's batches."""
+        """Wraps the step so that it takes this feed's batches."""
 
     def calls(self, length: Length, session: Session) -> Generator[Call, None, None]:
-        """Returns what the step is called with, one after another; close it at the end.
+        """Returns the calls of the step, one after another; close the iterator at the end.
 
         Args:
-          length: of the loop.
-          session: shows lines, and takes note of unreadable images.
+          length: length of the loop.
+          session: shows lines and records unreadable images.
         """
 
 
@@ -43,13 +43,13 @@ def make_feed(config: Config, source: Source, size: int, mesh: jax.sharding.Mesh
     """Returns the feed that a config asks for.
 
     Args:
-      config: resolved.
-      source: of the images.
-      size: the first so many of them.
-      mesh: the devices.
+      config: resolved config.
+      source: source of the images.
+      size: how many of them to use, from the first on.
+      mesh: mesh of the devices.
 
     Raises:
-      UsageError: if the images are to lie on the devices and do not fit there.
+      UsageError: if the images are to be held on the devices and do not fit there.
     """
     return (DeviceFeed if config.data.cache else HostFeed)(config, source, size, mesh)
 
@@ -63,7 +63,7 @@ class HostFeed:
         self._config, self._source, self._size, self._mesh = config, source, size, mesh
 
     def step(self, step: PretrainStep) -> PretrainStep:
-        """Returns the step as it is."""
+        """Returns the step unchanged."""
         return step
 
     def calls(self, length: Length, session: Session) -> Generator[Call, None, None]:
@@ -86,7 +86,7 @@ class HostFeed:
 
 
 class DeviceFeed:
-    """All images lie on every device; a batch is no more than their numbers."""
+    """All images are held on every device; a batch is a list of image numbers."""
 
     def __init__(self, config: Config, source: Source, size: int, mesh: jax.sharding.Mesh):
         self._config, self._source, self._size, self._mesh = config, source, size, mesh
@@ -94,7 +94,7 @@ class DeviceFeed:
         self.images: tuple[jax.Array, ...] = ()
 
     def _find_side(self) -> int:
-        """Returns the side of the copies that the devices hold; they fit there."""
+        """Returns the side of the copies that the devices hold, after checking that they fit."""
         side = copies_side(self._source, self._config.data.image_size, self._config.data.cache_size)
         check_memory(self._size, side, memory.of_device(self._mesh))
         return side
@@ -104,7 +104,7 @@ class DeviceFeed:
         return OnDeviceStep(step, self._config.data.image_size, self._config.steps_per_call)
 
     def calls(self, length: Length, session: Session) -> Generator[Call, None, None]:
-        """Reads all images, and returns which of them the next batches are; see `Feed`."""
+        """Reads all images and returns the image numbers of the next batches; see `Feed`."""
         session.say(f"Reading {self._size:,} images of {self._side} px, to be held on the devices")
         begun = time.perf_counter()
         pixels, copies = read_all(

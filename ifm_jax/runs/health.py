@@ -1,4 +1,4 @@
-"""Whether a run is healthy: what its numbers would be by chance, and warnings when they do not leave it."""
+"""Watches the health of a run: knows its metrics at chance level, and warns if they stay there."""
 
 import collections
 import math
@@ -7,21 +7,21 @@ from typing import Any
 
 from ifm_jax.methods import Method
 
-LEAST_WINDOW = 20  # logged steps: single ones are noisy
+LEAST_WINDOW = 20  # logged steps; single steps are noisy
 _RISE = 0.05  # of the loss, relative, over the lowest mean since the queue was full
 _NEAR_CHANCE = 3.0  # times chance level
-_EPOCHS = 2  # before contrast accuracy at chance is worth a word
+_EPOCHS = 2  # before a warning about contrast accuracy at chance
 
 
 class Health:
     """Watches the logged metrics of one run.
 
     Args:
-      negatives: K, of a query.
-      images: of the training set.
-      queue: whether the negatives are in a queue.
-      full_step: the step after which all of them are real keys; 0: from the start.
-      window: logged steps that a mean is taken over; those of an epoch, so that its order does not matter.
+      negatives: number of negatives per query, K.
+      images: number of images in the training set.
+      queue: whether the negatives come from a queue.
+      full_step: step after which all negatives are real keys; 0: from the start.
+      window: number of logged steps in a mean; those of an epoch, so that its order does not matter.
     """
 
     def __init__(self, negatives: int, images: int, *, queue: bool, full_step: int, window: int = LEAST_WINDOW):
@@ -34,24 +34,24 @@ class Health:
 
     @classmethod
     def of(cls, method: Method[Any], batch_size: int, images: int, window: int) -> "Health":
-        """Returns the watch over a run of a method.
+        """Returns the `Health` of a run of a method.
 
         Args:
-          method: of the run.
-          batch_size: global.
-          images: of the training set.
-          window: logged steps of an epoch.
+          method: method of the run.
+          batch_size: number of images in a global batch.
+          images: number of images in the training set.
+          window: number of logged steps in an epoch.
         """
         full_step = method.full_step(batch_size)
         return cls(method.negatives(batch_size), images, queue=full_step > 0, full_step=full_step, window=window)
 
     @property
     def chance(self) -> float:
-        """The loss (InfoNCE) of embeddings that tell nothing apart: log(1 + K)."""
+        """InfoNCE loss of embeddings that distinguish nothing: log(1 + K)."""
         return math.log1p(self._negatives)
 
     def introduction(self) -> list[str]:
-        """Returns what the user is told at the start, a line each."""
+        """Returns the messages for the user at the start, one per line."""
         lines = [
             f"Chance level: InfoNCE {self.chance:.2f} (the logarithm of 1 + {self._negatives:,} negatives), contrast "
             f"accuracy {100 / (1 + self._negatives):.2g} %."
@@ -69,10 +69,10 @@ class Health:
         return lines
 
     def watch(self, record: Mapping[str, Any]) -> list[str]:
-        """Takes in a logged record; returns warnings, each given once.
+        """Processes a logged record; returns warnings, each only once per run.
 
         Args:
-          record: with `step`, `epoch`, `loss_clean` and `acc1`, as in metrics.jsonl.
+          record: record with `step`, `epoch`, `loss_clean` and `acc1`, as in metrics.jsonl.
         """
         if record["step"] <= self.full_step:
             return []

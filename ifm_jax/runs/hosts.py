@@ -1,4 +1,4 @@
-"""What several hosts of a run do as one: all of them succeed in it, or all of them end."""
+"""Actions that the hosts of a run do together: all of them succeed, or all of them end."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,17 +13,17 @@ Answer = TypeVar("Answer")
 
 
 def together(action: Callable[[], Answer], facts: Callable[[Answer], Mapping[str, Any]] = lambda _: {}) -> Answer:
-    """Does a part of the start on every host, and ends all of them if one cannot, or if they find different facts.
+    """Does a part of the start on every host; ends all of them if one fails or if their facts differ.
 
     Args:
-      action: of this host.
-      facts: what its answer must have in common with the others', by name, as JSON.
+      action: what this host does.
+      facts: returns the facts about the answer on which all hosts must agree, by name, as JSON.
 
     Returns:
       This host's answer.
 
     Raises:
-      UsageError: this host's, or another's, or one that names the facts that differ.
+      UsageError: the error of this or another host, or one that names the facts that differ.
     """
     if jax.process_count() == 1:
         return action()

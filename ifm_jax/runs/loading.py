@@ -1,4 +1,4 @@
-"""Whatever holds a network, read: a run, one of its checkpoints, a PyTorch file; as a snapshot or as a live model."""
+"""Reads a network from a run, one of its checkpoints or a PyTorch file, as a snapshot or as a live model."""
 
 import os
 import pathlib
@@ -15,25 +15,25 @@ from ifm_jax.runs.snapshot import Snapshot
 
 
 def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
-    """Returns what a checkpoint holds, whoever wrote it.
+    """Reads a checkpoint of this package or of PyTorch.
 
     Args:
       path: a run's workdir (its newest checkpoint that can be read), its `checkpoints`, or `checkpoints/<step>`; or a
         PyTorch file, `.pth`, `.pth.tar` or `.safetensors`.
-      step: of a PyTorch file, updates done; see `torch_interop.reading.read`.
-      prefix: of a PyTorch file, what the network's names begin with; likewise.
+      step: updates done, for a PyTorch file; see `torch_interop.reading.read`.
+      prefix: what the network's names begin with in a PyTorch file; likewise.
 
     Returns:
-      The snapshot; its `notes` name damaged checkpoints that were passed over.
+      The snapshot; its `notes` name damaged checkpoints that were skipped.
 
     Raises:
-      UsageError: if nothing can be read there.
+      UsageError: if there is nothing to read at `path`.
     """
     if pathlib.Path(path).is_dir():
         if prefix:
             raise UsageError(f"--prefix={prefix}: {path} is a directory; a prefix is for PyTorch files")
         return snapshot.read_run(path)
-    from ifm_jax.torch_interop import reading  # only for a file of PyTorch's
+    from ifm_jax.torch_interop import reading  # only for a PyTorch file
 
     return reading.read(path, step, prefix)
 
@@ -41,14 +41,14 @@ def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = ""
 def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = "") -> ResNet:
     """Returns the backbone of the query encoder, without its head, as a live Flax NNX module in evaluation mode.
 
-    Its running averages normalize and are not moved; nothing about it trains unless you make it.
+    It normalizes with its running averages and does not update them; nothing in it trains unless you make it.
 
     Args:
       path: a run's working directory (the newest checkpoint), one of its checkpoints (`DIR/checkpoints/<step>`), or a
-        `.pth`, `.pth.tar` or `.safetensors` in the original's or torchvision's format, or another library's that holds
-        a ResNet under a prefix.
-      dtype: of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
-      prefix: what the network's names in a PyTorch file begin with, as `backbone.`; "": found where it can only be one
+        `.pth`, `.pth.tar` or `.safetensors` in the original's or torchvision's format, or another library's file that
+        holds a ResNet under a prefix.
+      dtype: dtype of parameters and arithmetic; "float64" needs JAX's 64-bit types on.
+      prefix: what the network's names in a PyTorch file begin with, such as `backbone.`; "": detected if unambiguous
         (`read`).
 
     Returns:
@@ -56,7 +56,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
       `(N, model.num_features)`.
 
     Raises:
-      UsageError: if nothing can be read there.
+      UsageError: if there is nothing to read at `path`.
 
     Example:
       >>> model = ifm_jax.load("runs/trifeature")              # doctest: +SKIP

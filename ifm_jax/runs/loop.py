@@ -1,4 +1,4 @@
-"""The loop around a compiled step: metrics, checkpoints, Ctrl-C; for pre-training and for the linear probe."""
+"""The loop around a compiled step, with metrics, checkpoints and Ctrl-C; for pre-training and the linear probe."""
 
 import collections
 import contextlib
@@ -22,11 +22,11 @@ from ifm_jax.runs.metrics_log import MetricsLog
 from ifm_jax.runs.progress import Progress, Silence
 from ifm_jax.runs.tensorboard import TensorBoardLog
 
-# Calls the host may be ahead of the device: enough to hide its own work, few enough to bound the images in flight.
+# How many calls the host may be ahead of the device: enough to hide its work, few enough to bound images in flight.
 _CALLS_AHEAD = 2
 _CURVES_EVERY = 60.0  # seconds
-# Seconds within which a signal counts as the same: `timeout`, and launchers that signal a group and each process in it,
-# send it twice.
+# Repeats of a signal within so many seconds count as one: `timeout`, and launchers that signal a group and each process
+# in it, send it twice.
 _SAME_SIGNAL = 0.5
 
 State = TypeVar("State")
@@ -34,12 +34,12 @@ State = TypeVar("State")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a loop ended.
+    """The end of a loop.
 
     Attributes:
       step: updates done.
-      total_steps: updates it is to do.
-      stopped_by: the signal that stopped it early, saved; None: it is done.
+      total_steps: updates in the whole loop.
+      stopped_by: the signal that stopped the loop early, after saving; None: the loop is complete.
     """
 
     step: int
@@ -49,12 +49,12 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """How long a loop is, and where it begins.
+    """The start and the length of a loop.
 
     Attributes:
       first: updates done before.
-      last_step: the update to end with.
-      epochs: of the whole recipe, which may be longer.
+      last_step: number of the last update.
+      epochs: epochs of the whole recipe, which may be longer than the loop.
       epoch_steps: updates in an epoch.
       batch_size: images in an update.
     """
@@ -72,11 +72,11 @@ class Length:
 
 
 class Call(NamedTuple):
-    """What the compiled program is called with once.
+    """The arguments of one call of the compiled program.
 
     Attributes:
-      batch: on the devices.
-      steps: how many it takes; their metrics are stacked then.
+      batch: batch on the devices.
+      steps: number of steps in the call; with several, their metrics are stacked.
     """
 
     batch: Any
@@ -84,13 +84,13 @@ class Call(NamedTuple):
 
 
 def counts(first: int, last_step: int, most: int, *stops: int) -> Iterator[int]:
-    """Yields how many steps each call takes: as many as it may, and an end wherever something is due.
+    """Yields the number of steps in each call: as many as allowed, ending wherever something is due.
 
     Args:
       first: steps done before.
-      last_step: the step to end with.
-      most: steps of a call at most.
-      *stops: a call ends at every multiple of each; 0: of none.
+      last_step: number of the last step.
+      most: greatest number of steps in a call.
+      *stops: a call ends at every multiple of each of these; 0: ignored.
     """
     step = first
     while step < last_step:
@@ -117,28 +117,29 @@ def run(
     vote: Callable[[np.ndarray], jax.Array] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[int, State]:
-    """Takes steps until the last one, or until a signal stops it.
+    """Runs steps until the last one, or until a signal stops the loop.
 
     Args:
       step_fn: `(state, batch) -> (state, metrics)`, compiled; it may use the state's memory for the new one. Metrics
-        are scalars, or of a call of several steps `(N,)` with room for them.
-      state: before the first step.
-      calls: what it is called with. Several steps in one call end wherever a checkpoint or an evaluation is due.
+        are scalars, or for a call of several steps `(N,)` with room for them.
+      state: state before the first step.
+      calls: arguments of each call of `step_fn`. A call of several steps ends wherever a checkpoint or evaluation is
+        due.
       first: steps done before.
-      last_step: the step to end with.
-      recorder: takes the metrics.
-      stop: says when to stop; afterwards its `signal` is the one all hosts have stopped for.
+      last_step: number of the last step.
+      recorder: receives the metrics.
+      stop: tells when to stop; afterwards its `signal` is the one for which all hosts have stopped.
       save: saves a state; called every `checkpoint_every` steps, every `checkpoint_seconds`, and at the end.
       checkpoint_every: steps between two checkpoints.
-      checkpoint_seconds: most seconds between two checkpoints; 0: steps alone decide.
-      evaluate: what it finds is added to the metrics of its step.
+      checkpoint_seconds: most seconds between two checkpoints; 0: only steps count.
+      evaluate: evaluates a state; its results are added to the metrics of the step.
       evaluate_every: steps between two evaluations; 0: none.
       save_evaluated: save after each evaluation too.
-      check: called after each step; raises what has gone wrong in the background.
-      vote: of several hosts: the elementwise maximum of what each of them gives, as `sharding.maximum_over_hosts`.
+      check: called after each step; raises errors from the background.
+      vote: returns the elementwise maximum over all hosts, like `sharding.maximum_over_hosts`.
 
     Returns:
-      The steps done in all, and the state after them.
+      The total number of steps done, and the state after them.
 
     Raises:
       RunError: if a loss is not finite; nothing is saved of that step or after it.
@@ -148,14 +149,14 @@ def run(
     decisions = _Decisions(stop, checkpoint_seconds, vote)
     call = next(calls)
     while step < last_step and not decisions.stop:
-        # What is not on the devices yet would have to wait for its way there, in every step.
+        # Otherwise every step would transfer anything that is not on the devices yet.
         with jax.transfer_guard("disallow"):
             state, step_metrics = step_fn(state, call.batch)
         recorder.add(step, call.steps, step_metrics)
         step += call.steps
         if step < last_step:
             with recorder.waiting():
-                call = next(calls)  # while the device computes
+                call = next(calls)  # read while the device computes
         found = None
         if evaluate is not None and evaluate_every and step % evaluate_every == 0:
             recorder.flush()
@@ -169,7 +170,7 @@ def run(
         decisions.take()
         due = step % checkpoint_every == 0 or decisions.save or (save_evaluated and found is not None)
         if due and step < last_step and not decisions.stop:
-            recorder.flush()  # a state is saved only once its losses are known to be finite
+            recorder.flush()  # save a state only once its losses are known to be finite
             save(state)
             decisions.saved()
     recorder.flush()
@@ -180,10 +181,10 @@ def run(
 
 
 class _Decisions:
-    """What the number of a step does not decide, the clock and signals do; the same after the same step on all hosts.
+    """Decisions by the clock and by signals, which fall after the same step on all hosts.
 
-    Each host adds its own wish to every call, and all of them learn the outcome with the results of that call, a few
-    calls later: nobody waits, and a single host does nothing of this.
+    Each host sends its vote along with every call, and all of them learn the outcome with the results of that call, a
+    few calls later: no host waits. A single host needs no votes.
     """
 
     def __init__(self, stop: "StopSignals", seconds: float, vote: Callable[[np.ndarray], jax.Array] | None):
@@ -194,7 +195,7 @@ class _Decisions:
         self._saved_at = time.monotonic()
 
     def take(self) -> None:
-        """Decides, after a call, whether to stop, and whether to save."""
+        """Decides after a call whether to stop and whether to save."""
         self._signals.check()
         late = bool(self._seconds) and time.monotonic() - self._saved_at >= self._seconds
         number = int(self._signals.signal or 0)
@@ -208,13 +209,13 @@ class _Decisions:
         self.stop, self.save = bool(number), bool(late)
 
     def saved(self) -> None:
-        """Takes note of a checkpoint; what is on its way that wishes for one is from before it."""
+        """Records that a checkpoint was saved; votes for one that are still under way are obsolete."""
         self._saved_at = time.monotonic()
         self._stale = len(self._votes)
 
 
 class Recorder:
-    """Takes each step's metrics off the device a few steps later, checks all of them and logs some of them."""
+    """Fetches each step's metrics from the device a few steps later, checks all of them and logs some."""
 
     def __init__(
         self,
@@ -229,41 +230,41 @@ class Recorder:
         remedy: str = "A lower optim.lr, or a higher temperature, may help",
         health: Health | None = None,
     ):
-        """Takes where the metrics go.
+        """Stores where the metrics go.
 
         Args:
-          log: None on all hosts but the first.
-          tensorboard: likewise.
-          progress: shows them.
-          batch_size: images of a step.
-          epoch_steps: steps of an epoch.
+          log: the metrics log; None on all hosts but the first.
+          tensorboard: the TensorBoard log; likewise.
+          progress: shows the metrics.
+          batch_size: images in a step.
+          epoch_steps: steps in an epoch.
           log_every: steps between two lines of metrics.
-          curves: the picture to draw.
-          panels: what it shows.
-          remedy: what the user is told when a loss is not finite.
-          health: watches the metrics; None: nobody does.
+          curves: path of the picture to draw.
+          panels: panels of the picture.
+          remedy: advice for the user when a loss is not finite.
+          health: watches the metrics; None: no warnings.
         """
         self._health = health
         self._log, self._tensorboard, self.progress = log, tensorboard, progress
         self._batch_size, self._epoch_steps, self._log_every = batch_size, epoch_steps, log_every
         self._curves, self._panels, self._remedy = curves, panels, remedy
         self._step = 0
-        self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []  # steps before, steps, metrics
-        self._due: list[tuple[int, dict[str, Any]]] = []  # checked, to be written
+        self._pending: list[tuple[int, int, dict[str, jax.Array]]] = []  # steps before the call, steps in it, metrics
+        self._due: list[tuple[int, dict[str, Any]]] = []  # checked and waiting to be written
         self._is_due = False
         self._last: tuple[int, dict[str, Any]] | None = None
         self._timed_step: int | None = None
         self._timed_at = time.perf_counter()
-        self._waited = self._paused = 0.0  # seconds since then, for images and for what is no training
+        self._waited = self._paused = 0.0  # seconds since then spent waiting for images and outside training
         self._drawn_at = time.perf_counter()
 
     def add(self, before: int, steps: int, step_metrics: dict[str, jax.Array]) -> None:
-        """Takes in a call that may still be computing; waits for the one `_CALLS_AHEAD` before it.
+        """Adds a call that may still be computing; waits for the one `_CALLS_AHEAD` before it.
 
         Args:
           before: steps done before the call.
-          steps: of the call.
-          step_metrics: scalars, or `(N,)` of N >= `steps`.
+          steps: number of steps in the call.
+          step_metrics: scalars, or arrays `(N,)` with N >= `steps`.
         """
         self._pending.append((before, steps, step_metrics))
         self._step = before + steps
@@ -275,20 +276,20 @@ class Recorder:
 
     @contextlib.contextmanager
     def waiting(self):
-        """Counts the time of its block as waiting for images."""
+        """Counts the time in its block as waiting for images."""
         begun = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begun
 
     @contextlib.contextmanager
     def pausing(self):
-        """Leaves the time of its block out of the speed."""
+        """Excludes the time in its block from the speed."""
         begun = time.perf_counter()
         yield
         self._paused += time.perf_counter() - begun
 
     def flush(self) -> None:
-        """Waits for the steps taken in and checks them.
+        """Waits for all added steps and checks them.
 
         Raises:
           RunError: at the first step whose loss or gradient is not finite.
@@ -311,11 +312,11 @@ class Recorder:
             self._due.append(self._last)
 
     def log(self, last: bool = False, extra: Mapping[str, Any] | None = None) -> None:
-        """Writes the lines of metrics that are due, if any are.
+        """Writes the lines of metrics that are due.
 
         Args:
-          last: the last step taken in has a line, due or not.
-          extra: more fields of that line.
+          last: write a line for the last added step even if none is due.
+          extra: additional fields of that line.
         """
         if not (last or self._is_due):
             self.progress.update(self._step)
@@ -325,7 +326,7 @@ class Recorder:
             self._due.append(self._last)
         now = time.perf_counter()
         seconds = max(now - self._timed_at - self._paused, 1e-9)
-        assert self._timed_step is not None  # a line is due, so something was taken in
+        assert self._timed_step is not None  # a line is due, so a step was added
         speed = {
             "images_per_sec": (self._step - self._timed_step) * self._batch_size / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
@@ -350,7 +351,7 @@ class Recorder:
             self.progress.message(warning)
 
     def draw(self) -> None:
-        """Draws the curves of all that is logged so far."""
+        """Draws the curves of everything logged so far."""
         self._drawn_at = time.perf_counter()
         if self._log is not None and (records := metrics_log.read(self._log.path)):
             chance = self._health.chance if self._health else None
@@ -358,12 +359,12 @@ class Recorder:
 
 
 class StopSignals:
-    """What asks a loop to stop between two steps: Ctrl-C, SIGTERM, SIGHUP, or that nobody reads its output any more.
+    """Requests for a loop to stop between two steps: Ctrl-C, SIGTERM, SIGHUP, or a closed output.
 
-    The first signal is noted; a second one acts at once.
+    The first signal is recorded; a second one acts at once.
 
     Attributes:
-      signal: the one to stop for; SIGPIPE where the output is closed.
+      signal: the signal to stop for; SIGPIPE if the output is closed.
     """
 
     def __init__(self, progress: Progress | Silence):
@@ -377,7 +378,7 @@ class StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
                 continue  # nohup
-            with contextlib.suppress(ValueError):  # not the main thread: whoever is there decides
+            with contextlib.suppress(ValueError):  # not the main thread: its owner decides
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -385,7 +386,7 @@ class StopSignals:
         self._restore()
 
     def check(self) -> None:
-        """Looks at the output, and says what has been received; to be called between two steps."""
+        """Checks the output and reports a received signal; call this between two steps."""
         if self.signal is None and self._progress.closed:
             self.signal = signal.SIGPIPE
         if self._received_at is not None and self.signal is not None and not self._said:
@@ -393,7 +394,7 @@ class StopSignals:
             self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        # Notes alone: it may run in the middle of a print, which allows no other.
+        # Only record it: the handler may interrupt a print, and printing is not reentrant.
         now = time.monotonic()
         if self._received_at is None:
             self._received_at = now

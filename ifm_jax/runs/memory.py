@@ -1,8 +1,8 @@
-"""What a training run takes of a device's memory at least, before anything is compiled.
+"""Estimates the least device memory that a training run needs, before anything is compiled.
 
 The estimate is a lower bound, so that a run that fits is never refused: the state, the gradient, and for each image on
-the device what the backward pass reads, the inputs and the outputs of all convolutions, in the compute dtype. By XLA's
-own account (`compiled.memory_analysis()`, arguments and temporaries, one CPU device, float32) a step takes more:
+the device the data that the backward pass reads, the inputs and outputs of all convolutions, in the compute dtype.
+According to XLA (`compiled.memory_analysis()`, arguments and temporaries, one CPU device, float32) a step takes more:
 
     network, stem             image  batch      K   estimate      XLA   ratio
     resnet8, small_stride2       32     64   2048      18 MB    23 MB    0.76
@@ -13,8 +13,8 @@ own account (`compiled.memory_analysis()`, arguments and temporaries, one CPU de
     resnet50, imagenet           64     32  65536     777 MB   928 MB    0.84
     resnet50, imagenet          128     32   4096    1630 MB  1955 MB    0.83
 
-On an accelerator XLA computes again what would not fit, so that less is counted there (`_HELD`): 1.7 GiB a chip for the
-recipe for 64 TPU chips, where the compiler plans 4.2 (docs/pods.md).
+On an accelerator XLA recomputes values that would not fit, so the estimate counts fewer there (`_HELD`): 1.7 GiB a chip
+for the recipe for 64 TPU chips, where the compiler plans 4.2 (docs/pods.md).
 """
 
 import functools
@@ -33,17 +33,17 @@ from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
 
-# How much of the convolutions' inputs and outputs a step holds at least. A CPU's compiler keeps all of them, and as
-# much again of what lies between; an accelerator's may keep one of the two and compute the other again.
+# The least share of the convolutions' inputs and outputs that a step holds. The CPU compiler keeps all of them, and as
+# much again of the values between; an accelerator's may keep one of the two and recompute the other.
 _HELD = {"cpu": 1.4}
 _HELD_ELSEWHERE = 0.5
-# The table of learning rates as it is made: a few float64 arrays of one number a step.
+# The table of learning rates while it is computed: a few float64 arrays with one number per step.
 _RATES_BYTES = 48
 _INT32 = 2**31 - 1
 
 
 def of_machine() -> int | None:
-    """Returns the bytes of this machine's memory; None: not known."""
+    """Returns the bytes of this machine's memory, or None if unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # another kind of system
@@ -51,10 +51,10 @@ def of_machine() -> int | None:
 
 
 def of_device(mesh: jax.sharding.Mesh) -> int | None:
-    """Returns the bytes of memory of one of the mesh's devices here, of a CPU its share of the machine's.
+    """Returns the bytes of memory of a local device in the mesh; for a CPU, its share of the machine's memory.
 
     Returns:
-      None if it is not known.
+      None if it is unknown.
     """
     devices = mesh.local_mesh.devices.flat
     limit = (devices[0].memory_stats() or {}).get("bytes_limit")
@@ -64,14 +64,14 @@ def of_device(mesh: jax.sharding.Mesh) -> int | None:
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Checks that a run can fit into the memory of its devices, and what else is known before the images are opened.
+    """Checks all that can be checked before the images are opened, above all that a run can fit in its devices' memory.
 
     Args:
-      config: validated and resolved.
-      mesh: the devices.
+      config: validated and resolved config.
+      mesh: mesh of the devices.
 
     Raises:
-      UsageError: if it takes more than there is, by what it takes at least.
+      UsageError: if the least memory it needs is more than there is.
     """
     size, trifeature, machine = config.data.image_size, config.data.trifeature, of_machine()
     drawn = trifeature.train_size * size * size * 3
@@ -80,7 +80,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"data.trifeature.train_size={trifeature.train_size}: images of {size} px take {drawn / 1e9:.0f} GB of the "
             f"{machine / 1e9:.1f} GB that this machine has: expected fewer"
         )
-    if config.data.source == "trifeature":  # how many they are is known before they are drawn
+    if config.data.source == "trifeature":  # their number is known before they are drawn
         used = min(config.data.limit or trifeature.train_size, trifeature.train_size)
         check_steps(config, used // config.batch_size)
     has = of_device(mesh)
@@ -97,14 +97,14 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_steps(config: Config, epoch_steps: int) -> None:
-    """Checks that the steps of a run can be counted, and their learning rates held.
+    """Checks that the steps of a run can be counted and that their learning rates fit in memory.
 
     Args:
-      config: validated.
+      config: validated config.
       epoch_steps: updates in an epoch.
 
     Raises:
-      UsageError: if they are too many.
+      UsageError: if there are too many steps.
     """
     steps, machine = config.epochs * epoch_steps, of_machine()
     most = _INT32 if machine is None else min(_INT32, machine // _RATES_BYTES)
@@ -116,11 +116,11 @@ def check_steps(config: Config, epoch_steps: int) -> None:
 
 
 def estimate(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Returns the bytes that a step takes on one device at least: for state and gradient, and for its images.
+    """Returns the least bytes that a step needs on one device: for state and gradient, and for its images.
 
     Args:
-      config: validated and resolved.
-      mesh: the devices.
+      config: validated and resolved config.
+      mesh: mesh of the devices.
     """
     encoder = assembly.make_encoder(config)
     params, batch_stats = _variables(encoder)
@@ -135,7 +135,7 @@ def estimate(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
         method.placements(mesh),
         memory,
     )
-    # The network, its gradient, and what the method carries beside it.
+    # The network, its gradient, and the method's memory.
     state = 2 * _bytes(params) + _bytes(batch_stats) + _bytes(opt_state) + sum(carried)
     held = _HELD.get(mesh.devices.flat[0].platform, _HELD_ELSEWHERE)
     images = held * _bytes_per_image(encoder, config.data.image_size) * (config.batch_size // mesh.size)
@@ -168,7 +168,7 @@ def _convolved(jaxpr: core.Jaxpr) -> Iterator[Any]:
 
 
 def _has_convolution(equation: core.JaxprEqn) -> bool:
-    """Whether an equation is a convolution, in whatever form (`models.convolution`)."""
+    """Whether an equation is a convolution, in any form (`models.convolution`)."""
     if equation.primitive.name == "conv_general_dilated":
         return True
     inner = jax.tree.leaves(

@@ -1,6 +1,6 @@
-"""`metrics.jsonl`: the record of a run, one JSON object a logged step.
+"""`metrics.jsonl`: the record of a run, one JSON object per logged step.
 
-TensorBoard events, curves and the progress line are views of it and may be lost without loss. On several hosts only the
+TensorBoard events, curves and the progress line derive from it and can be lost without harm. Of several hosts only the
 first one writes.
 """
 
@@ -20,22 +20,22 @@ FIELDS = (
     *("step", "epoch", "loss", "loss_clean", "loss_ifm", "acc1", "acc5", "lr", "grad_norm"),
     *("images_per_sec", "data_wait"),
 )
-"""The fields of a line of `metrics.jsonl`, in their order there; whatever else a record holds follows them."""
+"""The fields of a line of `metrics.jsonl`, in their order there; other fields of a record follow them."""
 
 
 class MetricsLog:
-    """`metrics.jsonl`, opened for a run that goes on after step `last_step`.
+    """`metrics.jsonl`, opened for a run that continues after step `last_step`.
 
-    What an earlier process wrote beyond that step, and the half line it may have died on, is cut off first, so that the
-    steps written next are there once. The cut is atomic (a new file takes the old one's place), is only made where
-    there is something to cut, and leaves every line that stays as it is, byte for byte.
+    Lines of an earlier process beyond that step, and a last line that it left incomplete, are cut off first, so that no
+    step appears twice. The cut is atomic (a new file replaces the old one), happens only if there is something to cut,
+    and leaves all other lines unchanged, byte for byte.
 
     Args:
-        path: the file; it is created where there is none, its folder must exist. Also an attribute.
-        last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
+      path: path of the file, which is created if it does not exist; its folder must exist. Also an attribute.
+      last_step: step of the checkpoint from which the run continues; 0 for a new run.
 
     Raises:
-        UsageError: if a line in the middle of the file is not a record.
+      UsageError: if a line in the middle of the file is not a record.
     """
 
     def __init__(self, path: str | os.PathLike[str], last_step: int = 0):
@@ -53,16 +53,16 @@ class MetricsLog:
         self._file = self.path.open("ab")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record as one line and hands it to the operating system.
+        """Appends a record as one line and flushes it to the operating system.
 
-        Floats are written in full precision (the shortest text that reads back as the same float64). Scalars of numpy
-        and JAX are taken as the Python number they hold.
+        Floats are written in full precision (the shortest text that reads back as the same float64). NumPy and JAX
+        scalars are written as Python numbers.
 
         Args:
-            record: at least `step`; the fields of `FIELDS` come first, in that order.
+          record: fields of the record, at least `step`; those in `FIELDS` come first, in that order.
 
         Raises:
-            ValueError: if a number is not finite (JSON has no such numbers), or the step is not beyond the last one.
+          ValueError: if a number is not finite (JSON has no such numbers), or the step is not beyond the last one.
         """
         names = [name for name in FIELDS if name in record] + [name for name in record if name not in FIELDS]
         plain = {name: record[name].item() if hasattr(record[name], "item") else record[name] for name in names}
@@ -81,7 +81,7 @@ class MetricsLog:
         self._last_step = plain["step"]
 
     def close(self) -> None:
-        """Closes the file; a second time does nothing."""
+        """Closes the file; a second call does nothing."""
         self._file.close()
 
     def __enter__(self) -> MetricsLog:
@@ -92,22 +92,22 @@ class MetricsLog:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads `metrics.jsonl`: one dict a record, in the order of the file.
+    """Reads `metrics.jsonl`: one dict per record, in the order of the file.
 
-    The last line may be half-written (by a run that goes on, or that was killed); it is left out then.
+    If the last line is incomplete (because the run is still writing or was killed), it is left out.
 
     Args:
-        path: the file.
+      path: path of the file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        UsageError: if a line before the last is not a record.
+      FileNotFoundError: if there is no such file.
+      UsageError: if a line before the last is not a record.
     """
     return [record for _, record in _parse(pathlib.Path(path))]
 
 
 def _parse(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Returns the lines of the file, each with its newline and the record it holds, but not a broken last one."""
+    """Returns the lines of the file, each with its newline, and their records, without a broken last line."""
     lines = path.read_bytes().split(b"\n")
     if not lines[-1]:
         lines.pop()

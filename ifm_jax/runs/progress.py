@@ -1,4 +1,4 @@
-"""The live progress line of a run: a bar on a terminal, plain lines elsewhere. rich is imported only for a terminal."""
+"""The live progress line of a run: a bar on a terminal, plain lines elsewhere. Imports rich only for a terminal."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import rich.text
 
 _REFRESH_PER_SECOND = 4
-_SPEED_WINDOW = 60.0  # seconds: how far back the speed is measured from which the time left follows
-_BAR_WIDTHS = (10, 40)  # columns: fields give way before the bar is shorter, and it grows no longer
+_SPEED_WINDOW = 60.0  # seconds over which the speed for the time left is measured
+_BAR_WIDTHS = (10, 40)  # columns: fields are dropped before the bar gets shorter; it never gets longer
 
 
 class Progress:
-    """How far a run is, live: a bar on a terminal, elsewhere a plain line for each logged record.
+    """Live progress of a run: a bar on a terminal, elsewhere a plain line for each logged record.
 
         with Progress(total_steps=256, epochs=8) as progress:
             progress.message("compiling the training step")
@@ -32,20 +32,20 @@ class Progress:
                 ...
                 progress.update(step, record if step % 10 == 0 else None)
 
-    On a terminal: epoch, bar, step, loss, contrast accuracy, learning rate, images/s, time elapsed and time left, as
-    many of them as the width allows. What is printed meanwhile appears above the bar. `update` only notes the numbers;
-    a thread draws them, four times a second. The time left follows from the speed of the last minute, and the clock
-    starts at the first update, so that compilation does not count.
+    On a terminal: epoch, bar, step, loss, contrast accuracy, learning rate, images/s, time elapsed and time left, if
+    the width allows. Other output appears above the bar. `update` only stores the numbers; a thread draws them, four
+    times a second. The time left follows from the speed of the last minute, and the clock starts at the first update,
+    so compilation does not count.
 
     Args:
-        total_steps: the step the run ends with.
-        epochs: the epochs of the whole recipe.
-        start_step: the step the run goes on from; 0 for a run from the start.
-        steps_per_epoch: `total_steps / epochs` where not given; needed when the run ends before its recipe does.
-        full_step: the step at which MoCo's queue is full of real keys; how full it is is shown until then.
-        file: where to write; standard output where not given. A bar is drawn if it is a terminal.
-        console: a rich console to write to instead of `file`.
-        clock: what time it is, in seconds.
+      total_steps: last step of the run.
+      epochs: number of epochs in the whole recipe.
+      start_step: step from which the run continues; 0 for a new run.
+      steps_per_epoch: default: `total_steps / epochs`; needed when the run ends before its recipe does.
+      full_step: step at which MoCo's queue is full of real keys; until then, the filled share is shown.
+      file: stream to write to; default: standard output. A bar is drawn if it is a terminal.
+      console: a rich console to write to instead of `file`.
+      clock: returns the time in seconds.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class Progress:
         self._console = console
         self._record: Mapping[str, Any] = {}
         self._began = clock()
-        self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one a second
-        self._ends: float | None = None  # by the clock
+        self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one per second
+        self._ends: float | None = None  # time on `clock`
         self._live: rich.live.Live | None = None
 
     @property
     def closed(self) -> bool:
-        """Whether the reader of what is written has closed it; the lines since then went nowhere."""
+        """Whether the reader of the output has closed it; later lines are lost."""
         return self._file.closed_by_reader
 
     def __enter__(self) -> Progress:
         if self._console is None and _is_terminal(self._file):
             import rich.console
 
-            # Output has no base, but all that its stream has.
+            # Output has no base class, but all attributes of its stream.
             self._console = rich.console.Console(file=self._file)  # pyrefly: ignore[bad-argument-type]
         if self._console is not None and self._console.is_interactive:
             from rich.live import Live
@@ -96,11 +96,11 @@ class Progress:
             self._live = None
 
     def update(self, step: int, record: Mapping[str, Any] | None = None) -> None:
-        """Notes that a step is done. Costs microseconds on a terminal, and elsewhere without a record.
+        """Records that a step is done. This takes microseconds on a terminal, and elsewhere if there is no record.
 
         Args:
-            step: the step just done (1 for the first).
-            record: what was logged at it, as in `metrics.jsonl`, or None if nothing was.
+          step: the step just done (1 for the first).
+          record: logged record of the step, as in `metrics.jsonl`; None: nothing was logged.
         """
         now = self._clock()
         self._step = step
@@ -109,7 +109,7 @@ class Progress:
         while len(self._samples) > 2 and self._samples[1][0] <= now - _SPEED_WINDOW:
             self._samples.popleft()
         began, first = self._samples[0]
-        # Steps are dispatched ahead of being computed: below a second the speed means nothing.
+        # Steps are dispatched before they are computed: below a second the speed means nothing.
         if now - began >= 1.0 and step > first:
             self._ends = now + (self._total - step) * (now - began) / (step - first)
         if record is None:
@@ -129,7 +129,7 @@ class Progress:
             print(text, file=self._file, flush=True)
 
     def _fields(self) -> dict[str, tuple[str, str]]:
-        """Returns name -> (label, value), both as text, of everything known so far."""
+        """Returns name -> (label, value), both as text, for everything known so far."""
         now, record = self._clock(), self._record
         fields = {"step": ("step", f"{self._step}/{self._total}")}
         epoch = record.get("epoch", self._step / self._steps_per_epoch)
@@ -174,15 +174,15 @@ class Progress:
             fields.setdefault("left", ("left", "-:--:--"))
 
         order = [name for name in ("step", "loss", "acc1", "queue", "lr", "rate", "elapsed", "left") if name in fields]
-        assert self._console is not None  # on which the line is drawn
+        assert self._console is not None  # only a console draws the line
         available = self._console.width
 
         def width() -> int:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
             return sum(len(_labeled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
-        for name in ("elapsed", "rate", "lr", "queue", "acc1", "loss", "left"):  # the last to go is the most telling
-            wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # rather no bar than no time
+        for name in ("elapsed", "rate", "lr", "queue", "acc1", "loss", "left"):  # least important first
+            wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # the time left matters more than the bar
             if width() + wanted > available and name in order:
                 order.remove(name)
         bar_width = min(available - width(), _BAR_WIDTHS[1])
@@ -202,7 +202,7 @@ class Progress:
 
 
 class Silence:
-    """Takes the place of `Progress` where nothing is to be shown: on request, and on all hosts but the first."""
+    """Replaces `Progress` where nothing is shown: on request, and on all hosts but the first."""
 
     closed = False
 

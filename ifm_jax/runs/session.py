@@ -1,4 +1,4 @@
-"""What surrounds a loop in a working directory: checkpoints, metrics, progress, signals; for all loops alike."""
+"""The surroundings of every loop in a working directory: checkpoints, metrics, progress, signals."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,20 +24,20 @@ from ifm_jax.runs.workdir import Workdir
 class Session:
     """One process's work on a loop, in a working directory that it holds.
 
-    On entering it, checkpoints, logs and progress are open; on leaving it, they are closed, and a checkpoint under way
-    is written. On several hosts only process 0 logs.
+    Entering it opens checkpoints, logs and progress; leaving it closes them and finishes a checkpoint in progress. Of
+    several hosts only process 0 logs.
 
     Args:
-      workdir: which exists and is held.
-      config: of the run.
-      length: of the loop.
-      keep: checkpoints to keep; 0: all.
-      best: the name of the measurement whose best checkpoint is kept too; empty: none.
-      full_step: the step at which MoCo's queue is full of real keys, for the progress line.
-      quiet: no progress on the terminal.
+      workdir: existing working directory whose lock is held.
+      config: config of the run.
+      length: start and length of the loop.
+      keep: number of checkpoints to keep; 0: all.
+      best: name of a measurement; the checkpoint with its highest value is kept too; empty: none.
+      full_step: step at which MoCo's queue is full of real keys, for the progress line.
+      quiet: show no progress on the terminal.
 
     Attributes:
-      progress: shows lines, and how far the loop is.
+      progress: shows lines and the progress of the loop.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class Session:
         return self._stack.__exit__(*exception)
 
     def say(self, *lines: str) -> None:
-        """Shows lines to the user."""
+        """Function that shows a line to the user."""
         for line in lines:
             self.progress.message(line)
 
     def bad_images(self, count: int) -> BadImages:
-        """Returns what takes note of unreadable images.
+        """Returns the record of unreadable images.
 
         Args:
-          count: images of the data set.
+          count: number of images in the data set.
         """
         return BadImages(count, self._config.data.max_bad, self._workdir.bad_images, self.progress.message)
 
@@ -107,23 +107,23 @@ class Session:
         panels: Panels = PRETRAINING,
         remedy: str = "A lower optim.lr, or a higher temperature, may help",
     ) -> tuple[Outcome, State]:
-        """Runs the loop to its end, or until a signal stops it; what is saved is then written.
+        """Runs the loop to its end, or until a signal stops it; then finishes writing all checkpoints.
 
         Args:
           step_fn: `(state, batch) -> (state, metrics)`, compiled; see `loop.run`.
-          state: before the first step.
-          calls: what `step_fn` is called with; see `loop.run`.
-          mesh: the devices.
-          evaluate: what it returns is added to the metrics of its step.
+          state: state before the first step.
+          calls: arguments of each call of `step_fn`; see `loop.run`.
+          mesh: mesh of the devices.
+          evaluate: evaluates a state; its results are added to the metrics of the step.
           evaluate_every: steps between two evaluations; 0: none.
-          measured: returns what an evaluation has measured of a state, for the best checkpoint.
+          measured: returns the results of evaluating a state, for the best checkpoint.
           checkpoint_minutes: most minutes between two checkpoints; 0: steps alone decide.
-          health: watches the metrics; None: nobody does.
-          panels: of curves.png.
-          remedy: what the user is told when a loss is not finite.
+          health: watches the metrics; None: no warnings.
+          panels: panels of curves.png.
+          remedy: advice for the user when a loss is not finite.
 
         Returns:
-          How it ended, and the last state.
+          The outcome of the loop, and the last state.
 
         Raises:
           RunError: if a loss is not finite, or a checkpoint cannot be written.

@@ -1,11 +1,11 @@
-"""A training state at rest: the arrays on the host, the config, and what is known of its past.
+"""A stored training state: the arrays on the host, the config, and the known history.
 
-One form for what a run has saved and for what a converted PyTorch checkpoint holds. A converted checkpoint is written
-as the working directory of a run, so that whatever reads a run reads it too:
+Saved runs and converted PyTorch checkpoints share this form. A converted checkpoint is written as the working directory
+of a run, so that all code that reads a run reads it too:
 
     DIR/config.json           the config; architecture, head, dim and K as the tensors have them
     DIR/checkpoints/<step>/   Orbax
-    DIR/converted.json        the `Origin`: what a file says and a training state has no place for
+    DIR/converted.json        the `Origin`: facts of the file that a training state does not hold
 """
 
 import contextlib
@@ -28,21 +28,21 @@ from ifm_jax.runs import checkpoint, metrics_log
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.workdir import Workdir
 
-# NumPy arrays, the optimizer's part as nested dicts, which may be missing; so may parts of the memory.
+# NumPy arrays. The optimizer's part is nested dicts and may be missing; so may parts of the memory.
 StateAtRest = TrainState[np.ndarray | np.generic, Tree, Tree | None, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a converted checkpoint comes from.
+    """The origin of a converted checkpoint.
 
     Attributes:
       file: name of the file, without its directory.
       kind: "moco" (query encoder and more) or "torchvision" (one network, `fc` its classifier).
-      epoch: epochs done, as the file says.
+      epoch: epochs done, according to the file.
       step: updates done at conversion.
       lr: the optimizer's last learning rate; None: the file holds no optimizer.
-      num_batches_tracked: PyTorch's counters at conversion, under their names; they move with `step`.
+      num_batches_tracked: PyTorch's counters at conversion, under their names; they advance with `step`.
     """
 
     file: str
@@ -55,14 +55,14 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A training state on the host; `None` for each part that is not there.
+    """A training state on the host; `None` for each missing part.
 
     Attributes:
-      config: of the run; of a PyTorch file: the defaults, with what can be read off its tensors.
+      config: config of the run; for a PyTorch file, the defaults with what its tensors show.
       state: NumPy arrays; `opt_state` as nested dicts.
-      origin: of a converted checkpoint.
-      steps_per_epoch: updates in an epoch, where that is known.
-      notes: what the reader of a file should be told, a sentence each.
+      origin: origin of a converted checkpoint.
+      steps_per_epoch: updates in an epoch, if known.
+      notes: remarks for the user who reads the file, one sentence each.
     """
 
     config: Config
@@ -73,7 +73,7 @@ class Snapshot:
 
     @property
     def epoch(self) -> int | None:
-        """Whole epochs done; None: not known."""
+        """Whole epochs done, or None if unknown."""
         step = int(self.state.step)
         if self.origin and self.origin.step == step and self.origin.epoch is not None:
             return self.origin.epoch
@@ -83,7 +83,7 @@ class Snapshot:
 
     @property
     def missing(self) -> list[str]:
-        """The parts of a training state that are not there, in words."""
+        """The missing parts of a training state, in words."""
         head = [] if "fc" in self.state.params else ["projection head"]
         optimizer = ["optimizer state"] if self.state.opt_state is None else []
         return head + METHODS[self.config.method].missing(self.state.memory) + optimizer
@@ -94,11 +94,11 @@ _HEADS = {"moco": ("moco.dim", "moco.mlp"), "simclr": ("simclr.dim", "simclr.hea
 
 
 def structure(config: Config, backbone: bool = False) -> dict[str, Any]:
-    """Returns those fields of a config that the shapes of the tensors determine, by name.
+    """Returns the config fields that the shapes of the tensors determine, by name.
 
     Args:
-      config: of a run.
-      backbone: only those of the backbone.
+      config: config of a run.
+      backbone: return only the fields of the backbone.
     """
     flat = configs.flatten(configs.to_dict(config))
     names = _BACKBONE
@@ -111,18 +111,18 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str
     """Checks that a config describes the tensors of a snapshot.
 
     Args:
-      config: to check.
-      snapshot: whose tensors it is to describe.
-      path: of the snapshot, for the error.
-      backbone: only the backbone counts.
+      config: config to check.
+      snapshot: snapshot whose tensors it must describe.
+      path: path of the snapshot, for the error.
+      backbone: check only the backbone.
 
     Raises:
-      UsageError: naming every field that does not.
+      UsageError: if it does not; the message names every field that differs.
     """
     given, found = structure(config, backbone), structure(snapshot.config, backbone)
     unknown = {"moco.queue_size"} if "queue" in snapshot.missing else set()
     if "projection head" in snapshot.missing:
-        # Nothing tells the method of a backbone alone.
+        # A backbone alone does not reveal its method.
         unknown |= {"method", *(name for names in _HEADS.values() for name in names), "moco.queue_size"}
     wrong = [f"{name}={given[name]!r}, there {found.get(name)!r}" for name in given if given[name] != found.get(name)]
     wrong = [text for text in wrong if text.split("=")[0] not in unknown]
@@ -134,16 +134,16 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str
 
 
 def read_run(path: str | os.PathLike[str]) -> Snapshot:
-    """Returns the newest state of a run's working directory that can be read, or the state in one of its checkpoints.
+    """Returns the newest readable state in a run's working directory, or the state in one of its checkpoints.
 
     Args:
       path: the working directory, its `checkpoints`, or `checkpoints/<step>`.
 
     Returns:
-      The snapshot; its `notes` name damaged checkpoints that were passed over.
+      The snapshot; its `notes` name damaged checkpoints that were skipped.
 
     Raises:
-      UsageError: if there is none, or none can be read.
+      UsageError: if there is no state, or none can be read.
     """
     path = pathlib.Path(path).absolute()
     notes: list[str] = []
@@ -151,7 +151,7 @@ def read_run(path: str | os.PathLike[str]) -> Snapshot:
         workdir = path.parent.parent
         try:
             stored = checkpoint.read(path)
-        except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
+        except Exception as error:  # a damaged checkpoint can make Orbax raise anything
             raise UsageError(
                 f"{path}: the checkpoint cannot be read ({type(error).__name__}: {checkpoint.first_line(error)}): "
                 "name another, or the workdir, whose newest whole one is used"
@@ -184,7 +184,7 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
 
 
 def _checkpoints(path: pathlib.Path) -> pathlib.Path:
-    """Returns the directory of the checkpoints that `path` stands for."""
+    """Returns the checkpoint directory to which `path` refers."""
     if not path.exists():
         raise UsageError(f"{path} is not there: expected the workdir of a run, one of its checkpoints, or a .pth.tar")
     inside = Workdir(path).checkpoints
@@ -205,7 +205,7 @@ def _read_origin(path: pathlib.Path) -> Origin | None:
 
 
 def _steps_per_epoch(workdir: pathlib.Path, origin: Origin | None) -> int | None:
-    """What a run's metrics, or else the converted file, say about the length of an epoch."""
+    """Returns the updates in an epoch according to a run's metrics, or else to the converted file."""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, IndexError, ZeroDivisionError, TypeError):
         last = metrics_log.read(Workdir(workdir).metrics)[-1]
         return round(last["step"] / last["epoch"])
@@ -213,20 +213,20 @@ def _steps_per_epoch(workdir: pathlib.Path, origin: Origin | None) -> int | None
 
 
 def steps_in_epoch(epoch: int | None, step: int) -> int | None:
-    """Returns the updates in an epoch, if `step` updates are `epoch` whole ones."""
+    """Returns the updates in an epoch, if `step` updates make `epoch` whole epochs."""
     return step // epoch if epoch and step and step % epoch == 0 else None
 
 
 def write(snapshot: Snapshot, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Writes a snapshot as the working directory of a run, under another name first.
+    """Writes a snapshot as the working directory of a run, first under a temporary name.
 
     Args:
-      snapshot: of which the parts that are `None` stay out.
-      directory: to make; an empty one may be there.
-      overwrite: replace a run that is there.
+      snapshot: snapshot to write; parts that are `None` are left out.
+      directory: directory to create; it may exist if it is empty.
+      overwrite: replace an existing run.
 
     Raises:
-      UsageError: if something else is there, or it cannot be written.
+      UsageError: if anything else exists there, or the directory cannot be written.
     """
     directory = pathlib.Path(directory).absolute()
     occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))

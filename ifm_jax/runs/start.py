@@ -1,13 +1,13 @@
-"""How a run starts: from a config and a working directory to the images and the state that it goes on from.
+"""Starts a run: from a config and a working directory to the images and the first state.
 
-In the order in which it is decided:
+The cases, in order:
 
-1. The working directory holds a checkpoint: go on from the newest that can be read, with the next step. The config must
-   be the run's own, which the checkpoint holds; config.json is a copy of it for people.
-2. It holds none, and `init_from` names weights: start with them, at step 0.
-3. Neither: start afresh.
+1. The working directory holds a checkpoint: continue from the newest readable one, with the next step. The config must
+   equal the run's own, which the checkpoint holds; config.json is a copy of it for people.
+2. It holds none, and `init_from` names weights: start with these weights, at step 0.
+3. Neither: start from scratch.
 
-Of several hosts each decides the same, or all end before the first step: what they must agree on is compared.
+All hosts decide the same, or all end before the first step: the facts on which they must agree are compared.
 """
 
 import dataclasses
@@ -36,20 +36,20 @@ from ifm_jax.runs.workdir import Workdir
 
 Answer = TypeVar("Answer")
 
-# Seconds until a file that process 0 has written is visible to the others: NFS remembers for a while that it was not.
+# Seconds until the others see a file that process 0 has written: NFS caches for a while that it did not exist.
 _SHARED_WITHIN = 70.0
-# What each host may have of its own: where its images lie, and with what it reads them.
+# Fields that may differ between hosts: where their images are stored, and how they read them.
 _HOSTS_OWN = ("data.source", "data.classes", "data.workers", "data.processes")
 
 
 @dataclasses.dataclass
 class Start:
-    """What a run starts with.
+    """The data with which a run starts.
 
     Attributes:
-      state: to go on from, NumPy arrays; None: a new run.
-      weights: that a new run starts with (`init_from`); None: its own.
-      said: what the user is told.
+      state: state from which to continue, NumPy arrays; None: a new run.
+      weights: weights for a new run (`init_from`); None: random ones.
+      said: messages for the user.
     """
 
     state: HostState | None
@@ -58,31 +58,31 @@ class Start:
 
     @property
     def step(self) -> int:
-        """Updates done before."""
+        """Updates done before the start."""
         return 0 if self.state is None else int(self.state.step)
 
 
 def open_run(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
-    """Returns the resolved config and the training images, the same on all hosts; JAX is configured.
+    """Returns the resolved config and the training images, the same on all hosts; configures JAX.
 
     Raises:
-      UsageError: for a config that cannot be run, or hosts that differ.
+      UsageError: if the config cannot be run, or hosts differ.
     """
     return together(lambda: _open(config, workdir, mesh), lambda opened: _identity(*opened))
 
 
 def open_workdir(config: Config, workdir: Workdir, source: Source) -> Start:
-    """Looks at what the working directory holds; damaged checkpoints are moved out of the way.
+    """Inspects the working directory and moves damaged checkpoints out of the way.
 
     Args:
-      config: resolved.
-      workdir: of the run.
-      source: of the training images.
+      config: resolved config.
+      workdir: working directory of the run.
+      source: source of the training images.
 
     Raises:
-      UsageError: if it cannot be written to, or belongs to another run, or what is there cannot be read.
+      UsageError: if the directory cannot be written, belongs to another run, or its contents cannot be read.
     """
-    together(lambda: _open_workdir(workdir, config, source))  # process 0 writes, then all look
+    together(lambda: _open_workdir(workdir, config, source))  # process 0 writes, then all read
     create = assembly.state_creator(config)
     (state, damaged), weights = together(lambda: _find(workdir, config, create), lambda found: _facts(*found))
     said = workdir.set_aside(damaged)
@@ -90,19 +90,19 @@ def open_workdir(config: Config, workdir: Workdir, source: Source) -> Start:
 
 
 def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method[Any]) -> DeviceState[Any]:
-    """Returns the state that a run goes on from, or starts with, on the devices; `begin` lets go of its arrays.
+    """Returns the first state of a run, restored or new, on the devices; `begin` drops its arrays.
 
     Args:
-      begin: what `open_workdir` found; what the user is told of the weights is added to it.
-      config: resolved.
-      mesh: the devices.
-      method: of the run.
+      begin: result of `open_workdir`; a message about the weights is added to it.
+      config: resolved config.
+      mesh: mesh of the devices.
+      method: method of the run.
     """
     placement = placements(mesh, method)
     create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placement)
     rng = sharding.place_key(mesh, assembly.initial_rngs(config)[0])
     state, weights = begin.state, begin.weights
-    begin.state = begin.weights = None  # their memory
+    begin.state = begin.weights = None  # free their memory
     if weights is not None:
         state, notes = started_with(weights, jax.device_get(create(rng)), config.method)
         begin.said.append(f"Starting with {config.init_from}: {'; '.join([*notes, *weights.notes])}.")
@@ -112,17 +112,17 @@ def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method[
 
 
 def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
-    """Returns the resolved config and the images; JAX is configured.
+    """Returns the resolved config and the images; configures JAX.
 
     Raises:
-      UsageError: for a config that cannot be run.
+      UsageError: if the config cannot be run.
     """
     configs.validate(config, devices=mesh.size)
     config = assembly.resolve(config, workdir.find_config())
     assembly.configure_jax(config.model.compute_dtype)
     assembly.make_augmentation(config)
     memory.check(config, mesh)
-    # The images before the workdir: one made for a mistaken folder would refuse the right one.
+    # Open the images before the workdir: a workdir created for a wrong image folder would reject the right one.
     source = open_source(config.data, "train")
     size = min(config.data.limit or len(source), len(source))
     memory.check_steps(config, steps_per_epoch(size, config.batch_size))
@@ -135,7 +135,7 @@ def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Co
 
 
 def _identity(config: Config, source: Source) -> dict[str, Any]:
-    """Returns what all hosts must have in common: code, config, images."""
+    """Returns the facts on which all hosts must agree: code, config, images."""
     values = configs.flatten(configs.to_dict(config))
     return {
         "ifm_jax": ifm_jax.__version__,
@@ -150,10 +150,10 @@ def _identity(config: Config, source: Source) -> dict[str, Any]:
 def _find(
     workdir: Workdir, config: Config, create: Callable[[], DeviceState[Any]]
 ) -> tuple[tuple[HostState | None, dict[int, str]], Snapshot | None]:
-    """Returns what the workdir holds, as `checkpoint.newest_whole`, and where that is nothing, what `init_from` does.
+    """Returns the contents of the workdir, as `checkpoint.newest_whole`, or if there is nothing, those of `init_from`.
 
     Raises:
-      UsageError: if what is there cannot be read, or `init_from` is another network's.
+      UsageError: if the contents cannot be read, or `init_from` belongs to another network.
     """
     deadline = time.monotonic() + _SHARED_WITHIN
     while not workdir.config.exists():
@@ -167,13 +167,13 @@ def _find(
     if stored is not None or not config.init_from:
         return (None if stored is None else stored.state, damaged), None
     given = loading.read(config.init_from)
-    # Head and memory may be another's; they are made anew then.
+    # Head and memory may differ; then they are created anew.
     snapshot.check_config(config, given, config.init_from, backbone=True)
     return (None, damaged), given
 
 
 def _facts(stored: tuple[HostState | None, dict[int, str]], given: Snapshot | None) -> dict[str, Any]:
-    """Returns what all hosts must have found in the workdir."""
+    """Returns the facts about the workdir on which all hosts must agree."""
     state, damaged = stored
     return {
         "step of the checkpoint in the workdir": None if state is None else int(state.step),
@@ -183,12 +183,12 @@ def _facts(stored: tuple[HostState | None, dict[int, str]], given: Snapshot | No
 
 
 def started_with(given: Snapshot, fresh: HostState, method: str) -> tuple[HostState, list[str]]:
-    """Returns the state that a new run starts with the weights of another in, and in words what of them it uses.
+    """Returns the first state of a new run that uses another's weights, and a description of the parts it uses.
 
     Args:
-      given: at least the backbone of a network of the same architecture.
-      fresh: a new run's state, NumPy arrays; whatever `given` lacks, or has in other shapes, is from here.
-      method: the new run's, one of `methods.METHODS`.
+      given: state with at least the backbone of a network of the same architecture.
+      fresh: state of a new run, NumPy arrays; parts that `given` lacks, or has in other shapes, come from here.
+      method: method of the new run, one of `methods.METHODS`.
     """
 
     def shapes(tree: Tree) -> Any:
@@ -214,14 +214,14 @@ def started_with(given: Snapshot, fresh: HostState, method: str) -> tuple[HostSt
 
 
 def _open_workdir(workdir: Workdir, config: Config, source: Source) -> None:
-    """Writes config.json and data.json, once they are known to be this run's.
+    """Writes config.json and data.json after checking that the directory belongs to this run.
 
     Raises:
       UsageError: if they cannot be written, or belong to a run with another config or on other images.
     """
     known = workdir.find_config()
     if known is not None:
-        known = assembly.resolve(known, config)  # one that was converted leaves open what this run has settled
+        known = assembly.resolve(known, config)  # a converted one leaves open some fields that this run has settled
     if known is not None and (differing := configs.differences(config, known)):
         raise UsageError(
             f"workdir {workdir} belongs to a run with another config ({'; '.join(differing)}): "

@@ -1,4 +1,4 @@
-"""TensorBoard event files, a view of `metrics.jsonl`."""
+"""TensorBoard event files, derived from `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ _Numbers: TypeAlias = "Sequence[float] | np.ndarray"
 class TensorBoardLog:
     """Scalars in TensorBoard event files, written without TensorFlow.
 
-    A run that goes on after step `last_step` opens a file of its own, whose first event tells TensorBoard to forget
-    what earlier files hold beyond that step: no step is shown twice.
+    A run that continues after step `last_step` opens its own file, whose first event tells TensorBoard to drop all
+    later steps of earlier files, so that no step is shown twice.
 
-    Events are written by the calling thread. tensorboardX's `SummaryWriter` hands them to a thread, and once that one
-    has died of an error (a full disk), the run waits for it for ever; here the error is raised where it happens.
+    Events are written by the calling thread. tensorboardX's `SummaryWriter` hands them to a thread; once an error (such
+    as a full disk) has ended that thread, the run waits for it forever. Here the caller gets the error.
 
     Args:
-        directory: where the event files go; created where missing.
-        last_step: the step of the checkpoint the run goes on from; 0 for a run from the start.
-        flush_every: seconds after which what was written is forced to disk with the next record.
+      directory: directory of the event files; created if it does not exist.
+      last_step: step of the checkpoint from which the run continues; 0 for a new run.
+      flush_every: seconds after which the next record forces all data to disk.
     """
 
     def __init__(self, directory: str | os.PathLike[str], last_step: int = 0, flush_every: float = 10.0):
         with _without_torch():
-            # Not of its documented interface (tests/test_private_apis.py): the classes that its own writer uses.
+            # An undocumented interface (tests/test_private_apis.py): the classes that its own writer uses.
             from tensorboardX import event_file_writer
             from tensorboardX.proto import event_pb2, summary_pb2
-        events: Any = event_pb2  # protobuf makes the classes in them while they are imported
+        events: Any = event_pb2  # protobuf creates their classes during import
         summaries: Any = summary_pb2
         self._event, self._summary, self._histogram = events.Event, summaries.Summary, summaries.HistogramProto
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        # Named by the second, and opened by overwriting: the number saves the file before from a restart that quick.
+        # The name has the time in seconds, and opening overwrites: the number protects the old file from a quick
+        # restart.
         number = len(list(directory.glob("events.out.tfevents.*")))
         self._writer = event_file_writer.EventsWriter(str(directory / "events"), filename_suffix=f".{number}")
         start = events.SessionLog(status=events.SessionLog.START)
@@ -53,11 +54,11 @@ class TensorBoardLog:
     def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Adds every number of a record except `step` and `epoch` as the scalar `train/<name>` of that step.
 
-        A name that already has a group (`probe/acc`) keeps it.
+        A name that already has a group (`probe/acc`) stays unchanged.
 
         Args:
-            step: the step they belong to.
-            record: name -> number; other values are passed over.
+          step: step of the data.
+          record: name -> number; other values are skipped.
         """
         values = []
         for name, value in record.items():
@@ -71,8 +72,8 @@ class TensorBoardLog:
         """Adds histograms of that step.
 
         Args:
-            step: the step they belong to.
-            histograms: name -> edges of the bins, `(bins + 1,)`, and their counts, `(bins,)`.
+          step: step of the data.
+          histograms: name -> edges of the bins, `(bins + 1,)`, and their counts, `(bins,)`.
         """
         values = []
         for name, (edges, counts) in histograms.items():
@@ -98,7 +99,7 @@ class TensorBoardLog:
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Forces everything to disk and closes the file; a second time does nothing."""
+        """Forces everything to disk and closes the file; a second call does nothing."""
         if not self._closed:
             self._closed = True
             self._writer.close()
@@ -112,10 +113,10 @@ class TensorBoardLog:
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """Hides torch while tensorboardX is imported: it loads torch wherever it is installed, for seconds, for nothing."""
+    """Hides torch while tensorboardX is imported, which would load it for seconds without using it."""
     hidden = "torch" not in sys.modules
     if hidden:
-        # Python's way of saying that there is no such module; its type does not have it.
+        # None marks a module as missing for Python; the dict's type does not allow it.
         sys.modules["torch"] = None  # pyrefly: ignore[unsupported-operation]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Pre-training: from a config and a working directory to a trained encoder."""
+"""Pre-training: turns a config and a working directory into a trained encoder."""
 
 import contextlib
 import itertools
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 def train(
     config: Config, workdir: str | os.PathLike[str], *, devices: list[jax.Device] | None = None, quiet: bool = False
 ) -> Outcome:
-    """Pre-trains, or goes on pre-training what the working directory holds.
+    """Pre-trains a new run, or continues the run in the working directory.
 
     Writes config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png there.
 
     Args:
-      config: of the run.
-      workdir: of the run; made if it is not there.
-      devices: to run on; None: all there are.
-      quiet: no progress on the terminal.
+      config: config of the run.
+      workdir: working directory of the run; created if it does not exist.
+      devices: devices to run on; None: all.
+      quiet: show no progress on the terminal.
 
     Returns:
-      How it ended.
+      The outcome of the loop.
 
     Raises:
-      UsageError: for a config that cannot be run, or a workdir that cannot be used for it.
-      RunError: if the loss is no longer finite; the last checkpoint is from before that.
+      UsageError: if the config cannot be run, or the workdir cannot be used for it.
+      RunError: if the loss is no longer finite; the last checkpoint is from before then.
     """
     directory = Workdir(workdir)
     with _failures_of_the_disk(directory.path):
@@ -66,7 +66,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
             if not quiet and jax.process_index() == 0:
                 print(*begin.said, f"Nothing to do: {workdir} holds step {length.first} of {last_step}.", sep="\n")
             return Outcome(length.first, last_step)
-        # Everything a step reads lies on the devices as the step wants it, from the start.
+        # All inputs of a step are on the devices from the start, placed as the step needs them.
         step = assembly.make_step(config, mesh)
         state = start.place(begin, config, mesh, step.method)
         health = Health.of(step.method, config.batch_size, size, window=epoch_steps // config.log_every)
@@ -105,16 +105,16 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
 
 
 def _make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> "_Evaluation | None":
-    """Returns what evaluates while the run goes on; None: nothing does."""
+    """Returns the evaluation during the run, or None if there is none."""
     if not config.eval.every:
         return None
-    from ifm_jax.evaluation.online import OnlineEvaluation  # with scikit-learn, for those who ask for it
+    from ifm_jax.evaluation.online import OnlineEvaluation  # imports scikit-learn, so only on request
 
     return _Evaluation(OnlineEvaluation(config, mesh), config.checkpoint_best)
 
 
 def _compile(lowered: jax.stages.Lowered, session: Session) -> jax.stages.Compiled:
-    """Returns the compiled step; says how long it took. All hosts leave this together."""
+    """Returns the compiled step and prints how long compilation took. All hosts return together."""
     begun = time.perf_counter()
     program = lowered.compile()
     session.say(f"Compiled in {time.perf_counter() - begun:.1f} s.")
@@ -127,14 +127,14 @@ def _name(mesh: jax.sharding.Mesh) -> str:
 
 
 class _Evaluation:
-    """An evaluation that remembers what it measured last.
+    """An evaluation that keeps its latest results.
 
     Args:
       evaluate: `(state) -> record`; `measures` names the fields of a record.
       best: the name that must be in the record; empty: none.
 
     Raises:
-      UsageError: if it is not.
+      UsageError: if `best` is not in the record.
     """
 
     def __init__(self, evaluate: "OnlineEvaluation", best: str):
@@ -150,13 +150,13 @@ class _Evaluation:
         return found
 
     def found_at(self, state: DeviceState[Any]) -> Mapping[str, float] | None:
-        """Returns what was measured of that state; None: nothing."""
+        """Returns the results for that state, or None if there are none."""
         return self._found if int(state.step) == self._step else None
 
 
 @contextlib.contextmanager
 def _failures_of_the_disk(workdir: pathlib.Path) -> Iterator[None]:
-    """Says in one line that something cannot be written while the run is on."""
+    """Turns a failed write during the run into a one-line error."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The working directory of a run: the names of what lies in it, its lock, its config."""
+"""The working directory of a run: its file names, its lock, its config."""
 
 import contextlib
 import json
@@ -18,24 +18,24 @@ from ifm_jax.runs.hosts import together
 
 
 class Workdir:
-    """The directory of a run, or of an evaluation. It knows the names; what lies there is written and read by others.
+    """The directory of a run or an evaluation. It knows the names of the files; other modules write and read them.
 
     Args:
-      path: of the directory, which may not exist yet.
-      flag: that names another one, for errors.
+      path: path of the directory, which need not exist yet.
+      flag: flag with which the user chooses another directory, for errors.
 
     Attributes:
-      path: absolute.
+      path: absolute path.
       config: config.json, the resolved config.
-      data: data.json, which images the run is on.
-      evaluation: evaluation.json, which evaluation it is, in a directory of one.
-      checkpoints: checkpoints/, Orbax, a folder a step.
+      data: data.json, identifies the run's images.
+      evaluation: evaluation.json, identifies the evaluation, in the directory of an evaluation.
+      checkpoints: checkpoints/, Orbax, one folder per step.
       damaged: damaged/, checkpoints that could not be read.
-      converted: converted.json, where a converted checkpoint comes from.
-      metrics: metrics.jsonl, a line a logged step.
+      converted: converted.json, origin of a converted checkpoint.
+      metrics: metrics.jsonl, one line per logged step.
       tensorboard: tensorboard/, event files.
       curves: curves.png.
-      results: results.json, what evaluations have measured.
+      results: results.json, results of evaluations.
     """
 
     def __init__(self, path: str | os.PathLike[str], flag: str = "--workdir"):
@@ -57,16 +57,16 @@ class Workdir:
 
     @property
     def bad_images(self) -> pathlib.Path:
-        """The list of the images that this process could not read; every process meets others."""
+        """The list of the images that this process could not read; each process has its own."""
         process = jax.process_index()
         return self.path / (f"bad_images.{process}.txt" if process else "bad_images.txt")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Makes the directory, and keeps others out of it while the block runs; process 0 does so for all.
+        """Creates the directory and locks it while the block runs; process 0 does so for all.
 
         Raises:
-          UsageError: if another process is in it, or it cannot be made.
+          UsageError: if another process holds the lock, or the directory cannot be created.
         """
 
         def hold() -> None:
@@ -81,14 +81,14 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the lock of the directory, which exists, while the block runs.
+        """Holds the lock of the existing directory while the block runs.
 
-        The operating system releases it when the process ends, however it ends; so a dead process blocks nobody. The
-        file stays, since removing it would let two processes lock two files of one name.
+        The operating system releases it when the process ends for any reason, so a dead process blocks nobody. The file
+        stays, since removing it would let two processes lock two files of the same name.
 
         Raises:
-          UsageError: if another process holds it; names that process.
-          OSError: if the file cannot be made.
+          UsageError: if another process holds it; the message names that process.
+          OSError: if the lock file cannot be created.
         """
         lock = filelock.FileLock(self._lock)
         try:
@@ -98,14 +98,14 @@ class Workdir:
                 f"{self.path} is in use by {self._holder()}: wait for it, stop it, or pass another {self.flag}"
             ) from None
         try:
-            with contextlib.suppress(OSError):  # a full disk takes the name of the holder, not the lock
+            with contextlib.suppress(OSError):  # with a full disk the holder's name is missing, but the lock works
                 self._lock.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
             yield
         finally:
             lock.release()
 
     def _holder(self) -> str:
-        """Says which process holds the lock, as far as the file tells."""
+        """Describes the process that holds the lock, as far as the file tells."""
         try:
             holder = json.loads(self._lock.read_text())
             return f"process {int(holder['pid'])} on {holder['host']}"
@@ -114,7 +114,7 @@ class Workdir:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turns what keeps its block from writing to the directory into a `UsageError`."""
+        """Turns errors in its block about writing to the directory into a `UsageError`."""
         try:
             yield
         except OSError as error:
@@ -125,18 +125,18 @@ class Workdir:
             ) from None
 
     def remove_leftovers(self) -> None:
-        """Removes the temporary files of a process that died as it wrote one of the files here."""
+        """Removes temporary files of a process that died while it wrote one of the files here."""
         for leftover in self.path.glob("*.*.tmp"):
             leftover.unlink(missing_ok=True)
 
     def set_aside(self, damaged: Mapping[int, str]) -> list[str]:
-        """Moves damaged checkpoints out of the way, to `damaged/`; process 0 does so for all.
+        """Moves damaged checkpoints to `damaged/`; process 0 does so for all.
 
         Args:
-          damaged: step -> what is wrong with its checkpoint.
+          damaged: step -> error of its checkpoint.
 
         Returns:
-          What the user is told.
+          Messages for the user.
         """
         return together(
             lambda: [
@@ -156,10 +156,10 @@ class Workdir:
         return (self.checkpoints / str(step)).rename(target)
 
     def find_config(self) -> Config | None:
-        """Returns the config of the run here; None: there is no run.
+        """Returns the config of the run here, or None if there is no run.
 
-        It is that of its newest checkpoint, which nobody can change by hand, with the fields that are free on resuming
-        as config.json has them; config.json alone decides while there is no checkpoint.
+        It comes from the newest checkpoint, which nobody can change by hand; fields that may change on resuming come
+        from config.json. Without a checkpoint config.json alone decides.
 
         Raises:
           UsageError: if config.json is needed and cannot be read.
@@ -178,7 +178,7 @@ class Workdir:
         return stored if stored is not None and (written is None or configs.differences(stored, written)) else written
 
     def _stored_config(self) -> Config | None:
-        """Returns the config in the newest checkpoint whose config can be read; None: there is none."""
+        """Returns the config in the newest checkpoint whose config can be read, or None."""
         for step in reversed(checkpoint.steps(self.checkpoints)):
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 stored = checkpoint.read_config(self.checkpoints / str(step))
@@ -191,7 +191,7 @@ class Workdir:
         """Returns the config of the run here; see `find_config`.
 
         Raises:
-          UsageError: if there is none, or it cannot be read.
+          UsageError: if there is no config, or it cannot be read.
         """
         config = self.find_config()
         if config is None:

@@ -1,4 +1,4 @@
-"""What a snapshot holds, in words, and the parts of it that PyTorch checkpoints have."""
+"""Describes the contents of a snapshot, and returns its parts that PyTorch checkpoints have too."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,12 @@ from ifm_jax.methods import MoCoMemory
 from ifm_jax.runs.snapshot import Snapshot, StateAtRest
 from ifm_jax.torch_interop.names import Tree, architecture_of, num_features
 
-# Parts of it may be missing.
+# Parts of a snapshot may be missing.
 MemoryAtRest = MoCoMemory[np.ndarray | np.generic | None, Tree | None]
 
 
 def describe(found: Snapshot) -> dict[str, str]:
-    """Returns what a snapshot holds, as rows of a table: name, and value in words."""
+    """Describes the contents of a snapshot as rows of a table: name, and value in words."""
     config, state = found.config, found.state
     if found.origin is None:
         kind = f"run of ifm_jax, {config.method}, objective {config.ifm.objective}"
@@ -57,19 +57,19 @@ def describe(found: Snapshot) -> dict[str, str]:
 
 
 def momentum_of(state: StateAtRest) -> Tree:
-    """Returns SGD's momentum buffers: zeros, where none have been set yet."""
+    """Returns SGD's momentum buffers: zeros if none have been set yet."""
     return flax.serialization.to_state_dict(state.opt_state)["1"]["trace"]
 
 
 def has_momentum(found: Snapshot) -> bool:
-    """Whether SGD's momentum buffers are there, and not only the zeros that stand for none."""
+    """Whether SGD's momentum buffers exist and are not just the initial zeros."""
     state = found.state
     sgd = found.config.optim.name == "sgd" and state.opt_state is not None
     return sgd and any(leaf.any() for leaf in leaves(momentum_of(state)))
 
 
 def describe_architecture(config: Config) -> str:
-    """Returns the name of the network, with its stem and width where they are not torchvision's."""
+    """Returns the name of the network, with its stem and width if they differ from torchvision's."""
     stem = "" if config.model.stem == "imagenet" else f", stem {config.model.stem}"
     width = f", width {config.model.width}" if config.model.width else ""
     return f"{config.model.arch}{stem}{width}"
@@ -82,5 +82,5 @@ def leaves(tree: Tree) -> Iterator[np.ndarray]:
 
 
 def moco_memory(state: StateAtRest) -> MemoryAtRest:
-    """Returns MoCo's part of a state; of another method's, one without any of its parts."""
+    """Returns the MoCo memory of a state; for another method's state, one whose parts are all missing."""
     return state.memory if isinstance(state.memory, MoCoMemory) else MoCoMemory(None, None, None, None)

@@ -24,14 +24,14 @@ MOST_STEPS = np.iinfo(np.int32).max
 
 
 class Entry(NamedTuple):
-    """A tensor of an encoder under both its names.
+    """A tensor of an encoder with both of its names.
 
     Attributes:
-      torch: its name in a state dict.
+      torch: name in a state dict.
       collection: "params" or "batch_stats".
-      path: the keys that lead to it in the nested dicts.
-      shape: in PyTorch's layout.
-      kind: "conv", "norm" or "linear"; says how the layouts differ.
+      path: keys that lead to the tensor in the nested dicts.
+      shape: shape in PyTorch's layout.
+      kind: "conv", "norm" or "linear"; determines how the layouts differ.
     """
 
     torch: str
@@ -60,7 +60,7 @@ _TO_JAX = {"conv": (2, 3, 1, 0), "linear": (1, 0)}
 _TO_TORCH = {"conv": (3, 2, 0, 1), "linear": (1, 0)}
 
 
-# The places of a module's layers in the `nn.Sequential` that they are in PyTorch; other layers keep their names.
+# Positions of layers that PyTorch keeps in an `nn.Sequential`; other layers keep their names.
 _PLACES: dict[type[nnx.Module], dict[str, str]] = {
     Downsample: {"conv": "0", "norm": "1"},
     MLPHead: {"hidden": "0", "output": "2"},
@@ -69,12 +69,12 @@ _PLACES: dict[type[nnx.Module], dict[str, str]] = {
 
 
 def _entries(module: nnx.Module, torch: str, path: tuple[str, ...]) -> Iterator[Entry]:
-    """Yields the entries of a module and of those in it, in the order in which they were made, which is torchvision's.
+    """Yields the entries of a module and its submodules, in order of creation, which is torchvision's order.
 
     Args:
-      module: whose arrays may be tracers.
-      torch: its name in a state dict.
-      path: the keys that lead to it.
+      module: module, whose arrays may be tracers.
+      torch: name in a state dict.
+      path: keys that lead to it.
     """
     kind = next((kind for kind, layer in _LAYERS.items() if isinstance(module, layer)), None)
     if kind is None:
@@ -106,7 +106,7 @@ def _traced(make: Callable[[nnx.Rngs], nnx.Module], torch: str = "", path: tuple
 @functools.cache
 def backbone_table(architecture: Architecture, stem: Stem = "imagenet") -> tuple[Entry, ...]:
     """Returns the entries of a ResNet without its head, in torchvision's order."""
-    # All blocks of a stage but the first are alike: two of each are traced, in a fraction of the time.
+    # All blocks of a stage but the first are alike: tracing two per stage takes a fraction of the time.
     short = architecture._replace(depths=tuple(min(depth, 2) for depth in architecture.depths))
     table: list[Entry] = []
     for stage, entries in itertools.groupby(
@@ -122,7 +122,7 @@ def backbone_table(architecture: Architecture, stem: Stem = "imagenet") -> tuple
 
 
 def _of_block(entry: Entry, number: str) -> Entry:
-    """Returns the same entry of another block of the stage."""
+    """Returns the same entry for another block of the stage."""
     stage, _, rest = entry.torch.split(".", 2)
     return entry._replace(torch=f"{stage}.{number}.{rest}", path=(entry.path[0], number, *entry.path[2:]))
 
@@ -143,40 +143,40 @@ def encoder_table(config: Config, head: bool = True) -> list[Entry]:
 
 
 def architecture_of(config: Config) -> Architecture:
-    """Returns the architecture that a config describes, at its own width."""
+    """Returns the architecture that a config describes, with the config's width."""
     architecture = ARCHITECTURES[config.model.arch]
     return architecture._replace(width=config.model.width) if config.model.width else architecture
 
 
 def num_features(architecture: Architecture) -> int:
-    """Returns the number of features that the backbone gives."""
+    """Returns the number of features of the backbone."""
     return architecture.width * 2 ** (len(architecture.depths) - 1) * (4 if architecture.bottleneck else 1)
 
 
 def counters(table: Iterable[Entry]) -> list[str]:
-    """Returns the names of PyTorch's batch counters; nothing corresponds to them in JAX but the number of steps."""
+    """Returns the names of PyTorch's batch counters; in JAX only the number of steps corresponds to them."""
     return [entry.torch.replace("running_mean", COUNTER) for entry in table if entry.path[-1] == "mean"]
 
 
 def to_jax_layout(values: np.ndarray, kind: str) -> np.ndarray:
-    """Returns a tensor of PyTorch's with its axes in our order; `kind` as in `Entry`."""
+    """Returns a PyTorch tensor with its axes in our order; `kind` as in `Entry`."""
     return values.transpose(_TO_JAX[kind]) if values.ndim > 1 else values
 
 
 def to_torch_layout(values: np.ndarray, kind: str) -> np.ndarray:
-    """Returns a tensor of ours with its axes in PyTorch's order; `kind` as in `Entry`."""
+    """Returns one of our tensors with its axes in PyTorch's order; `kind` as in `Entry`."""
     return values.transpose(_TO_TORCH[kind]) if values.ndim > 1 else values
 
 
 def get(tree: Tree, path: tuple[str, ...]) -> Any:
-    """Returns the array of nested dicts that a path leads to."""
+    """Returns the array at a path in nested dicts."""
     for key in path:
         tree = tree[key]
     return tree
 
 
 def set_(tree: Tree, path: tuple[str, ...], value: Any) -> None:
-    """Puts an array into nested dicts, which are made where they are missing."""
+    """Puts an array into nested dicts and creates missing ones."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -1,8 +1,8 @@
-"""PyTorch checkpoints, read.
+"""Reads PyTorch checkpoints.
 
-Read are the original's training checkpoints (MoCo v1 and v2, IFM; complete, or stripped to the query encoder as the
-released MoCo files are), torchvision's ResNet state dicts, and either inside another library's checkpoint, under a
-prefix of its names. What a file holds is told from its tensors' names and shapes alone; `torch_file` reads it without
+It reads the original's training checkpoints (MoCo v1 and v2, IFM; complete, or stripped to the query encoder like the
+released MoCo files), torchvision's ResNet state dicts, and both of these inside another library's checkpoint, under a
+prefix of the names. The names and shapes of the tensors alone tell what a file holds; `torch_file` reads it without
 executing anything.
 """
 
@@ -42,34 +42,34 @@ from ifm_jax.torch_interop.names import (
 )
 from ifm_jax.torch_interop.torch_file import Unusable
 
-# Where checkpoints keep a state dict, and under which names other libraries' modules the network that is trained.
+# Keys under which checkpoints keep a state dict, and prefixes of the trained network in other libraries' modules.
 _HOLDERS = ("state_dict", "model", "model_state_dict", "backbone")
 _PREFIXES = ("backbone.", "encoder.", "model.", "model.backbone.", "model.encoder.")
-# The children of torchvision's ResNet that hold tensors, by number: in an `nn.Sequential` they have no other names.
+# The children of torchvision's ResNet that hold tensors, by number, their only names in an `nn.Sequential`.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = "") -> Snapshot:
-    """Returns what a PyTorch checkpoint holds.
+    """Reads a PyTorch checkpoint into a snapshot.
 
-    The arrays of a file in PyTorch's present (zip) format stay on disk until they are used.
+    The arrays of a file in PyTorch's current (zip) format stay on disk until they are used.
 
-    The state dict is the file itself, or what it holds under `state_dict`, `model`, `model_state_dict` or `backbone`;
-    `module.` before a name goes unnoticed. The network's names may have a prefix (`backbone.conv1.weight`), or be an
-    `nn.Sequential`'s (`backbone.0.weight`, ..., `backbone.7.1.bn2.weight`: torchvision's children by number). Where a
-    file holds one network only, or only one of several under a usual prefix (`backbone.`, `encoder.`, `model.`), that
-    one is read, with a note.
+    The state dict is the file itself, or its entry `state_dict`, `model`, `model_state_dict` or `backbone`; `module.`
+    before a name is ignored. The network's names may have a prefix (`backbone.conv1.weight`), or be an
+    `nn.Sequential`'s (`backbone.0.weight`, ..., `backbone.7.1.bn2.weight`: torchvision's children by number). If a file
+    holds only one network, or only one of several under a usual prefix (`backbone.`, `encoder.`, `model.`), that one is
+    read, with a note.
 
     Args:
-      path: a `.pth`, `.pth.tar` or `.safetensors`.
-      step: updates done at the time of the file; None: what its batch counters say, which the original moves by one a
-        step, or 0 without.
+      path: path of a `.pth`, `.pth.tar` or `.safetensors` file.
+      step: updates done when the file was saved; None: the value of its batch counters, which the original increases by
+        one per step, or 0 without counters.
       prefix: what the names of the network begin with, or those of the whole MoCo (`model.` for
-        `model.encoder_q.conv1.weight`); "": found as said above. Other tensors are left aside, with a note.
+        `model.encoder_q.conv1.weight`); "": detected as above. Other tensors are ignored, with a note.
 
     Raises:
-      UsageError: if it cannot be read without executing code, is no ResNet, or if tensors are missing, unexpected or
-        mis-shaped (all of them in one message).
+      UsageError: if the file cannot be read without executing code or holds no ResNet, or if tensors are missing,
+        unexpected or mis-shaped (all of them in one message).
     """
     path = pathlib.Path(path)
     if step is not None and not 0 <= step <= MOST_STEPS:
@@ -78,7 +78,7 @@ def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = ""
 
 
 def _alike(names: Iterable[str]) -> list[str]:
-    """Returns the architectures that have these blocks, by the names of their tensors."""
+    """Returns the architectures whose blocks have tensors of these names."""
     blocks = {tuple(name.split(".")[:2]) for name in names if name.startswith("layer")}
     depths = tuple(sum(stage == f"layer{number}" for stage, _ in blocks) for number in range(1, 5))
     bottleneck = any(name.endswith(".conv3.weight") for name in names)
@@ -94,7 +94,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _networks(names: Iterable[str]) -> dict[str, bool]:
-    """Returns the prefixes under which a state dict holds a ResNet, each with whether that is an `nn.Sequential`."""
+    """Returns the prefixes under which a state dict holds a ResNet, and for each whether it is an `nn.Sequential`."""
     names = set(names)
     found: dict[str, bool] = {}
     layouts = (("layer1.0.conv1.weight", "conv1.weight", False), ("4.0.conv1.weight", "0.weight", True))
@@ -107,13 +107,13 @@ def _networks(names: Iterable[str]) -> dict[str, bool]:
 
 
 def _named_by_child(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tensors of an `nn.Sequential` of torchvision's children under torchvision's names."""
+    """Renames the tensors of an `nn.Sequential` of torchvision's children to torchvision's names."""
     split = {name: name.partition(".") for name in tensors}
     return {f"{_CHILDREN.get(number, number)}.{rest}": tensors[name] for name, (number, _, rest) in split.items()}
 
 
 def _whole(value: Any) -> int | None:
-    """Returns a tensor of one whole number as that number; None: it is another."""
+    """Returns the value of a tensor that holds a single integer, or None for other tensors."""
     if not isinstance(value, np.ndarray) or value.size != 1 or value.dtype.kind not in "iuf":
         return None
     number = value.item()
@@ -121,14 +121,14 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    """Returns a setting of an optimizer as a number; None: it is none."""
+    """Returns an optimizer setting as a number, or None if it is not a number."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else None
 
 
 class _Reader:
-    """Sorts the tensors of a checkpoint, and collects all that is wrong with them before it says anything."""
+    """Sorts the tensors of a checkpoint, and collects all problems with them before it reports any."""
 
     def __init__(self, path: pathlib.Path, content: Any, prefix: str):
         self.path = path
@@ -142,7 +142,7 @@ class _Reader:
         self.kind = "moco" if any(name.startswith(("encoder_q.", "encoder_k.")) for name in tensors) else "torchvision"
 
     def _state_dict(self, content: Any) -> dict[str, Any]:
-        """Returns the tensors by their names, without `module.`."""
+        """Returns the tensors by name, without `module.`."""
         found = [name for name in _HOLDERS if isinstance(self._content.get(name), dict)]
         found = [name for name in found if any(map(_is_tensor, self._content[name].values()))]
         tensors = self._content[found[0]] if found else self._content
@@ -169,7 +169,7 @@ class _Reader:
         return named
 
     def _within(self, prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Returns the tensors of the network under its own names; notes what is left aside."""
+        """Returns the tensors of the network under its own names; adds a note about ignored tensors."""
         given, networks = prefix, _networks(tensors)
         seen = ", ".join(repr(name) for name in networks if name)
         if prefix:
@@ -270,8 +270,8 @@ class _Reader:
             }
             return len(wrong), name != self._arch
 
-        # The nearest architecture; what it lacks or has too much is a problem to be reported later.
-        # So narrow a ResNeXt has no channels in its groups.
+        # The nearest architecture; missing or extra tensors are reported later.
+        # A ResNeXt this narrow has no channels in its groups.
         exist = [name for name, one in ARCHITECTURES.items() if width * one.width_per_group >= 64]
         arch = min([name for name in exist if name in _alike(shapes)] or exist or ARCHITECTURES, key=distance)
         config.model.arch, config.model.stem = arch, stem
@@ -308,7 +308,7 @@ class _Reader:
         return trees["params"], trees["batch_stats"]
 
     def _array(self, name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Returns a tensor as a float32 or float64 array; None, and a problem noted, if it is not as expected."""
+        """Returns a tensor as a float32 or float64 array; notes a problem and returns None if it is wrong."""
         if not isinstance(values, np.ndarray) or not jnp.issubdtype(values.dtype, np.floating):
             what = values.dtype if isinstance(values, np.ndarray) else getattr(values, "what", type(values).__name__)
             self._problems["of a wrong type"].append(f"{name} ({what}, expected floating point)")
@@ -340,13 +340,13 @@ class _Reader:
         return None if queue is None else queue.T, np.int32(number)
 
     def _group(self) -> dict[str, Any]:
-        """The first parameter group of the optimizer; empty where there is none."""
+        """The first parameter group of the optimizer, or an empty dict."""
         optimizer = self._content.get("optimizer")
         groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
         return groups[0] if isinstance(groups, list) and groups and isinstance(groups[0], dict) else {}
 
     def _momentum(self, config: Config, table: list[Entry]) -> Tree | None:
-        """Returns SGD's momentum buffers of the query parameters; None if they are not there or were never set."""
+        """Returns SGD's momentum buffers of the query parameters; None if they are missing or were never set."""
         group = self._group()
         if not group or self.kind == "torchvision":
             return None
@@ -389,7 +389,7 @@ class _Reader:
         return trace
 
     def _step(self, epoch: int | None) -> int:
-        """Returns the updates done: what all counters of both encoders agree on."""
+        """Returns the updates done, on which all counters of both encoders agree."""
         found = set(self._counters.values())
         if len(found) == 1:
             return found.pop()
@@ -412,7 +412,7 @@ def _map(function: Callable[[Any], Any], tree: Tree) -> Tree:
 
 
 def _printable(name: Any) -> str:
-    """Returns a key of a file as a part of a line."""
+    """Returns a file's key in printable form."""
     text = name if isinstance(name, str) else f"{type(name).__name__} {name!r}"
     return (text if text.isprintable() else repr(text))[:100]
 
@@ -433,19 +433,19 @@ def to_jax(
 ) -> Snapshot:
     """Converts a PyTorch checkpoint into the working directory of a run.
 
-    A complete one (both encoders, queue) is a run's checkpoint at the step that its batch counters tell, and training
-    goes on from it. Of others only the parts that are there are written.
+    A complete checkpoint (both encoders, queue) becomes a run's checkpoint at the step of its batch counters, and
+    training can continue from it. From others only the existing parts are written.
 
     Args:
-      source: the file.
-      directory: to make.
-      config: recipe of the run; None: the original's defaults, with what can be read off the file.
+      source: path of the file.
+      directory: directory to create.
+      config: recipe of the run; None: the original's defaults, with what the file reveals.
       step: see `read`.
       prefix: see `read`.
-      overwrite: replace a run that is there.
+      overwrite: replace an existing run.
 
     Returns:
-      What was written.
+      The snapshot that was written.
 
     Raises:
       UsageError: if the file cannot be read, contradicts the config, or the directory cannot be written.

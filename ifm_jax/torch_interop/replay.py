@@ -1,15 +1,15 @@
-"""Trains from a checkpoint on recorded views and compares with a reference, quantity by quantity.
+"""Trains from a checkpoint on recorded views and compares each quantity with a reference.
 
-The step is the one that trains; only its views come from a file instead of from a data source. In float64 unless told
-otherwise, because in float32 no two programs stay together for long (docs/parity.md).
+The step is the real training step; only its views come from a file instead of a data source. The default is float64,
+because in float32 no two programs agree for long (docs/parity.md).
 
 views.npz: `query`, `key` (steps, N, H, W, 3), augmented and normalized; `permutation` (steps, N), optional: place i of
 the shuffled key images holds `key[permutation[i]]`; `lr` (steps,), optional. reference.npz, any of: `loss`,
 `loss_clean`, `loss_ifm`, `acc1`, `acc5`, `grad_norm`, `queue_ptr` (steps,); `first/query`, `first/key` (N, dim), the
 embeddings of the first step; `final/<name>`, the state at the end under PyTorch's names and in its layout.
 
-A quantity holds if the largest absolute error is at most atol + rtol * (largest magnitude in the reference); the
-relative error shown is the largest absolute error over that magnitude.
+A quantity holds if its largest absolute error is at most atol + rtol * (largest magnitude in the reference); the
+relative error shown is the largest absolute error divided by that magnitude.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from ifm_jax.torch_interop import writing
 
 DTYPES = ("float64", "float32")
 SERIES = ("loss", "loss_clean", "loss_ifm", "acc1", "acc5", "grad_norm", "queue_ptr")
-# The parts of the final state that the table sums up in a line each, by how their names begin and end.
+# The parts of the final state that get one line each in the table, by the start and end of their names.
 _GROUPS = (
     ("final/encoder_q, parameters", "final/encoder_q.", False),
     ("final/encoder_q, statistics", "final/encoder_q.", True),
@@ -46,13 +46,13 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Comparison(NamedTuple):
-    """How a quantity compares with the reference.
+    """The comparison of a quantity with the reference.
 
     Attributes:
-      name: of the quantity.
+      name: name of the quantity.
       max_abs: largest absolute error.
-      max_rel: the same, over the largest magnitude in the reference.
-      holds: whether it is within the tolerances.
+      max_rel: the same, divided by the largest magnitude in the reference.
+      holds: whether the error is within the tolerances.
     """
 
     name: str
@@ -74,13 +74,13 @@ def replay(
     """Trains on recorded views, one step each.
 
     Args:
-      config: the recipe; its `batch_size` and `compute_dtype` are not asked, the views' N and `dtype` are.
-      start: state to start from, complete.
-      views: see the module's docstring.
-      dtype: "float64", or "float32" at the highest matmul precision; of parameters and arithmetic.
-      steps_per_epoch: for the schedule, where the views hold no `lr`; None: as the start knows it.
-      devices: to run on; None: all there are.
-      compiler_options: XLA's, where they are to be others than the process's.
+      config: the recipe; the views' N and `dtype` replace its `batch_size` and `compute_dtype`.
+      start: complete state to start from.
+      views: recorded views; see the module's docstring.
+      dtype: dtype of parameters and arithmetic: "float64", or "float32" at the highest matmul precision.
+      steps_per_epoch: updates in an epoch for the schedule, if the views hold no `lr`; None: that of `start`.
+      devices: devices to run on; None: all.
+      compiler_options: XLA options that differ from the process's.
 
     Returns:
       Every quantity of a reference file.
@@ -107,7 +107,7 @@ def replay(
         optimizer = assembly.make_optimizer(config)
         method = assembly.make_method(config, mesh)
         step_fn, program = PretrainStep(method, optimizer, augment=lambda rngs, images: images).jit(), None
-        # Read at the state's own step, so that what the step draws is what it would have drawn.
+        # Keep the state's own step number, so that the step draws the same random numbers as in the run.
         rates = sharding.place_everywhere(mesh, np.concatenate([np.zeros(first_step), rates]).astype(dtype))
         rng = sharding.place_key(mesh, assembly.initial_rngs(config)[1])
         state = _place(start.state, optimizer, dtype, sharding.replicated(mesh))
@@ -127,7 +127,7 @@ def replay(
                 pointer = int(state.memory.queue_ptr)
                 program = step_fn.lower(state, batch, rng, rates).compile(compiler_options)
             state, metrics = program(state, batch, rng, rates)
-            if "first/key" not in first:  # the first step's keys are what it wrote into the queue
+            if "first/key" not in first:  # the first step's keys are the ones it wrote into the queue
                 first["first/key"] = np.asarray(state.memory.queue)[pointer : pointer + config.batch_size]
             for name, value in jax.device_get(metrics | {"queue_ptr": state.memory.queue_ptr}).items():
                 if name in series:
@@ -159,7 +159,7 @@ def _learning_rates(
     if steps_per_epoch:
         rates = optim.learning_rates(opt.lr, steps_per_epoch=steps_per_epoch, **schedule)[first : first + steps]
     elif start.epoch is not None and start.epoch < config.epochs and not opt.per_step and not opt.warmup_epochs:
-        # The recorded steps are taken as lying within one epoch, the next of the start.
+        # Assume that the recorded steps lie within one epoch, the one after the start.
         rates = np.full(steps, optim.learning_rates(opt.lr, steps_per_epoch=1, **schedule)[start.epoch])
     else:
         raise UsageError(
@@ -176,7 +176,7 @@ def _learning_rates(
 def _place(
     state: StateAtRest, optimizer: optax.GradientTransformation, dtype: str, placement: jax.sharding.Sharding
 ) -> DeviceState[Any]:
-    """Returns the state on the devices, floating point in `dtype`, the optimizer's part in its own structure."""
+    """Returns the state on the devices, with floats in `dtype` and the optimizer's part in its own structure."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), state.params)
     opt_state = jax.eval_shape(optimizer.init, shapes)
     try:
@@ -198,7 +198,7 @@ def _batch(views: dict[str, np.ndarray], step: int, dtype: str) -> dict[str, np.
 
 
 def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Returns floating point in `dtype`, whole numbers as int32."""
+    """Casts floats to `dtype` and integers to int32."""
     return np.asarray(values, dtype if np.issubdtype(values.dtype, np.floating) else np.int32)
 
 
@@ -208,7 +208,7 @@ def compare(
     """Compares every quantity of the reference.
 
     Raises:
-      UsageError: for quantities of the reference that are not there, or have another shape; all in one message.
+      UsageError: if quantities of the reference are missing or have another shape; all in one message.
     """
     wrong = [f"{name} (unknown)" for name in reference if name not in found]
     wrong += [
@@ -224,17 +224,17 @@ def compare(
         a, b = np.asarray(found[name], np.float64), np.asarray(expected, np.float64)
         error, magnitude = (float(np.max(np.abs(x), initial=0.0)) for x in (a - b, b))
         relative = error / magnitude if magnitude else (0.0 if error == 0 else float("inf"))
-        # Written so that a NaN on either side does not hold.
+        # Written so that a NaN on either side fails.
         comparisons.append(Comparison(name, error, relative, error <= atol + rtol * magnitude))
     return comparisons
 
 
 def load_npz(path: str | os.PathLike[str], what: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz; nothing in it is executed.
+    """Returns the arrays of an .npz file without executing anything in it.
 
     Args:
       path: the file.
-      what: is expected in it, for the message.
+      what: expected contents, for the message.
 
     Raises:
       UsageError: if it cannot be read.
@@ -252,7 +252,7 @@ def check_views(views: dict[str, np.ndarray], path: str | os.PathLike[str] = "vi
     """Checks names, shapes and types of recorded views.
 
     Raises:
-      UsageError: for the first mistake found.
+      UsageError: if there is a mistake; the message names the first.
     """
     for name in ("query", "key"):
         if name not in views:
@@ -276,7 +276,7 @@ def check_views(views: dict[str, np.ndarray], path: str | os.PathLike[str] = "vi
 
 
 def summarize(comparisons: list[Comparison]) -> list[tuple[str, Comparison, int]]:
-    """Returns the lines of the table: label, the worst comparison, how many it stands for."""
+    """Returns the lines of the table: label, worst comparison, number of quantities."""
     lines: list[tuple[str, Comparison, int]] = []
     rest = list(comparisons)
     for label, prefix, statistics in _GROUPS:

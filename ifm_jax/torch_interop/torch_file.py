@@ -1,7 +1,7 @@
-"""What a file of PyTorch's or of safetensors holds: dicts, numbers, strings, and NumPy arrays for tensors.
+"""Reads a PyTorch or safetensors file: dicts, numbers, strings, and NumPy arrays for tensors.
 
-Nothing in a file is executed: a PyTorch file is read with `torch.load(weights_only=True)` and in no other way, and
-nothing that it claims is believed before it is checked against its size. PyTorch is imported for its own files only.
+Nothing in a file is executed: a PyTorch file is read only with `torch.load(weights_only=True)`, and all sizes that it
+claims are checked against the file's size. PyTorch is imported only for PyTorch files.
 """
 
 import os
@@ -16,14 +16,14 @@ import numpy as np
 
 from ifm_jax.errors import UsageError
 
-_DEPTH = 8  # of dicts and lists that are looked through for tensors
+_DEPTH = 8  # nesting of dicts and lists that are searched for tensors
 
 
 class Unusable(NamedTuple):
-    """A tensor that is no array.
+    """A tensor that cannot become an array.
 
     Attributes:
-      what: why, in words.
+      what: the reason, in words.
     """
 
     what: str
@@ -32,16 +32,18 @@ class Unusable(NamedTuple):
 def read(path: str | os.PathLike[str]) -> Any:
     """Returns the content of a file.
 
-    Arrays of a file in PyTorch's present (zip) format stay on disk until they are used. bfloat16 comes as JAX's.
+    Arrays of a file in PyTorch's current (zip) format stay on disk until they are used. bfloat16 becomes JAX's
+    bfloat16.
 
     Args:
-      path: written by `torch.save` or by safetensors. The latter's tensors come as `state_dict`, beside its metadata.
+      path: path of a file from `torch.save` or safetensors. The latter's tensors are in `state_dict`, beside its
+        metadata.
 
     Returns:
       The content, every tensor a NumPy array of its type, or `Unusable`.
 
     Raises:
-      UsageError: if it cannot be read, or not without executing code.
+      UsageError: if the file cannot be read without executing code.
     """
     path = pathlib.Path(path)
     try:
@@ -72,11 +74,11 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
             for name in file.keys():  # noqa: SIM118 (no dict)
                 try:
                     tensors[name] = file.get_tensor(name)
-                except (AttributeError, TypeError):  # a type that NumPy has not
+                except (AttributeError, TypeError):  # a type that NumPy lacks
                     tensors[name] = Unusable(file.get_slice(name).get_dtype())
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # SafetensorError, or what a malformed header makes the library raise
+    except Exception as error:  # SafetensorError, or any error from a malformed header
         raise UsageError(
             f"{path} is no whole .safetensors ({' '.join(str(error).split())[:100]}): download or copy it again if it "
             "should be one"
@@ -85,7 +87,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _load(path: pathlib.Path, size: int) -> Any:
-    """`torch.load` with every failure said in one line."""
+    """Calls `torch.load`; reports every failure in one line."""
     torch = import_torch()
     try:
         # Files in the format from before PyTorch 1.6 cannot be mapped into memory.
@@ -93,7 +95,7 @@ def _load(path: pathlib.Path, size: int) -> Any:
         if is_zip:
             _check_sizes(path, size)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PyTorch thinks of a pickle; a failure is said below
+            warnings.simplefilter("ignore")  # PyTorch's warnings about pickles; failures are reported below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UsageError:
         raise
@@ -125,7 +127,7 @@ def import_torch():
 
 
 def _check_sizes(path: pathlib.Path, size: int) -> None:
-    """Refuses an archive whose parts are larger than itself: unpacked, they could be of any size."""
+    """Rejects an archive whose parts are larger than itself: unpacked, they could have any size."""
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
     claimed = sum(part.file_size for part in parts)
@@ -137,7 +139,7 @@ def _check_sizes(path: pathlib.Path, size: int) -> None:
 
 
 def _without_tensors(value: Any, size: int, known: dict[int, Any], depth: int = 0) -> Any:
-    """Returns dicts and lists with arrays for tensors; `known` holds, by identity, what has been seen already."""
+    """Returns dicts and lists with arrays in place of tensors; `known` holds all objects seen so far, by identity."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -167,7 +169,7 @@ def _array(tensor: Any, size: int) -> np.ndarray | Unusable:
                 return Unusable(f"{what} {tensor.dtype}")
         if tensor.is_meta:
             return Unusable("meta, without values")
-        if tensor.numel() * tensor.element_size() > size:  # one number can be repeated at will
+        if tensor.numel() * tensor.element_size() > size:  # strides can repeat one number at will
             return Unusable(f"{tuple(tensor.shape)}, more numbers than the file holds")
         tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints, written: for the original's scripts, or for torchvision and timm.
+"""Writes PyTorch checkpoints for the original's scripts, or for torchvision and timm.
 
 PyTorch is imported only when a file is written.
 """
@@ -25,9 +25,9 @@ TARGETS = ("moco", "torchvision")
 
 
 def state_dict(found: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors of a snapshot, name and values in PyTorch's layout, without `module.`.
+    """Yields the name and values of each tensor in a snapshot, in PyTorch's layout, without `module.`.
 
-    `queue` and `queue_ptr` first, then the encoders, as a module of the original orders them; batch counters included.
+    `queue` and `queue_ptr` come first, then the encoders, in the order of the original's module, with batch counters.
     """
     state = found.state
     memory = moco_memory(state)
@@ -50,7 +50,7 @@ def _encoder_tensors(found: Snapshot, params: Tree, batch_stats: Tree, prefix: s
 
 
 def _counter(found: Snapshot, name: str) -> int:
-    """Returns a batch counter: the number of training steps, on top of what a converted file began with."""
+    """Returns a batch counter: the number of training steps, plus the initial value of a converted file."""
     step = int(found.state.step)
     if found.origin is None or name not in found.origin.num_batches_tracked:
         return step
@@ -74,15 +74,15 @@ def to_torch(
       target: "moco": both encoders, queue and momentum buffers, as the original's code loads them with strict key
         matching, and as MoCo's scripts for linear evaluation and detection (detectron2) read it; "torchvision": the
         backbone under torchvision's names, for torchvision and timm.
-      epoch: epochs done, for "moco"; None: what the run's metrics or the converted file say.
-      prefix: see `read`, where the source is a PyTorch checkpoint.
-      overwrite: replace a file that is there.
+      epoch: epochs done, for "moco"; None: derived from the run's metrics or the converted file.
+      prefix: see `reading.read`, if the source is a PyTorch checkpoint.
+      overwrite: replace an existing file.
 
     Returns:
-      What was read; its `notes` say what the caller should know of the file written.
+      The snapshot of the source; its `notes` hold remarks about the written file.
 
     Raises:
-      UsageError: if the source cannot be read or the file not be written.
+      UsageError: if the source cannot be read or the file cannot be written.
     """
     path = pathlib.Path(path)
     if target not in TARGETS:
@@ -139,7 +139,7 @@ def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, np.ndarray]:
 
 
 def _torchvision_tensors(found: Snapshot) -> dict[str, np.ndarray]:
-    """The query encoder without its projection head; `fc` stays where it came as a classifier."""
+    """Returns the query encoder without its projection head; keeps `fc` if it is a classifier."""
     if found.origin and found.origin.kind == "torchvision":
         return dict(state_dict(found))
     params, batch_stats = without_head(found.state.params), without_head(found.state.batch_stats)
@@ -148,12 +148,12 @@ def _torchvision_tensors(found: Snapshot) -> dict[str, np.ndarray]:
 
 
 def _tensor(values: np.ndarray):
-    # A copy in PyTorch's order, so that the file is as any other and no view of the source.
+    # A copy in PyTorch's order, so that the file is ordinary and no view of the source.
     return torch_file.import_torch().from_numpy(np.array(values, order="C"))
 
 
 def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
-    """Returns `torch.optim.SGD`'s state dict; all parameters are numbered, the query encoder's have buffers."""
+    """Returns the state dict of `torch.optim.SGD`: all parameters have numbers, the query encoder's have buffers."""
     config, state = found.config, found.state
     parameters = [e for e in encoder_table(config, head="fc" in state.params) if e.collection == "params"]
     buffers: dict[int, dict[str, Any]] = {}
@@ -199,14 +199,14 @@ def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.P
 
 
 def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
-    """Saves under another name, then renames; who may read the file is as for any new one."""
+    """Saves under a temporary name, then renames; the file has the permissions of any new file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode & 0o777
             save(temporary)
-            temporary.chmod(mode)  # safetensors makes a file anew that its owner alone may read
+            temporary.chmod(mode)  # safetensors creates a new file that only its owner can read
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UsageError(f"{path} cannot be written ({reason}): name a file that can") from None
