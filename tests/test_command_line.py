@@ -264,7 +264,11 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
     workdir = tmp_path / "läufe"  # where the terminal knows ASCII alone
     arguments = [sys.executable, str(ROOT / "train.py"), *SMALL, "--config.epochs=4000", f"--workdir={workdir}"]
     ascii_only = environment() | {"PYTHONIOENCODING": "ascii"}
-    process = subprocess.Popen(arguments, env=ascii_only, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the run would inherit that it ignores it
+    try:
+        process = subprocess.Popen(arguments, env=ascii_only, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
     log = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_bytes().count(b"\n") >= 3):
