@@ -79,7 +79,7 @@ def test_nothing_is_refused_where_the_memory_is_not_known(mesh, monkeypatch):
     assert memory.of_device(mesh) is None
     memory.check(small.config(batch_size=2**19, moco__queue_size=2**19, data__trifeature__train_size=10**9), mesh)
     memory.check_steps(small.config(), 2**20)
-    on_device.check_memory(10**9, 256, mesh)
+    on_device.check_memory(10**9, 256, memory.of_device(mesh))
     with pytest.raises(UsageError, match="are 4294967296 updates: expected at most 2147483647"):
         memory.check_steps(small.config(), 2**31)
 

@@ -286,7 +286,7 @@ def run(*arguments):
 )
 def test_mistakes_end_with_status_2(files, in_process, arguments, message):
     arguments = [a.replace("=start", f"={files}/start").replace("=views", f"={files}/views") for a in arguments]
-    status, _, said = in_process("ifm_jax/torch_interop/replay.py", *arguments)
+    status, _, said = in_process("ifm_jax/replay.py", *arguments)
     assert status == 2, said
     assert message in said
     assert len(said.strip().splitlines()) == 1
