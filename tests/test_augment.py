@@ -408,6 +408,7 @@ def test_blur_equals_pils(photographs, sigma):
     assert np.abs(255 * np.asarray(ours, np.float64) - np.stack(theirs)).max() <= 4
 
 
+@pytest.mark.slow
 def test_blur_weights(x64):
     """They sum to 1, are symmetric and have a third of the variance; those of no blur leave the image alone."""
     for largest, taps in ((0.5, 3), (1.0, 3), (2.0, 5), (5.0, 11)):

@@ -52,6 +52,7 @@ def shapes(state):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), state)
 
 
+@pytest.mark.slow
 def test_every_truncated_or_missing_file_is_noticed_or_does_no_harm(state, tmp_path):
     """Whichever file of a checkpoint is cut in half or gone: the one before it, or the very same state."""
     save(tmp_path / "whole", state, 1, 2)
@@ -79,6 +80,7 @@ class Few(NamedTuple):
     params: dict
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed_or_does_no_harm(tmp_path):
     """200 single bits, spread over the files and their bytes: the one before, or the very same arrays and config."""
     draw = np.random.default_rng(0)
@@ -206,6 +208,7 @@ def copy(finished, tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_one_before_a_damaged_one(finished, copy, capsys):
     """It says so, redoes the steps since, and ends as if nothing had happened."""
     for step in (6, 8):
@@ -228,6 +231,7 @@ def no_logs_of_absl(caplog):
     caplog.set_level(logging.CRITICAL, logger="absl")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_logs_of_absl")
 def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(copy, monkeypatch):
     """A limit on the size of a file stands for it: what the checkpoint's data meet is an error as they are written."""
@@ -248,6 +252,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(copy, monkeypat
     assert checkpoint.newest_whole(copy / "checkpoints", like)[0].state.step == 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_logs_of_absl")
 def test_the_writes_beside_one_that_fails_print_nothing(tmp_path, monkeypatch, caplog):
     """Of thirty arrays one ends the save; the others' threads find nobody to report to, which Python would print.
@@ -280,6 +285,7 @@ def test_the_writes_beside_one_that_fails_print_nothing(tmp_path, monkeypatch, c
     assert sys.unraisablehook is hook
 
 
+@pytest.mark.slow
 def test_removed_checkpoints_end_the_run(copy, monkeypatch):
     save_ = Checkpoints.save
 
@@ -292,6 +298,7 @@ def test_removed_checkpoints_end_the_run(copy, monkeypatch):
         train(copy, checkpoint_every=9)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be_written_to_any_more(copy, monkeypatch):
     def read_only(*_):
         raise OSError(30, "Read-only file system", "metrics.jsonl")
@@ -303,6 +310,7 @@ def test_a_workdir_that_cannot_be_written_to_any_more(copy, monkeypatch):
         train(copy)
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(tmp_path, monkeypatch):
     saved = []
     save_ = Checkpoints.save

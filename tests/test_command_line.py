@@ -191,6 +191,7 @@ def test_a_mistake_is_one_line_and_exit_2(in_process, script, arguments, message
     assert err.startswith(f"{os.path.basename(script)}: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "-mifm_jax.replay"])
 def test_a_mistake_is_one_line_in_a_process_of_its_own(tmp_path, script):
     """A broken recipe is met by the very process, outside of this one's guards."""

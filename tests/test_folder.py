@@ -361,6 +361,7 @@ def test_hosts_cut_their_pieces_of_the_same_batches(root, hosts):
         assert_equal({"views": np.concatenate([piece[step]["views"] for piece in pieces])}, batch)
 
 
+@pytest.mark.slow
 def test_threads_and_processes_change_nothing(root):
     """Started at step 137, the second of two hosts, too."""
     plain = batches(root, 6, start=137, host=1, hosts=2, threads=1)
@@ -433,6 +434,7 @@ def test_an_unreadable_image_is_named(root, tmp_path, content):
         next(training_batches(bad, 1, seed=0))
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_replaced_counted_and_listed(root, tmp_path):
     """The nearest image before it that can be read takes its place, wherever and by whom it is read."""
     names = source(root / "train").paths

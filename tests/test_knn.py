@@ -32,6 +32,7 @@ def sklearn_shares(bank, labels, queries, classes, k, temperature):
     return shares
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_predictions_are_scikit_learn_s():
     bank, labels, queries, truth = problem(5000, 1000, 512, 100, noise=6.0)

@@ -51,6 +51,7 @@ def full(run, tmp_path_factory):
     return results(run, directory), directory
 
 
+@pytest.mark.slow
 def test_every_label_is_evaluated_on_every_image(full):
     found, directory = full
     assert tuple(found) == LABELS
@@ -114,6 +115,7 @@ def frozen_features(frozen, source):
     return features.extract(frozen, source, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 8])
 def test_features_do_not_depend_on_devices_or_batch(run, devices):
     of_run = of(run)
@@ -127,6 +129,7 @@ def test_features_do_not_depend_on_devices_or_batch(run, devices):
         np.testing.assert_allclose(split, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatch):
     """SIGTERM arrives while the first epoch's end is evaluated; the step after it is the last."""
     evaluate_held = linear._Held.evaluate
@@ -145,6 +148,7 @@ def test_stopped_and_gone_on_with_it_is_the_same(run, full, tmp_path, monkeypatc
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(12,), (9, 12)])
 def test_damaged_checkpoints_of_an_evaluation_are_set_aside(run, full, tmp_path, steps):
     """It goes on from the one before, or starts afresh: the results are the same."""
@@ -164,6 +168,7 @@ def test_one_evaluation_at_a_time_in_a_directory(run, tmp_path):
         results(run, tmp_path / "probe")
 
 
+@pytest.mark.slow
 def test_as_many_kept_views_as_epochs_are_the_full_protocol(run, full, tmp_path):
     found = results(run, tmp_path / "fast", fast=True, views=3)
     for label in LABELS:
@@ -173,6 +178,7 @@ def test_as_many_kept_views_as_epochs_are_the_full_protocol(run, full, tmp_path)
     assert fewer["color"].test_images == 37
 
 
+@pytest.mark.slow
 def test_the_best_of_a_sweep_is_chosen_on_training_images(run, tmp_path):
     found = results(run, tmp_path / "sweep", devices=2, lr=(1e-4, 1.0), weight_decay=(0.0, 1e-3), data__label="color")
     result = found["color"]
@@ -185,11 +191,13 @@ def test_the_best_of_a_sweep_is_chosen_on_training_images(run, tmp_path):
     # the others do not count is tested in test_heads.
 
 
+@pytest.mark.slow
 def test_a_directory_is_one_evaluations(run, full):
     with pytest.raises(UsageError, match=r"holds another evaluation \(linear.lr differ\): pass another --output"):
         results(run, full[1], lr=(2.0,))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     config = Workdir(run).read_config()
     config.data.label = "size"
@@ -208,6 +216,7 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
         results(run, tmp_path / "three", devices=3)
 
 
+@pytest.mark.slow
 def test_all_at_once(run, tmp_path, capsys, monkeypatch):
     """Nearest neighbors, diagnostics, features and a map, from the script's function."""
     shutil.copytree(run, tmp_path / "run")
@@ -242,6 +251,7 @@ def test_all_at_once(run, tmp_path, capsys, monkeypatch):
         assert (tmp_path / name).stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_diagnostics_are_of_images_drawn_at_random(run, monkeypatch):
     """Of a source that cuts no views, too; the embeddings are of the same images as the features."""
     read = []
@@ -278,6 +288,7 @@ def small_trifeature():
     return open_source(small.config().data, "test")
 
 
+@pytest.mark.slow
 def test_records_and_projections(run, tmp_path):
     from array_record.python import array_record_data_source
     from flax import serialization

@@ -46,6 +46,7 @@ def original(query, key, queue, temperature, eps_positive, eps_negative):
     return -jax.nn.log_softmax(logits)[:, 0], logits
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("seed", range(8))
 def test_ifm_equals_the_two_logit_matrices(seed):
@@ -80,6 +81,7 @@ def test_info_nce_equals_cross_entropy():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 0.3])
 def test_epsilon_zero_is_moco_exactly(alpha):
     query, key, queue = embeddings(2)
@@ -117,6 +119,7 @@ def test_ifm_rescales_each_gradient_by_the_saturation():
     np.testing.assert_allclose(shifted, gradient(0.0) * ratio, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_contrast_accuracy_is_topk_of_the_unperturbed_logits():
     query, _, queue = embeddings(5, n=64, k=30)
     key = query[::-1] + query  # half of them near
@@ -138,6 +141,7 @@ def test_bfloat16_embeddings_are_compared_in_float32():
     np.testing.assert_array_equal(loss, exact)
 
 
+@pytest.mark.slow
 def test_extreme_margins_stay_finite():
     query = jnp.asarray([[1.0, 0.0], [-1.0, 0.0]])
     key, queue = jnp.asarray([[1.0, 0.0], [1.0, 0.0]]), jnp.asarray([[-1.0, 0.0]])
@@ -369,6 +373,7 @@ def test_holds_at_temperature_one_hundredth(kind, variant):
             assert_near(low, high, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nothing_asked_for_is_info_nce_exactly(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -429,6 +434,7 @@ def test_nt_xent_equals_other_libraries():
     np.testing.assert_allclose(ours, of_optax, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_ranks_in_the_batch_are_those_of_the_full_matrix():
     first, second = embeddings(5, n=64)[0], some("queue", 5, n=64, dim=8)[1]
     found = losses.contrast_in_batch(jnp.stack([first, second], axis=1), 0.2, beta=1.0)
@@ -464,6 +470,7 @@ def _on_devices(devices, n, dim, dtype, **options):
     return step.lower(jax.ShapeDtypeStruct((n, 2, dim), dtype)).compile(), mesh
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("options", [{"kind": "infonce"}, {"kind": "ifm", "beta": 1.0, "tau_plus": 0.1}])
 def test_the_number_of_devices_changes_nothing_in_the_batch(options):
@@ -553,5 +560,6 @@ def test_objective_is_what_its_name_says(kind):
         method.Objective("moco")
 
 
+@pytest.mark.slow
 def test_examples_run():
     assert doctest.testmod(losses) == (0, 15)

@@ -19,6 +19,7 @@ def mesh():
     return sharding.make_mesh(jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_the_estimate_is_just_below_what_the_compiler_takes(mesh):
     config = small.config(batch_size=64, moco__queue_size=512)
     create = assembly.state_creator(config)

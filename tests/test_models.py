@@ -174,6 +174,7 @@ def test_initial_distributions_are_torchvision_s():
             assert float(jnp.max(jnp.abs(leaf))) == pytest.approx(np.abs(theirs).max(), rel=0.4)
 
 
+@pytest.mark.slow
 def test_projection_head_and_no_head():
     rngs = nnx.Rngs(0)
     images = jnp.ones((2, 32, 32, 3))
@@ -309,6 +310,7 @@ def test_a_head_with_statistics_is_left_behind_whole(monkeypatch, tmp_path):
     assert not [name for name in tensors if name.startswith("fc.")]
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_statistics_of_the_head_it_takes():
     given = hcl_snapshot()
     fitting, taken = start.started_with(given, hcl_state(seed=1), "moco")
@@ -329,6 +331,7 @@ def test_a_run_starts_with_the_statistics_of_the_head_it_takes():
     assert "fc" not in other.batch_stats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stem", "size"), [("imagenet", 8), ("small", 32), ("small_stride2", 16)])
 def test_stems_keep_the_resolution_they_say(stem, size):
     model = models.create("resnet8", num_classes=0, stem=stem, rngs=nnx.Rngs(0))

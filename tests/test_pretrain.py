@@ -232,6 +232,7 @@ def test_objectives(method):
     assert float(metrics["ifm"]["loss"]) == pytest.approx(float((clean + 0.5 * ifm) / 1.5), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_epsilon_zero_trains_as_moco():
     moco, last, _ = run(make(1, objective=Objective("infonce")), steps=3)
@@ -241,6 +242,7 @@ def test_epsilon_zero_trains_as_moco():
         np.testing.assert_allclose(b, a, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_given_permutation_is_used():
     step = make(mesh=False)
@@ -255,6 +257,7 @@ def test_given_permutation_is_used():
     assert abs(float(other) - float(own)) > 1e-6
 
 
+@pytest.mark.slow
 def test_seeds_rates_and_steps_are_one_program():
     """Five random keys and three tables of rates: one compilation; a new step, and a new key, draw anew."""
     step, batch = make(dtype="float32", mesh=False), {"views": jnp.asarray(images()[0])[:, None]}
@@ -268,6 +271,7 @@ def test_seeds_rates_and_steps_are_one_program():
     assert len({weight for _, weight in seen.values()}) == 30
 
 
+@pytest.mark.slow
 def test_any_optax_transformation_is_an_optimizer():
     """Its own schedule is part of it, and it descends."""
     step = make(dtype="float32", mesh=False)

@@ -95,6 +95,7 @@ def test_a_run_goes_on_as_if_uninterrupted(run, tmp_path):
     small.assert_same(*(loading.read(path).state for path in (tmp_path, run)))
 
 
+@pytest.mark.slow
 def test_what_is_moco_s_alone_says_so(run, tmp_path):
     with pytest.raises(UsageError, match=r"--for=moco: .* method=simclr, .* expected --for=torchvision"):
         writing.to_torch(run, tmp_path / "a.pth.tar")

@@ -69,6 +69,7 @@ def test_evaluation_compiles_once_and_looks_at_a_part(runs):
     assert first["knn/shape"] * 20 / 100 == pytest.approx(round(first["knn/shape"] * 20 / 100))
 
 
+@pytest.mark.slow
 def test_methods_are_compared_over_seeds(runs, tmp_path, capsys):
     suppression.compare([runs / name for name in ("moco0", "moco1", "ifm0", "ifm1")], tmp_path / "report")
     found = json.loads((tmp_path / "report" / "suppression.json").read_text())

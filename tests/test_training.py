@@ -47,6 +47,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(finished):
     records = metrics_log.read(finished / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 9))
@@ -139,6 +140,7 @@ def test_a_broken_config_file_is_named(tmp_path):
         train(small.config(), tmp_path)
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     # Steps 1 to 4 at a rate that does no harm; then one that does: lr is checked nowhere else.
     config = small.config(optim__lr=1e30, optim__warmup_epochs=1.0, checkpoint_every=1, log_every=100)
@@ -151,6 +153,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert np.isfinite(np.asarray(state.memory.queue)).all()
 
 
+@pytest.mark.slow
 def test_limit_shortens_the_epoch(tmp_path):
     result = train(small.config(data__limit=33, steps=1), tmp_path)
     assert result.total_steps == 1
@@ -263,11 +266,13 @@ def test_init_from(finished, tmp_path, given, capsys):
         small.assert_same(state.memory.key_params["conv1"], trained.params["conv1"])
 
 
+@pytest.mark.slow
 def test_init_from_another_network_is_refused(finished, tmp_path):
     with pytest.raises(UsageError, match=r"the config does not fit .*\(model.width=8, there 4\)"):
         train(small.config(model__width=8, init_from=str(finished)), tmp_path)
 
 
+@pytest.mark.slow
 def test_an_incomplete_conversion_cannot_be_gone_on_from(tmp_path):
     config = small.config()
     full = jax.device_get(jax.jit(assembly.state_creator(config))())

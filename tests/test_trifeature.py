@@ -48,6 +48,7 @@ def test_image_depends_on_its_index_only():
     np.testing.assert_array_equal(Trifeature(size=1000).images()[indices], batch["image"])
 
 
+@pytest.mark.slow
 def test_drawing_is_the_same_in_another_process():
     code = (
         "import hashlib, numpy as np; from ifm_jax.data.trifeature import Trifeature;"
