@@ -8,16 +8,13 @@ Only the container of the networks is shared with the emulation. From a checkpoi
 """
 
 import argparse
-import os
-import socket
-import tempfile
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from references import ranks
 from references.moco import ReferenceMoCo
 
 
@@ -63,12 +60,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def train(rank: int, store: str, options: argparse.Namespace):
     """One process."""
-    torch.set_num_threads(1)
-    if loopback := [name for _, name in socket.if_nameindex() if name.startswith("lo")]:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
-    # A file instead of a port to meet at: no other process can take it in between.
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.world)
-    torch.manual_seed(1000 + rank)
+    ranks.join(rank, store, options)
     model = DistributedMoCo(options).double()
     if rank == 0:  # The others keep their own draw, until DDP's constructor makes all of them rank 0's.
         start = torch.load(options.start, weights_only=True)
@@ -80,10 +72,7 @@ def train(rank: int, store: str, options: argparse.Namespace):
     optimizer.load_state_dict(torch.load(options.start, weights_only=True)["optimizer"])
     ddp.train()
 
-    with np.load(options.views) as file:
-        views = dict(file)
-    steps, N = views["query"].shape[:2]
-    share = slice(rank * N // options.world, (rank + 1) * N // options.world)
+    views, steps, N, share = ranks.read_views(rank, options)
     results: dict[str, list] = {}
     first = {}
     for step in range(steps):
@@ -114,33 +103,18 @@ def train(rank: int, store: str, options: argparse.Namespace):
         if step == 0:
             first = {"first/query": gather(q).numpy(), "first/key": keys.numpy()}
 
-    if rank == 0:
-        final = {f"final/{name}": value.numpy() for name, value in ddp.module.state_dict().items()}
-        np.savez(options.out, **{name: np.asarray(values) for name, values in results.items()}, **first, **final)
-    dist.barrier()
-    dist.destroy_process_group()
+    ranks.finish(rank, options, ddp.module, results, first)
 
 
 def main():
     """Reads the flags and runs the processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("start", "views", "out"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--dim", type=int, default=128)
+    parser = ranks.parser(__doc__)
     parser.add_argument("--queue-size", type=int, required=True)
     parser.add_argument("--mlp", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--method", choices=("moco", "ifm", "ifm_only"), default="ifm")
-    defaults = {"epsilon": 0.1, "alpha": 1.0, "temperature": 0.2, "momentum": 0.999}
-    defaults |= {"lr": 0.03, "weight-decay": 1e-4, "sgd-momentum": 0.9}
-    for name, value in defaults.items():
+    for name, value in {"epsilon": 0.1, "alpha": 1.0, "temperature": 0.2, "momentum": 0.999}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        # Forked, as nothing has run yet in this process: importing torch and torchvision takes longer than the steps.
-        torch.multiprocessing.start_processes(train, (store, options), nprocs=options.world, start_method="fork")
+    ranks.start(train, parser.parse_args())
 
 
 if __name__ == "__main__":

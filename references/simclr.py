@@ -18,9 +18,6 @@ processes over gloo, from a state dict:
 import argparse
 import dataclasses
 import json
-import os
-import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,6 +28,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from references import ranks
 from references.moco import resnet
 
 # Wrong variants of the step. A comparison that does not notice one of them does not cover that point.
@@ -280,12 +278,7 @@ class Gather(torch.autograd.Function):
 
 def train(rank: int, store: str, options: argparse.Namespace):
     """One process; the gradient's mean and the broadcast of buffers are DistributedDataParallel's own."""
-    torch.set_num_threads(1)
-    if loopback := [name for _, name in socket.if_nameindex() if name.startswith("lo")]:
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
-    # A file instead of a port to meet at: no other process can take it in between.
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.world)
-    torch.manual_seed(1000 + rank)
+    ranks.join(rank, store, options)
     model = encoder(options.arch, options.dim, options.head).double()
     if rank == 0:  # The others keep their own draw, until DDP's constructor makes all of them rank 0's.
         model.load_state_dict(torch.load(options.start, weights_only=True))
@@ -294,10 +287,7 @@ def train(rank: int, store: str, options: argparse.Namespace):
     optimizer = torch.optim.SGD(
         ddp.parameters(), options.lr, momentum=options.sgd_momentum, weight_decay=options.weight_decay
     )
-    with np.load(options.views) as file:
-        views = dict(file)
-    steps, N = views["query"].shape[:2]
-    share = slice(rank * N // options.world, (rank + 1) * N // options.world)
+    views, steps, N, share = ranks.read_views(rank, options)
     rows = torch.arange(2 * N).reshape(2, N)[:, share].reshape(-1)
     results: dict[str, list] = {}
     for step in range(steps):
@@ -317,30 +307,15 @@ def train(rank: int, store: str, options: argparse.Namespace):
             results.setdefault(name, []).append(value)
         if step == 0:
             first = dict(zip(("first/query", "first/key"), everything.detach().numpy().reshape(2, N, -1), strict=True))
-    if rank == 0:
-        final = {f"final/{name}": value.numpy() for name, value in ddp.module.state_dict().items()}
-        np.savez(options.out, **{name: np.asarray(values) for name, values in results.items()}, **first, **final)
-    dist.barrier()
-    dist.destroy_process_group()
+    ranks.finish(rank, options, ddp.module, results, first)
 
 
 def main():
     """Reads the flags and runs the processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("start", "views", "out"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--world", type=int, default=2)
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--dim", type=int, default=128)
+    parser = ranks.parser(__doc__)
     parser.add_argument("--head", choices=("linear", "simclr", "hcl"), default="simclr")
     parser.add_argument("--loss", default="{}", help="fields of Loss, as JSON")
-    for name, value in {"lr": 0.03, "weight-decay": 1e-4, "sgd-momentum": 0.9}.items():
-        parser.add_argument(f"--{name}", type=float, default=value)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        store = os.path.join(folder, "store")
-        # Forked, as nothing has run yet in this process: importing torch and torchvision takes longer than the steps.
-        torch.multiprocessing.start_processes(train, (store, options), nprocs=options.world, start_method="fork")
+    ranks.start(train, parser.parse_args())
 
 
 if __name__ == "__main__":

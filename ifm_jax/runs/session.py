@@ -80,7 +80,7 @@ class Session:
         return self._stack.__exit__(*exception)
 
     def say(self, *lines: str) -> None:
-        """Function that shows a line to the user."""
+        """Shows lines to the user, one after another."""
         for line in lines:
             self.progress.message(line)
 

@@ -273,7 +273,8 @@ class _Reader:
         # The nearest architecture; missing or extra tensors are reported later.
         # A ResNeXt this narrow has no channels in its groups.
         exist = [name for name, one in ARCHITECTURES.items() if width * one.width_per_group >= 64]
-        arch = min([name for name in exist if name in _alike(shapes)] or exist or ARCHITECTURES, key=distance)
+        alike = _alike(shapes)
+        arch = min([name for name in exist if name in alike] or exist or ARCHITECTURES, key=distance)
         config.model.arch, config.model.stem = arch, stem
         config.model.width = 0 if width == ARCHITECTURES[arch].width else width
         if self._arch in ARCHITECTURES and self._arch != arch:
