@@ -14,7 +14,7 @@ class Collective:
       dtype: of what is exchanged: u8, bf16, f32 ...
       devices: that exchange it with each other.
       count: how many a step.
-      bytes: in all; of each the whole array: gathered, reduced, before it is scattered.
+      bytes: in all; of each the whole array: gathered, reduced, before it is scattered, all parts of an exchange.
       largest: shape of the largest array.
     """
 
@@ -56,7 +56,9 @@ def read(hlo: str, devices: int) -> list[Collective]:
         elif started and kind == "collective-permute":
             share = 0.5
         elif kind == "reduce-scatter":
-            share = float(size)
+            share = size / (size + 1) if started else float(size)
+        elif kind.endswith("all-to-all"):
+            share = size / 2 if started else float(size)
         channel = re.search(r"channel_id=(\d+)", line)
         sized = [(dtype, shape, share * math.prod(shape) * _width(dtype)) for dtype, shape in arrays]
         dtype = max(sized, key=lambda array: array[2])[0]

@@ -45,11 +45,12 @@ def device() -> str:
     return f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} processors ({platform.machine()})"
 
 
-def check_path(path: str | None) -> None:
+def check_path(path: str | None, flag: str = "json") -> None:
     """Checks, before minutes are spent on it, that a report can be written there.
 
     Args:
-      path: of the JSON file; None: none is wanted.
+      path: of the file; None: none is wanted.
+      flag: name of the flag that gave it.
 
     Raises:
       UsageError: if it cannot.
@@ -58,7 +59,7 @@ def check_path(path: str | None) -> None:
         return
     folder = pathlib.Path(path).absolute().parent
     if not folder.is_dir() or pathlib.Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--json={path} cannot be written: expected a file in a folder that is there and writable")
+        raise UsageError(f"--{flag}={path} cannot be written: expected a file in a folder that is there and writable")
 
 
 def write(made: dict, path: str | None) -> None:

@@ -8,26 +8,23 @@ run, for the recipe's global batch, split over the chips of the topology (v4:2x2
 The plan reads the compiled program: memory a chip, floating-point operations a chip against a perfect split, the
 collectives with their bytes, and the time that each resource needs at the published speed of the chip.
 
+Memory traffic is counted from the program's text (`benchmarks.traffic`): arrays in the memory on the chip move nothing.
+XLA's own count has them, and is two to three times as much.
+
 The times are for planning, not predictions. No step is shorter than its operations at peak speed, and convolutional
-networks reach a part of that. XLA counts the bytes of every operation's arguments and results, also of what stays on
-the chip in between, so that the memory's time is rather too long. Latencies of collectives and the reading of images
-are not in the plan.
+networks reach a part of that. Latencies of collectives and the reading of images are not in the plan.
 
 A compilation takes minutes. What it found is kept in `$IFM_JAX_CACHE/tpu_plan`, by program, topology and libtpu.
 """
 
 import dataclasses
-import gzip
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
-import pathlib
 import re
-import time
 from collections.abc import Callable
+from typing import Any
 
 # Before JAX is imported. Nothing here runs on a TPU: no metadata server is asked, no lock on the device is needed, and
 # libtpu's remarks about what this machine is not are kept from the terminal.
@@ -40,19 +37,14 @@ os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import collectives, command, reporting
+from benchmarks import collectives, command, planning, programs, reporting, traffic
 from benchmarks.collectives import Collective
-from ifm_jax import assembly, files, sharding
+from benchmarks.traffic import Kernel
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-
-_RECIPES = pathlib.Path(__file__).resolve().parent.parent / "configs"
-
-IMAGENET = 1_281_167  # training images of ImageNet (ILSVRC 2012)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +69,7 @@ class Chip:
     link: float
     axes: int
     ring: int
-    options: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 # Peak, memory and its bandwidth: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e. Links and rings: jax-ml/scaling-book,
@@ -157,48 +149,22 @@ class Compiled:
     Attributes:
       flops: floating-point operations.
       ideal_flops: of the step as it is written, before it is split and optimized, divided by the chips.
-      bytes_accessed: of memory.
+      bytes: of memory traffic.
       hbm_bytes: the most that is in memory: state, batch, what is computed in between, and the program.
       hbm_limit: what the compiler took the memory to be, where it refused the step; None: it did not.
       compile_seconds: what the compilation took.
       collectives: of a step.
+      kernels: what runs, in its order.
     """
 
     flops: float
     ideal_flops: float
-    bytes_accessed: float
+    bytes: float
     hbm_bytes: float
     hbm_limit: float | None
     compile_seconds: float
     collectives: tuple[Collective, ...]
-
-
-def prepare(config: Config, chips: int) -> Config:
-    """Returns the config as the plan takes it: for an accelerator, on images that need not be there.
-
-    Raises:
-      UsageError: for a config that could not be trained on so many chips.
-    """
-    config = configs.from_dict(configs.to_dict(config))
-    if config.data.source == "folder:":  # to be given on the command line of a run
-        config.data.source = "folder:images"
-    if config.model.compute_dtype == "auto":
-        config.model.compute_dtype = "bfloat16"
-    configs.validate(config, devices=chips)
-    return config
-
-
-def lower(config: Config, devices: list[jax.Device], epoch_steps: int) -> jax.stages.Lowered:
-    """Returns the training step of a prepared config for these devices, not yet compiled."""
-    step = assembly.make_step(config, sharding.make_mesh(devices))
-    state = jax.eval_shape(assembly.state_creator(config))
-    size = config.data.image_size
-    # Drawn images are handed over once and viewed twice; of others, the host makes two crops.
-    count = 1 if config.data.source == "trifeature" else 2
-    images = jax.ShapeDtypeStruct((config.batch_size, count, size, size, 3), jnp.uint8)
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    rates = jax.ShapeDtypeStruct((config.epochs * epoch_steps,), jnp.float32)
-    return step.jit().lower(state, {"views": images}, rng, rates)
+    kernels: tuple[Kernel, ...] = ()
 
 
 def require_libtpu() -> str:
@@ -210,6 +176,29 @@ def require_libtpu() -> str:
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("libtpu, the compiler for TPUs, is not installed: pip install 'ifm_jax[tpu-plan]'")
     return importlib.metadata.version("libtpu")
+
+
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """Returns the absent chips, for a mesh to compile for.
+
+    Raises:
+      UsageError: if the compiler is not installed, or knows no such topology.
+    """
+    from jax.experimental import topologies
+
+    version, options = require_libtpu(), dict(topology.chip.options)
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # hosts have four otherwise
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UsageError(f"--topology={topology}: libtpu {version} cannot compile for it: {error}") from None
+    if len(devices) != topology.chips:
+        raise UsageError(
+            f"--topology={topology}: libtpu {version} has {len(devices)} devices for these {topology.chips} chips; "
+            "expected one a chip: try another version"
+        )
+    return devices
 
 
 def compile_step(config: Config, topology: Topology, epoch_steps: int, say: Callable[[str], None]) -> Compiled:
@@ -224,38 +213,24 @@ def compile_step(config: Config, topology: Topology, epoch_steps: int, say: Call
     Raises:
       UsageError: if the compiler knows no such topology.
     """
-    from jax.experimental import topologies
-
-    version = require_libtpu()
-    try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=str(topology), **dict(topology.chip.options)
-        ).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise UsageError(f"--topology={topology}: libtpu {version} cannot compile for it: {error}") from None
-    if len(devices) != topology.chips:
-        raise UsageError(
-            f"--topology={topology}: libtpu {version} has {len(devices)} devices for these {topology.chips} chips; "
-            "expected one a chip: try another version"
-        )
+    version, devices = require_libtpu(), devices_of(topology)
     say(f"Tracing the step of {config.model.arch}, batch {config.batch_size}, for {topology}.")
-    lowered = lower(config, devices, epoch_steps)
-    key = hashlib.sha256("\n".join((lowered.as_text(), str(topology), version)).encode()).hexdigest()[:24]
-    kept, program = (files.cache_directory("tpu_plan", key + end) for end in (".json", ".hlo.gz"))
-    if not kept.exists():
+    lowered = planning.lower(config, devices, epoch_steps)
+
+    def make() -> tuple[dict, str]:
         # XLA's own count for the program as it is written, on one device: what the chips share if nothing is lost.
-        ideal = lower(config, jax.devices("cpu")[:1], epoch_steps).cost_analysis()["flops"] / topology.chips
-        say("Compiling; this takes minutes.")
-        begun = time.perf_counter()
+        written = planning.lower(config, jax.devices("cpu")[:1], epoch_steps)
         found, text = _compile(lowered)
-        found |= {"ideal_flops": ideal, "compile_seconds": time.perf_counter() - begun}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        program.write_bytes(gzip.compress(text.encode()))
-        kept.write_text(json.dumps(found) + "\n")
-    else:
-        say(f"Compiled before ({kept}).")
-    text = gzip.decompress(program.read_bytes()).decode()
-    return Compiled(**json.loads(kept.read_text()), collectives=tuple(collectives.read(text, topology.chips)))
+        return found | {"ideal_flops": written.cost_analysis()["flops"] / topology.chips}, text
+
+    found, text = planning.kept("tpu_plan", lowered, (str(topology), version), make, say)
+    kernels = traffic.kernels(programs.parse(text)) if text else []
+    return Compiled(
+        **found,
+        bytes=sum(kernel.bytes for kernel in kernels),
+        collectives=tuple(collectives.read(text, topology.chips)),
+        kernels=tuple(kernels),
+    )
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[dict, str]:
@@ -267,17 +242,9 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[dict, str]:
         if refused is None:
             raise
         used, limit = refused
-        return {"flops": 0.0, "bytes_accessed": 0.0, "hbm_bytes": used, "hbm_limit": limit}, ""
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    hbm = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes  # the new state takes the place of the old one
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    found = {"flops": cost["flops"], "bytes_accessed": cost["bytes accessed"], "hbm_bytes": hbm, "hbm_limit": None}
-    return found, compiled.as_text()
+        return {"flops": 0.0, "hbm_bytes": used, "hbm_limit": limit}, ""
+    hbm = planning.memory_needed(compiled)
+    return {"flops": compiled.cost_analysis()["flops"], "hbm_bytes": hbm, "hbm_limit": None}, compiled.as_text()
 
 
 def out_of_memory(message: str) -> tuple[float, float] | None:
@@ -302,11 +269,8 @@ def plan(config: Config, topology: Topology, images: int, say: Callable[[str], N
       images: in an epoch.
       say: told what takes long.
     """
-    config = prepare(config, topology.chips)
-    epoch_steps = images // config.batch_size
-    if not epoch_steps:
-        raise UsageError(f"--images={images}: expected at least batch_size={config.batch_size}")
-    steps = min(config.steps or math.inf, config.epochs * epoch_steps)
+    config = planning.prepare(config, topology.chips)
+    epoch_steps, steps = planning.steps_of(config, images)
     return {
         "arch": config.model.arch,
         "batch_size": config.batch_size,
@@ -340,13 +304,16 @@ def summarize(compiled: Compiled, topology: Topology, batch_size: int, steps: in
     exchanged = [dataclasses.asdict(one) | {"seconds": exchange_seconds(one, topology)} for one in compiled.collectives]
     seconds = {
         "compute_seconds": compiled.flops / chip.peak,
-        "memory_seconds": compiled.bytes_accessed / chip.hbm_bandwidth,
+        "memory_seconds": compiled.bytes / chip.hbm_bandwidth,
         "interconnect_seconds": sum(one["seconds"] for one in exchanged),
     }
     row |= {
         "flops_per_chip": compiled.flops,
         "flops_over_ideal": compiled.flops / compiled.ideal_flops,
-        "bytes_accessed": compiled.bytes_accessed,
+        "bytes_per_chip": round(compiled.bytes),
+        "kernels": sum(kernel.runs for kernel in compiled.kernels),
+        "estimated_cycles": sum(kernel.cycles for kernel in compiled.kernels),
+        "sources": planning.sources(compiled.kernels),
         "collectives": exchanged,
     } | seconds
     steps_seconds = {
@@ -354,10 +321,7 @@ def summarize(compiled: Compiled, topology: Topology, batch_size: int, steps: in
         "roofline": max(seconds.values()),
         "without_overlap": sum(seconds.values()),
     }
-    for name, step in steps_seconds.items():
-        row[f"images_per_second_{name}"] = batch_size / step
-        row[f"hours_{name}"] = steps * step / 3600
-    return row
+    return row | planning.durations(steps_seconds, batch_size, steps)
 
 
 def largest_batch(needed: Callable[[int], tuple[float, bool]], unit: int, start: int, tries: int = 6) -> int | None:
@@ -415,7 +379,7 @@ def fit(config: Config, topology: Topology, images: int, say: Callable[[str], No
         changed.batch_size = batch_size
         changed.moco.queue_size = math.ceil(config.moco.queue_size / batch_size) * batch_size
         row = rows[batch_size] = plan(changed, topology, max(images, batch_size), say)
-        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB a chip, {_fits(row)}.")
+        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB a chip, {planning.fits(row)}.")
         return row["hbm_bytes"] / (row["hbm_bytes"] + row["hbm_free_bytes"]), row["hbm_fits"]
 
     unit = math.lcm(8 * topology.chips, config.model.bn_groups)
@@ -423,39 +387,13 @@ def fit(config: Config, topology: Topology, images: int, say: Callable[[str], No
     return sorted(rows.values(), key=lambda row: (row["batch_size"] == largest, row["batch_size"]))
 
 
-_BOUNDS = {
-    "compute_bound": "at peak compute, which nothing exceeds",
-    "roofline": "by the slowest of compute, memory and interconnect, the others meanwhile",
-    "without_overlap": "one after the other",
-}
-
-
-def _fits(row: dict) -> str:
-    gib = abs(row["hbm_free_bytes"]) / 2**30
-    return f"fits, {gib:.2f} GiB to spare" if row["hbm_fits"] else f"does not fit, {gib:.2f} GiB too much"
-
-
 def print_report(made: dict) -> None:
     """Prints the tables."""
     for row in made["results"]:
         print(f"\n{row['topology']}, {row['arch']}, batch {row['batch_size']}, queue {row['queue_size']}")
-        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB a chip: {_fits(row)}.")
-        if "collectives" not in row:
-            continue
-        print(
-            f"Work: {row['flops_per_chip']:.3e} floating-point operations a chip, {row['flops_over_ideal']:.4f} of the "
-            f"ideal (those of the step as written, counted by XLA, over {row['chips']} chips)."
-        )
-        milliseconds = {name: 1e3 * row[f"{name}_seconds"] for name in ("compute", "memory", "interconnect")}
-        print("A step at peak speed, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in milliseconds.items()) + ".")
-        print(f"{row['steps']} steps, epochs of {row['images']} images:")
-        for name in _BOUNDS:
-            hours, speed = row[f"hours_{name}"], row[f"images_per_second_{name}"]
-            print(f"  {hours:8.2f} hours, {speed:8.0f} images/s: {_BOUNDS[name]}")
-        columns = {"kind": "", "dtype": "", "devices": "d", "count": "d", "bytes": ",d"}
-        columns |= {"largest": lambda shape: "x".join(map(str, shape)), "milliseconds": ".3f"}
-        lines = [one | {"milliseconds": 1e3 * one["seconds"]} for one in row["collectives"]]
-        reporting.print_table("Collectives of a step", lines, columns)
+        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB a chip: {planning.fits(row)}.")
+        if "collectives" in row:
+            planning.print_work(row)
 
 
 def main(arguments: list[str]) -> int:
@@ -466,15 +404,13 @@ def main(arguments: list[str]) -> int:
         raise UsageError("--topology is missing: expected a TPU slice, for example --topology=v5e:4x4")
     topology, config = Topology.parse(_TOPOLOGY.value), _CONFIG()
     require_libtpu()
-    images = _IMAGES.value or (config.data.trifeature.train_size if config.data.source == "trifeature" else IMAGENET)
-    images = min(images, config.data.limit or images)
+    images = planning.images_in_epoch(config, _IMAGES.value)
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     rows = fit(config, topology, images, say) if _FIT.value else [plan(config, topology, images, say)]
-    fields = ("topology", "chips", "flops_per_chip", "flops_over_ideal", "hbm_bytes", "hbm_fits", "collectives")
-    summary = {name: rows[-1].get(name) for name in fields}
+    summary = {name: rows[-1].get(name) for name in planning.SUMMARY}
     if _FIT.value:
         summary["largest_batch"] = rows[-1]["batch_size"] if rows[-1]["hbm_fits"] else None
     made = reporting.report("tpu_plan", rows, summary, others=("libtpu",))
@@ -484,7 +420,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _CONFIG = command.define_config(default=str(_RECIPES / "ifm_imagenet100.py"))
+    _CONFIG = command.define_config(default=planning.RECIPE)
     _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
     _IMAGES = flags.DEFINE_integer("images", None, "Images in an epoch; ImageNet's 1281167 if not given.")
     _FIT = flags.DEFINE_bool("fit", False, "Search the largest global batch that fits.")
