@@ -24,8 +24,8 @@ from ifm_jax.evaluation import classifiers, knn
 from ifm_jax.evaluation.features import FrozenEncoder
 from ifm_jax.runs import metrics_log, training
 
-_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often everything is timed.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of timings of each quantity.")
 
 HEADS = 16
 

@@ -511,7 +511,7 @@ def benchmark(folder: pathlib.Path, settings: Settings, say=print) -> dict:
             generate(folder, settings.images)
         except OSError as error:
             raise UsageError(
-                f"--data={folder} cannot be written to ({error.strerror}): pass a folder that can, or none"
+                f"--data={folder} is not writable ({error.strerror}): pass a writable folder, or leave --data out"
             ) from None
     sizes = [path.stat().st_size for path in files(folder)]
     rows = [{"name": "files", "images": len(sizes), "mean_bytes": statistics.mean(sizes)}]
@@ -584,7 +584,7 @@ def main(arguments: list[str]) -> int:
     if jax.default_backend() != "cpu":
         settings = dataclasses.replace(settings, networks=(_RECIPE,), run=_RECIPE)
     if not torchvision_is_here():
-        print("PyTorch or torchvision is not installed: ours alone.", file=sys.stderr)
+        print("PyTorch or torchvision is not installed: only ifm_jax is measured.", file=sys.stderr)
         settings = dataclasses.replace(settings, cases=OURS)
     with contextlib.ExitStack() as stack:
         folder = _DATA.value or stack.enter_context(tempfile.TemporaryDirectory())
@@ -595,9 +595,11 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows and the summary.")
-    _DATA = flags.DEFINE_string("data", None, "Where the generated images are kept; what is there already is used.")
-    _IMAGES = flags.DEFINE_integer("images", 2000, "How many images to generate, and to read in an epoch.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows and the summary to this JSON file.")
+    _DATA = flags.DEFINE_string("data", None, "Folder for the generated images; existing ones are reused.")
+    _IMAGES = flags.DEFINE_integer("images", 2000, "Number of images to generate and to read per epoch.")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which the pipelines take turns.", lower_bound=1)
-    _SECONDS = flags.DEFINE_float("seconds", 1.0, "For how long each is measured in a round.", lower_bound=0.0)
+    _SECONDS = flags.DEFINE_float(
+        "seconds", 1.0, "Seconds for which each pipeline is measured in a round.", lower_bound=0.0
+    )
     command.run(main)

@@ -33,10 +33,10 @@ RUN = (
     *("--config.log_every=1", "--config.checkpoint_every=5"),
 )
 
-_KILLS = flags.DEFINE_integer("kills", 20, "How often the run is killed.")
+_KILLS = flags.DEFINE_integer("kills", 20, "Number of times to kill the run.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Steps of the run.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_JSON = flags.DEFINE_string("json", None, "File for the report.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments at which the run is killed.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
 
 
 def start(workdir: pathlib.Path, steps: int, environment: dict[str, str] | None = None) -> subprocess.Popen:

@@ -31,9 +31,9 @@ from ifm_jax.runs import metrics_log, training
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = flags.DEFINE_integer("steps", 96, "Steps of a run; the first third is not timed.")
-_CALLS = flags.DEFINE_integer("calls", 8, "steps_per_call of the third way.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each way.")
-_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
+_CALLS = flags.DEFINE_integer("calls", 8, "steps_per_call of the third variant.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each variant.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
 
 
 def _size(config: Config, source: Source) -> int:

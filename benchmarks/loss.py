@@ -26,10 +26,12 @@ from ifm_jax import assembly
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import losses
 
-_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-_QUERIES = flags.DEFINE_list("queries", None, "Sizes N; 256 to 1024 on a CPU, to 4096 elsewhere.")
-_KEYS = flags.DEFINE_list("keys", None, "Sizes K; 4096 to 65536 on a CPU, to 1048576 elsewhere.")
-_ROUNDS = flags.DEFINE_integer("rounds", 21, "How often everything is timed.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+_QUERIES = flags.DEFINE_list(
+    "queries", None, "Numbers of queries N; default: 256 to 1024 on a CPU, up to 4096 elsewhere."
+)
+_KEYS = flags.DEFINE_list("keys", None, "Numbers of keys K; default: 4096 to 65536 on a CPU, up to 1048576 elsewhere.")
+_ROUNDS = flags.DEFINE_integer("rounds", 21, "Number of timings of each quantity.")
 
 DIM, TEMPERATURE, EPSILON = 128, 0.2, 0.1
 REFERENCE = (256, 65536)  # the sizes of the summary

@@ -159,6 +159,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
-    _ONLY = flags.DEFINE_string("only", None, "Only trajectories whose name contains this.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows to this JSON file.")
+    _ONLY = flags.DEFINE_string("only", None, "Run only trajectories whose name contains this text.")
     command.run(main)

@@ -161,7 +161,7 @@ def _fitting(case: Case, say):
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say(f"{case}, K = {case.queue_size}: left out, it does not fit the memory")
+        say(f"{case}, K = {case.queue_size}: left out, it does not fit in memory")
         return None
     return run, known
 
@@ -294,7 +294,7 @@ def _check_plot(path: str | None) -> None:
         raise UsageError(f"--plot={path}: matplotlib is not installed: pip install matplotlib, or leave --plot out")
     folder = pathlib.Path(path).absolute().parent
     if pathlib.Path(path).suffix != ".png" or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--plot={path} cannot be written: expected FILE.png in a folder that is there and writable")
+        raise UsageError(f"--plot={path} cannot be written: expected FILE.png in an existing, writable folder")
 
 
 def main(arguments: list[str]) -> int:
@@ -328,8 +328,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-    _PLOT = flags.DEFINE_string("plot", None, "Where to draw it: FILE.png.")
-    _AXES = flags.DEFINE_list("axes", list(AXES), "What grows.")
-    _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often everything is timed.", lower_bound=1)
+    _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+    _PLOT = flags.DEFINE_string("plot", None, "Draw the report into this PNG file.")
+    _AXES = flags.DEFINE_list("axes", list(AXES), "What grows, one at a time.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of timings of each quantity.", lower_bound=1)
     command.run(main)

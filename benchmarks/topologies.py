@@ -98,7 +98,7 @@ def difference(ours: pathlib.Path, theirs: pathlib.Path, steps: int | None = Non
     records = [metrics_log.read(workdir / "metrics.jsonl")[:steps] for workdir in (ours, theirs)]
     numbers = [[record["step"] for record in lines] for lines in records]
     if numbers[0] != numbers[1] or not numbers[0]:
-        raise RunError(f"{ours} and {theirs} do not hold the same steps: {numbers[0]} and {numbers[1]}")
+        raise RunError(f"{ours} and {theirs} do not have the same steps: {numbers[0]} and {numbers[1]}")
     a, b = (np.array([[record[name] for name in FIELDS] for record in lines]) for lines in records)
     largest = np.maximum(np.abs(a), np.abs(b))
     relative = np.abs(a - b) / np.where(largest == 0, 1.0, largest)
@@ -221,9 +221,11 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "File for the report.")
-    _ONLY = flags.DEFINE_string("only", None, "One topology besides 1x1, for example 4x2: processes x devices of each.")
-    _RUNS = flags.DEFINE_list("runs", None, "What a started process is told: SOURCE-DTYPE, each to be trained.")
-    _FOLDER = flags.DEFINE_string("folder", None, "What a started process is told: where the images and workdirs are.")
+    _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+    _ONLY = flags.DEFINE_string(
+        "only", None, "Run only this topology besides 1x1, for example 4x2: processes x devices of each."
+    )
+    _RUNS = flags.DEFINE_list("runs", None, "Internal, for a started process: the SOURCE-DTYPE runs to train.")
+    _FOLDER = flags.DEFINE_string("folder", None, "Internal, for a started process: folder of the images and workdirs.")
     _JOIN_HOSTS = command.define_hosts()
     command.run(main)

@@ -371,8 +371,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-    _PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of three steps of the first case.")
-    _CASES = flags.DEFINE_list("cases", None, "ARCH:PIXELS:BATCH, ...; what fits the device if not given.")
-    _ROUNDS = flags.DEFINE_integer("rounds", 25, "How often everything is timed.")
+    _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+    _PROFILE = flags.DEFINE_string("profile", None, "Write a trace of three steps of the first case to this directory.")
+    _CASES = flags.DEFINE_list("cases", None, "Cases as ARCH:PIXELS:BATCH, ...; default: those that suit the device.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 25, "Number of timings of each quantity.")
     command.run(main)

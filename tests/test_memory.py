@@ -86,7 +86,7 @@ def test_nothing_is_refused_where_the_memory_is_not_known(mesh, monkeypatch):
 
 
 def test_images_and_steps_that_this_machine_cannot_hold(mesh, tmp_path):
-    with pytest.raises(UsageError, match=r"train_size=2147483647: images of 32 px take 6597 GB"):
+    with pytest.raises(UsageError, match=r"train_size=2147483647: images of 32 px need 6597 GB"):
         memory.check(small.config(data__trifeature__train_size=2**31 - 1), mesh)
     with pytest.raises(UsageError, match="epochs=1000000 of 4000 steps are 4000000000 updates: expected at most"):
         memory.check_steps(small.config(epochs=10**6), 4000)

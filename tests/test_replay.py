@@ -280,7 +280,7 @@ def run(*arguments):
         (["--start=start.pth.tar", "--views=start.pth.tar"], "expected query and key"),
         (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "there 16"),
         (["--start=start.pth.tar", "--views=views.npz", "--config.model.bn_groups=3"], "model.bn_groups=3"),
-        (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory is not there"),
+        (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory does not exist"),
         (["--start=start.pth.tar", "--views=views.npz", "--dtype=float16"], "float16"),
     ],
 )

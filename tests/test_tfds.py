@@ -146,7 +146,9 @@ def test_no_module_that_a_data_set_names_is_imported(root, tmp_path, monkeypatch
     if way == "by name":
         name = "reptiles"
         monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "data"))
-    with pytest.raises(UsageError, match=r"names the class 'evil_feature.Image', for which code outside") as caught:
+    with pytest.raises(
+        UsageError, match=r"names the class 'evil_feature.Image', which would run code from outside"
+    ) as caught:
         open_tfds(name, "train", image_size=16)
     assert "\n" not in str(caught.value)
     assert "evil_feature" not in sys.modules
