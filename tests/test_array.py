@@ -84,7 +84,7 @@ def test_keras_names_and_grey_images(tmp_path):
         (
             {"images": images(2, 8, 8), "labels": np.array([0, 2]), "class_names": ["a"]},
             "train",
-            "2, expected 0 to 0",
+            "2; expected 0 to 0",
         ),
         (
             {"y_train": np.arange(2), "x_test": images(1, 8, 8), "y_test": np.array([2])},

@@ -112,7 +112,7 @@ def test_a_flipped_bit_in_the_config_is_noticed(state, tmp_path):
         checkpoints.save(at(state, 2), {"optim": {"lr": 0.1}})
     path = tmp_path / "2" / "config" / "metadata"
     path.write_text(path.read_text().replace("0.1", "0.3"))
-    with pytest.raises(UsageError, match="2: ValueError: the checksum of its config does not agree"):
+    with pytest.raises(UsageError, match="2: ValueError: the checksum of its config does not match"):
         checkpoint.newest_whole(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_checksums_of_a_split_queue_are_of_its_parts(state, tmp_path, monkeypatc
     assert checkpoint.read(tmp_path / "1").config == {}
     known["state/queue"]["crc"][2] = (32, 48, 0)
     save(tmp_path, state, 2)
-    with pytest.raises(ValueError, match="the checksum of state/queue does not agree"):
+    with pytest.raises(ValueError, match="the checksum of state/queue does not match"):
         checkpoint.read(tmp_path / "2")
 
 
@@ -244,7 +244,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(copy, monkeypat
 
     monkeypatch.setattr(Checkpoints, "save", save_on_full_disk)
     try:
-        with pytest.raises(RunError, match=r"checkpoint.* cannot be written to .*checkpoints \(.*; those"):
+        with pytest.raises(RunError, match=r"checkpoint.* cannot be written to .*checkpoints \(.*; earlier"):
             train(copy, checkpoint_every=1, log_every=100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

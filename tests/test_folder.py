@@ -161,9 +161,9 @@ def test_a_replaced_file_is_noticed(root, tmp_path):
         (None, "", "does not exist; expected a folder of images"),
         (["x.png"], "", "x.png is not a folder; expected"),
         ([], "", "no images in .*; expected .jpg, "),
-        (["a/1.png", "b"], "", "class folder .*b holds no images: expected .jpg"),
+        (["a/1.png", "b"], "", "class folder .*b has no images: expected .jpg"),
         (["a/1.png", "2.png"], "", r"has both images \(2.png, ...\) and folders of images \(a, ...\)"),
-        (["train/a/1.png", "val/b/1.png"], "", "val holds the class 'b', which .*train does not"),
+        (["train/a/1.png", "val/b/1.png"], "", "val has the class 'b', which .*train does not"),
         (
             ["a/1.png", "b/1.png"],
             "a\nd\n",
@@ -652,7 +652,7 @@ def test_the_config_chooses_the_augmentation(root):
 
 
 def test_a_mistaken_folder_leaves_no_workdir(root, tmp_path):
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         training.train(own_images(root / "nothing"), tmp_path / "run", devices=jax.devices()[:1], quiet=True)
     with pytest.raises(UsageError, match=r"data.augmentation='trifeature' does not work with data.source='folder:"):
         training.train(small.config(data__source=f"folder:{root}"), tmp_path / "run", quiet=True)

@@ -277,8 +277,8 @@ def test_half_of_the_three_is_refused():
         (("localhost:99999", 2, 0), "coordinator=localhost:99999: expected HOST:PORT"),
         (("::1:1234", 2, 0), "an IPv6 address in "),
         (("localhost:1234", 0, 0), "num_processes=0: expected at least 1"),
-        (("localhost:1234", 2, 2), "process_id=2: expected 0 to 1, num_processes=2"),
-        (("localhost:1234", 2, -1), "process_id=-1: expected 0 to 1, num_processes=2"),
+        (("localhost:1234", 2, 2), "process_id=2: expected 0 to 1, for num_processes=2"),
+        (("localhost:1234", 2, -1), "process_id=-1: expected 0 to 1, for num_processes=2"),
     ],
 )
 def test_a_place_to_meet_that_is_none_is_refused(monkeypatch, given, message):
@@ -310,7 +310,7 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
     never = threading.Event()
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: never.wait())
     monkeypatch.setattr(sharding, "_BY_HAND_WITHIN", 0.1)
-    with pytest.raises(TimeoutError, match=r"each other within 0.1 s, num_processes=2, process_id=1: expected"):
+    with pytest.raises(TimeoutError, match=r"each other within 0.1 s, num_processes=2, process_id=1: start all"):
         sharding.initialize("localhost:1234", 2, 1)
     never.set()
 

@@ -196,8 +196,8 @@ def test_a_recipe_that_is_no_file(tmp_path, monkeypatch):
         ("configs/ifm_cifar.py", "does not exist: did you mean ifm_cifar10?"),
         ("ifm_cifra10", "does not exist: did you mean ifm_cifar10?"),
         ("nowhere.py", "nowhere.py does not exist: expected a recipe, for example configs/trifeature.py"),
-        ("x" * 5000, "is not there"),
-        ("a\0b.py", "is not there"),
+        ("x" * 5000, "does not exist"),
+        ("a\0b.py", "does not exist"),
     ):
         with pytest.raises(UsageError) as caught:
             recipes.load(given)

@@ -362,7 +362,7 @@ ASIDE = r"'backbone\.' was read; ignored: predictor, projector$"
         (lambda t, n: {"state_dict": under("backbone.", numbered(n)) | HEAD}, "", ASIDE),
         (lambda t, n: {"state_dict": under("backbone.", numbered(n)) | HEAD}, "backbone.", ASIDE),
         (lambda t, n: numbered(n), "", None),
-        (lambda t, n: under("encoder.", t), "", r"begin with 'encoder\.'$"),
+        (lambda t, n: under("encoder.", t), "", r"begin with 'encoder\.' was read$"),
         (lambda t, n: under("encoder.", t), "encoder.", None),
         (lambda t, n: {"model": under("model.", t)}, "model.", None),
         (lambda t, n: {"model": t}, "", None),
@@ -412,7 +412,7 @@ def test_networks_of_which_one_is_to_be_named(backbone, tmp_path):
     torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
     with pytest.raises(UsageError, match=r"2 networks.*begin with 'student\.', 'teacher\.': choose one with --prefix="):
         loading.read(tmp_path / "a.pth")
-    with pytest.raises(UsageError, match=r"--prefix=net: none.*: expected one of 'student\.', 'teacher\.'"):
+    with pytest.raises(UsageError, match=r"--prefix=net: no tensor .*: expected one of 'student\.', 'teacher\.'"):
         reading.to_jax(tmp_path / "a.pth", tmp_path / "run", prefix="net")
     with pytest.raises(UsageError, match=r"is a directory: a prefix applies to PyTorch files only"):
         loading.read(tmp_path, prefix="student.")
@@ -655,15 +655,15 @@ def run(folder, *arguments):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("code.pth.tar", r"would run code \(posix.mkdir\), and is refused"),
+        ("code.pth.tar", r"would run code \(posix.mkdir\) and is refused"),
         ("pickle.pth.tar", "not a complete PyTorch checkpoint"),
         ("truncated.pth.tar", "not a complete PyTorch checkpoint"),
         ("text.pth.tar", "not a complete PyTorch checkpoint"),
         ("empty.pth.tar", "not a complete PyTorch checkpoint"),
-        ("vgg.pth", r"holds no ResNet \(tensors: features.0.weight"),
-        ("nested.pth", r"holds no ResNet \(tensors: features.0.weight"),
+        ("vgg.pth", r"has no ResNet \(tensors: features.0.weight"),
+        ("nested.pth", r"has no ResNet \(tensors: features.0.weight"),
         ("densenet.pth", "1 unexpected: denseblock1.weight"),
-        ("folder.pth.tar", "holds no checkpoints"),
+        ("folder.pth.tar", "has no checkpoints"),
         ("pipe.pth.tar", "is not a regular file"),
         ("packed.pth", r"is compressed \(\d+ bytes in a file of \d+\)"),
         ("legacy.pth", "not a complete PyTorch checkpoint"),
@@ -673,7 +673,7 @@ def run(folder, *arguments):
         ("length.safetensors", "not a complete .safetensors"),
         ("empty.safetensors", "not a complete .safetensors"),
         ("float8.safetensors", r"of a wrong type: bn1.bias \(F8_E4M3, expected floating point"),
-        ("zero.pth", r"holds no ResNet \(tensors: conv1.weight"),
+        ("zero.pth", r"has no ResNet \(tensors: conv1.weight"),
         ("zero_d.pth", r"mis-shaped: bn1.bias \(\), expected \(8,\)"),
         ("huge.pth", r"bn1.bias \(\(1000000000000,\), more numbers than the file holds"),
         ("huge_queue.pth", r"queue \(\(10, 1000000000000\), more numbers than the file holds"),
@@ -683,17 +683,17 @@ def run(folder, *arguments):
         ("meta.pth", r"bn1.bias \(meta, without values, expected"),
         ("keys.pth", "int 3 in its state dict cannot name a tensor"),
         ("unprintable.pth", r"'bn1\.\\x1b\[31m\\nbias' in its state dict cannot name"),
-        ("nested_dict.pth", "layer9 in its state dict is no tensor"),
+        ("nested_dict.pth", "layer9 in its state dict is not a tensor"),
         ("twice.pth", r"1 tensors twice, with and without 'module\.' \(module.conv1.weight\)"),
-        ("endless.pth", "again in its state dict is no tensor"),
+        ("endless.pth", "again in its state dict is not a tensor"),
         ("counter.pth", r"bn1.num_batches_tracked \(expected one number"),
         ("counter_high.pth", r"bn1.num_batches_tracked \(expected one number from 0 to 2147483647"),
         ("pointer.pth", r"queue_ptr \(not a whole number"),
         ("optimizer.pth", r"optimizer \(1 groups, 0 parameters in the first"),
-        ("list.pth", r"holds no state dict \(found: list"),
-        ("number.pth", r"holds no state dict \(found: int"),
-        ("none.pth.tar", "none.pth.tar is not there"),
-        ("occupied", "holds no checkpoints"),
+        ("list.pth", r"has no state dict \(found: list"),
+        ("number.pth", r"has no state dict \(found: int"),
+        ("none.pth.tar", "none.pth.tar does not exist"),
+        ("occupied", "has no checkpoints"),
     ],
 )
 def test_files_that_are_refused(files, name, message):
@@ -715,7 +715,7 @@ def test_files_that_are_refused(files, name, message):
         (["to-torch", "good.pth.tar", "out.bin"], "expected a name that ends in"),
         (["to-torch", "good.pth.tar", "out.pth", "--for=keras"], "keras"),
         (["inspect", "pipe.pth.tar"], "is not a regular file"),
-        (["inspect", "good.pth.tar", "--prefix=net"], "none of the tensors of good.pth.tar begins with it"),
+        (["inspect", "good.pth.tar", "--prefix=net"], "no tensor in good.pth.tar begins with it"),
         (["to-jax", "good.pth.tar"], "expected to-jax FILE.pth.tar DIR"),
         ([], "expected one of to-jax, to-torch, inspect"),
     ],
@@ -737,7 +737,7 @@ def test_the_three_commands(in_process, tmp_path):
     torch.save(content, tmp_path / "a.pth.tar")
     done = run(tmp_path, "to-jax", "a.pth.tar", "run")
     assert done.returncode == 0, done.stderr
-    assert "encoder_q.layer1.0.conv1.weight holds NaN" in done.stderr
+    assert "encoder_q.layer1.0.conv1.weight contains NaN" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     status, _, said = in_process("convert_checkpoints.py", "to-torch", "run", "b.pth", "--for=torchvision")
     assert status == 0, said
