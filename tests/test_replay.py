@@ -278,7 +278,7 @@ def run(*arguments):
         ([], "--start is missing"),
         (["--start=start.pth.tar", "--views=none.npz"], "none.npz does not exist"),
         (["--start=start.pth.tar", "--views=start.pth.tar"], "expected query and key"),
-        (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "there 16"),
+        (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "but the tensors have 16"),
         (["--start=start.pth.tar", "--views=views.npz", "--config.model.bn_groups=3"], "model.bn_groups=3"),
         (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory does not exist"),
         (["--start=start.pth.tar", "--views=views.npz", "--dtype=float16"], "float16"),
