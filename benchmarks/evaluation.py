@@ -1,11 +1,12 @@
-"""What evaluation costs: a sweep of classifiers, nearest neighbors, evaluating now and then while pre-training.
+"""What evaluation costs: a sweep of classifiers, nearest neighbors, and evaluation during pre-training.
 
     python -m benchmarks.evaluation [--json=FILE]
 
-The sweep: one step of linear evaluation (features of a batch of crops, then every classifier's update) with 1 and with
-16 classifiers, alternating. Nearest neighbors: 5,000 queries in a bank of 5,000 x 512 features, against a loop over
-them in NumPy. Now and then: steps of pre-training with `eval.every`, without the evaluations themselves, against those
-of a run without.
+- The sweep: a step of linear evaluation (features of a batch of crops, then the update of every classifier) with 1 and
+  with 16 classifiers, alternating.
+- Nearest neighbors: 5,000 queries in a bank of 5,000 x 512 features, compared with a NumPy loop over the queries.
+- During pre-training: steps of a run with `eval.every`, without the evaluations themselves, compared with those of a
+  run without it.
 """
 
 import statistics

@@ -2,20 +2,20 @@
 
     python -m benchmarks.input [--json=FILE] [--data=DIR] [--images=2000] [--rounds=5] [--seconds=1]
 
-The files are generated: 500 x 375 pixels, JPEG of quality 92, photographs blended with a 1/f texture so that a file has
-about 110 kB on average. How long decoding takes depends on that, and the ratios with it. Four parts:
+The benchmark generates its files: JPEGs of 500 x 375 pixels and quality 92, photographs blended with a 1/f texture so
+that a file has about 110 kB on average. The file size determines the time of decoding, and with it the ratios.
 
-1. Images a second of one core, two views of each image. Ours: one thread that decodes and cuts, to uint8; the rest of
-   the augmentation is the device's. Peer: `ImageFolder` and `DataLoader` with one worker process, once with the
-   original's MoCo-v2 transforms, once without those that are the device's with us, but for the flip and the conversion
-   to normalized floats. Both with decoding, from the files, and without it, from decoded images in memory. The
-   pipelines take turns, round after round. The ratios are of images per second of processor time, of all threads and
-   processes of a pipeline: on a machine that others use too, the clock on the wall says less.
+1. Images per second of one core, two views of each image. Ours: one thread that decodes and crops, to uint8; the rest
+   of the augmentation runs on the device. Compared with `ImageFolder` and `DataLoader` with one worker process: once
+   with the original's MoCo-v2 transforms, once with only the crop, the flip and the conversion to normalized floats.
+   Both are measured with decoding, from files, and without it, from decoded images in memory. The pipelines take turns,
+   round after round. The ratios use images per second of processor time, over all threads and processes of a pipeline,
+   because on a shared machine wall-clock time is less reliable.
 2. Memory over three epochs.
-3. The device's part: the augmentation compiled on its own, for two views, over the compiled training step.
-4. A training run on the files: the share of its time that it waited for images.
+3. The device's part: the augmentation of two views, compiled by itself, relative to the compiled training step.
+4. A training run on the files: the share of its time that it waits for images.
 
-Four to seven minutes on two CPU cores. Without PyTorch and torchvision it measures ours alone.
+Takes four to seven minutes on two CPU cores. Without PyTorch and torchvision, only ifm_jax is measured.
 """
 
 import contextlib

@@ -1,13 +1,13 @@
-"""What surrounds the compiled step costs: a whole run, against its program called back to back.
+"""What the work around the compiled step costs: a whole run, against its program called back to back.
 
     python -m benchmarks.loop [--config=configs/x.py] [--config.field=value] [--steps=96] [--calls=8]
         [--rounds=3] [--json=FILE]
 
-`train.py`'s own loop (`ifm_jax.train`: images, metrics, checkpoints, signals) runs a recipe, the default one unless
-told otherwise, in three ways: with images from the host, with the data set on the device (`data.cache=device`),
-and with several steps a call there (`steps_per_call`). Then the very program of each is called so often without
-anything around it. The overhead is what a step of the run takes more, in percent of it; medians of several runs, one
-way after the other in every round.
+The loop of `train.py` (`ifm_jax.train`: images, metrics, checkpoints, signals) runs a recipe, by default the embedded
+one, in three variants: with images from the host, with the data set on the device (`data.cache=device`), and with
+several steps per call (`steps_per_call`). Then the compiled program of each is called as often, without anything around
+it. The overhead is the extra time of a step in the run, in percent of it. Times are medians over several rounds, each
+of which runs every variant.
 """
 
 import pathlib

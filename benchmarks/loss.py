@@ -2,12 +2,12 @@
 
     python -m benchmarks.loss [--json=FILE] [--queries=256,1024] [--keys=4096,65536] [--rounds=21]
 
-Loss and gradient with respect to the queries, of N queries against K keys of 128 numbers, in float32: in one run, one
-variant after another in every round, in another order each, so that whatever else the machine does meets all of them.
-Milliseconds are medians. Memory is what the compiled program needs besides its arguments; PyTorch's, on CUDA only, is
-the peak beyond them.
+Times the loss and its gradient with respect to the queries, for N queries against K keys of 128 numbers, in float32.
+Every round runs all variants, each time in another order, so that other load on the machine affects all of them alike.
+Milliseconds are medians. Memory is what the compiled program needs besides its arguments; for PyTorch, on CUDA only, it
+is the peak beyond them.
 
-PyTorch's variants are left out where it is not installed.
+Without PyTorch its variants are left out.
 """
 
 import importlib.util

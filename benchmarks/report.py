@@ -1,16 +1,16 @@
-"""Runs the benchmarks that this machine can run, and writes the figures of docs/benchmarks.md from all that were run.
+"""Runs the benchmarks that this machine can run, and writes the figures of docs/benchmarks.md from all results.
 
     python -m benchmarks.report [--only=loss,scaling] [--docs=docs]     runs them: some twenty minutes on two cores
-    python -m benchmarks.report --from=DIR [--only=...] [--docs=docs]   runs nothing: takes the JSON files in DIR
+    python -m benchmarks.report --from=DIR [--only=...] [--docs=docs]   runs nothing: uses the JSON files in DIR
 
-Each benchmark is a process of its own, with its default sizes. Its JSON is kept, without the times of single rounds, as
-`docs/benchmarks/DEVICE/NAME.json`, DEVICE being `cpu-2` for two processors or `nvidia-h200-1` for one such GPU; a newer
-one takes the place of an older one. Then the tables and pictures of every file there, of this machine and of others,
-are written between the two markers of `docs/benchmarks.md`; what is around them stays as it is. With
-`--from=docs/benchmarks` only the text and the pictures are made anew.
+Each benchmark runs in its own process, with its default sizes. Its JSON, without the times of single rounds, is stored
+as `docs/benchmarks/DEVICE/NAME.json`, where DEVICE is `cpu-2` for two processors or `nvidia-h200-1` for one such GPU; a
+newer file replaces an older one. Then the tables and pictures of every file there, from this machine and others, are
+written between the two markers of `docs/benchmarks.md`; the text around them stays unchanged.
+`--from=docs/benchmarks` renews only the text and the pictures.
 
-What a benchmark needs and is not installed is said, and the benchmark left out: no failure. Exit status 1: one of them
-failed; what the others found is written all the same.
+A benchmark whose required package is not installed is left out with a message; this is not a failure. The exit status
+is 1 if a benchmark failed; the results of the others are written nevertheless.
 """
 
 import importlib.util

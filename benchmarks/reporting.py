@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: a table on the terminal and a JSON file."""
+"""Code shared by the benchmarks: a table on the terminal and a JSON file."""
 
 import datetime
 import importlib.metadata

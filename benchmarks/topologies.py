@@ -1,13 +1,13 @@
-"""The same training by 1, 2 and 4 processes of 1, 2 and 4 devices each: whether what is computed is the same.
+"""The same training with 1, 2 and 4 processes of 1, 2 and 4 devices each: checks that the results are the same.
 
     python -m benchmarks.topologies [--json=FILE] [--only=PROCESSESxDEVICES]
 
-Real processes, which meet as the hosts of a pod do (jax.distributed, here on the loopback interface; collectives by
-Gloo), each of as many simulated CPU devices. Every topology takes three steps with 16 images on a small network, in
-float64, once on Trifeature and once on a folder of JPEGs; the smallest and the largest in float32 too. Their
-metrics.jsonl are compared with those of one process of one device. In float64 a figure may differ by 1e-10 of itself;
-in float32, where the order of a sum shows and the steps carry it on, by 1e-5 in the first step. Exit status 1 where one
-differs by more. 17 minutes on one processor.
+Real processes connect like the hosts of a pod (jax.distributed, here on the loopback interface; collectives by Gloo),
+each with several simulated CPU devices. Every topology takes three steps with 16 images on a small network, in float64,
+once on Trifeature and once on a folder of JPEGs; the smallest and the largest also in float32. Their metrics.jsonl are
+compared with those of one process with one device. In float64 a figure may differ by a relative 1e-10. In float32,
+where the order of a sum matters and the steps amplify it, it may differ by 1e-5 in the first step. The exit status is 1
+if one differs by more. Takes 17 minutes on one processor.
 """
 
 import json

@@ -3,10 +3,10 @@
     python -m benchmarks.tpu_plan --config=configs/x.py [--config.field=value] --topology=v5e:4x4
         [--images=1281167] [--fit] [--json=FILE]
 
-libtpu (`pip install -e '.[tpu-plan]'`) compiles for TPUs without having one: the same step that `train.py` would
+libtpu (`pip install -e '.[tpu-plan]'`) compiles for TPUs on a machine without one: the same step that `train.py` would
 run, for the recipe's global batch, split over the chips of the topology (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8 ...).
-The plan reads the compiled program: memory a chip, floating-point operations a chip against a perfect split, the
-collectives with their bytes, and the time that each resource needs at the published speed of the chip.
+The plan follows from the compiled program: memory per chip, floating-point operations per chip relative to a perfect
+split, the collectives with their bytes, and the time that each resource needs at the chip's published speed.
 
 The times are for planning, not predictions. No step is shorter than its operations at peak speed, and convolutional
 networks reach a part of that. XLA counts the bytes of every operation's arguments and results, including those that
