@@ -350,8 +350,8 @@ def throughput(folder: pathlib.Path, settings: Settings) -> list[dict]:
     decoded = [cv2.imread(str(path))[..., ::-1] for path in found[: settings.decoded]]
     if len({image.shape for image in decoded}) > 1:
         raise UsageError(
-            f"--data={folder}: its images are not of one size; expected those that this benchmark generates, or a "
-            "folder that is not there yet"
+            f"--data={folder}: its images differ in size; expected images that this benchmark generated, or a "
+            "folder that does not exist yet"
         )
     measured = {case: [] for case in settings.cases}
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:

@@ -236,7 +236,7 @@ def compile_step(config: Config, topology: Topology, epoch_steps: int, say: Call
     if len(devices) != topology.chips:
         raise UsageError(
             f"--topology={topology}: libtpu {version} has {len(devices)} devices for these {topology.chips} chips; "
-            "expected one a chip: try another version"
+            "expected one per chip: try another version"
         )
     say(f"Tracing the step of {config.model.arch}, batch {config.batch_size}, for {topology}.")
     lowered = lower(config, devices, epoch_steps)
@@ -415,7 +415,7 @@ def fit(config: Config, topology: Topology, images: int, say: Callable[[str], No
         changed.batch_size = batch_size
         changed.moco.queue_size = math.ceil(config.moco.queue_size / batch_size) * batch_size
         row = rows[batch_size] = plan(changed, topology, max(images, batch_size), say)
-        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB a chip, {_fits(row)}.")
+        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB per chip, {_fits(row)}.")
         return row["hbm_bytes"] / (row["hbm_bytes"] + row["hbm_free_bytes"]), row["hbm_fits"]
 
     unit = math.lcm(8 * topology.chips, config.model.bn_groups)
@@ -439,11 +439,11 @@ def print_report(made: dict) -> None:
     """Prints the tables."""
     for row in made["results"]:
         print(f"\n{row['topology']}, {row['arch']}, batch {row['batch_size']}, queue {row['queue_size']}")
-        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB a chip: {_fits(row)}.")
+        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB per chip: {_fits(row)}.")
         if "collectives" not in row:
             continue
         print(
-            f"Work: {row['flops_per_chip']:.3e} floating-point operations a chip, {row['flops_over_ideal']:.4f} of the "
+            f"Work: {row['flops_per_chip']:.3e} floating-point operations per chip, {row['flops_over_ideal']:.4f} of the "
             f"ideal (those of the step as written, counted by XLA, over {row['chips']} chips)."
         )
         milliseconds = {name: 1e3 * row[f"{name}_seconds"] for name in ("compute", "memory", "interconnect")}

@@ -201,7 +201,9 @@ def test_a_directory_is_one_evaluations(run, full):
 def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     config = Workdir(run).read_config()
     config.data.label = "size"
-    with pytest.raises(UsageError, match=r"data.label='size' is no label of .*: expected one of shape, texture, color"):
+    with pytest.raises(
+        UsageError, match=r"data.label='size' is not a label of .*: expected one of shape, texture, color"
+    ):
         pretrained.labeled(pretrained.load(run, config).config, "train")
     config = Workdir(run).read_config()
     config.model.arch = "resnet18"

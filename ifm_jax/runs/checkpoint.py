@@ -128,8 +128,8 @@ class Checkpoints:
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}, or the one before it,"
             raise RunError(
                 f"{what} cannot be written to {self.directory} ({type(error).__name__}: {first_line(error)}); earlier "
-                "checkpoints are intact, and the same command resumes from the last one as soon as the disk has room "
-                "and can be written"
+                "checkpoints are intact, and the same command resumes from the last one once the directory is writable "
+                "and has room"
             ) from error
 
     def wait(self) -> None:
