@@ -443,8 +443,8 @@ def print_report(made: dict) -> None:
         if "collectives" not in row:
             continue
         print(
-            f"Work: {row['flops_per_chip']:.3e} floating-point operations per chip, {row['flops_over_ideal']:.4f} of the "
-            f"ideal (those of the step as written, counted by XLA, over {row['chips']} chips)."
+            f"Work: {row['flops_per_chip']:.3e} floating-point operations per chip, {row['flops_over_ideal']:.4f} of "
+            f"the ideal (those of the step as written, counted by XLA, over {row['chips']} chips)."
         )
         milliseconds = {name: 1e3 * row[f"{name}_seconds"] for name in ("compute", "memory", "interconnect")}
         print("A step at peak speed, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in milliseconds.items()) + ".")
