@@ -234,7 +234,7 @@ def test_references_that_do_not_fit_are_listed():
         ({"query": None}, "expected query and key"),
         ({"query": np.zeros((1, 8, 16, 16, 3), np.uint8)}, "uint8"),
         ({"key": np.zeros((2, 8, 16, 16, 3))}, "as many steps"),
-        ({"permutation": np.zeros((1, 8), np.int64)}, "every number from 0 to 7"),
+        ({"permutation": np.zeros((1, 8), np.int64)}, "each row a permutation of 0 to 7"),
         ({"lr": np.zeros(3)}, "lr is"),
     ],
 )
@@ -277,11 +277,11 @@ def run(*arguments):
     ("arguments", "message"),
     [
         ([], "--start is missing"),
-        (["--start=start.pth.tar", "--views=none.npz"], "none.npz is not there"),
+        (["--start=start.pth.tar", "--views=none.npz"], "none.npz does not exist"),
         (["--start=start.pth.tar", "--views=start.pth.tar"], "expected query and key"),
-        (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "there 16"),
+        (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "but the tensors have 16"),
         (["--start=start.pth.tar", "--views=views.npz", "--config.model.bn_groups=3"], "model.bn_groups=3"),
-        (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory is not there"),
+        (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory does not exist"),
         (["--start=start.pth.tar", "--views=views.npz", "--dtype=float16"], "float16"),
     ],
 )
