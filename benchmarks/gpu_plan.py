@@ -1,11 +1,11 @@
-"""Compile plan: what a training step needs on NVIDIA GPUs, found on any machine, without one.
+"""Compile plan: what a training step needs on NVIDIA GPUs, computed on any machine.
 
     python -m benchmarks.gpu_plan --config=configs/x.py [--config.field=value] --device=h100[:N]
         [--images=1281167] [--given_views] [--program=FILE.hlo] [--json=FILE]
 
-XLA for CUDA (`pip install 'ifm_jax[gpu-plan]'`, no driver and no CUDA libraries) compiles for GPUs that are not there:
-the very step that `train.py` would run, for the recipe's global batch, split over N GPUs of one machine: h100, h200,
-a100 or l4. `--given_views` leaves the augmentation out and takes float32 views, as `benchmarks.train_step` does.
+XLA for CUDA (`pip install -e '.[gpu-plan]'`, no driver and no CUDA libraries) compiles for GPUs on a machine without
+one: the same step that `train.py` would run, for the recipe's global batch, split over N GPUs of one machine: h100,
+h200, a100 or l4. `--given_views` leaves the augmentation out and takes float32 views, as `benchmarks.train_step` does.
 
 The plan reads the compiled program and counts there: the bytes of memory traffic by the part of the step that causes
 them (what is a kernel, and what it moves: `benchmarks.traffic`), kernels, operations of convolutions and matrix
@@ -16,7 +16,7 @@ Limits: no algorithm of cuDNN is chosen without a GPU. So the memory is a lower 
 convolution counts with its operands and its result. The times are for planning, not predictions: no kernel is faster
 than its traffic at the memory's speed, or than its operations at peak.
 
-A compilation takes seconds to minutes. What it found is kept in `$IFM_JAX_CACHE/gpu_plan`.
+A compilation takes seconds to minutes. Its results are cached in `$IFM_JAX_CACHE/gpu_plan`.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ def require_wheels() -> str:
     Raises:
       UsageError: if it is not installed, or is another version.
     """
-    wanted, remedy = importlib.metadata.version("jaxlib"), "pip install 'ifm_jax[gpu-plan]'"
+    wanted, remedy = importlib.metadata.version("jaxlib"), "in the clone, pip install -e '.[gpu-plan]'"
     for wheel in _WHEELS:
         try:
             version = importlib.metadata.version(wheel)
@@ -296,7 +296,7 @@ def print_report(made: dict) -> None:
         views = ", given views" if row["given_views"] else ""
         print(f"\n{row['topology']}, {network}{queue}{views}")
         print(
-            f"Memory: at least {row['hbm_bytes'] / 2**30:.2f} GiB a chip, without cuDNN's work space: "
+            f"Memory: at least {row['hbm_bytes'] / 2**30:.2f} GiB per chip, without cuDNN's work space: "
             f"{planning.fits(row)}."
         )
         planning.print_work(row)
@@ -321,9 +321,9 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     _CONFIG = command.define_config(default=planning.RECIPE)
-    _DEVICE = flags.DEFINE_string("device", None, f"The GPUs: {', '.join(GPUS)}; several of a machine: h100:8.")
-    _IMAGES = flags.DEFINE_integer("images", None, "Images in an epoch; ImageNet's 1281167 if not given.")
+    _DEVICE = flags.DEFINE_string("device", None, f"GPUs of one machine: {', '.join(GPUS)}; several: h100:8.")
+    _IMAGES = flags.DEFINE_integer("images", None, "Images in an epoch; default: ImageNet's 1281167.")
     _GIVEN_VIEWS = flags.DEFINE_bool("given_views", False, "Plan the step without augmentation, on float32 views.")
-    _PROGRAM = flags.DEFINE_string("program", None, "Where to write the compiled program, as text.")
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows and the summary.")
+    _PROGRAM = flags.DEFINE_string("program", None, "Write the compiled program to this file, as text.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows and the summary to this JSON file.")
     command.run(main)

@@ -112,7 +112,7 @@ def kept(
     name = hashlib.sha256("\n".join((program, *key)).encode()).hexdigest()[:24]
     found_in, text_in = (files.cache_directory(folder, name + end) for end in (".json", ".hlo.gz"))
     if found_in.exists():
-        say(f"Compiled before ({found_in}).")
+        say(f"Using the stored compilation ({found_in}).")
     else:
         say("Compiling; this takes minutes.")
         begun = time.perf_counter()
@@ -168,19 +168,19 @@ def fits(row: dict) -> str:
 
 
 _BOUNDS = {
-    "compute_bound": "at peak compute, which nothing exceeds",
-    "roofline": "by the slowest of compute, memory and interconnect, the others meanwhile",
+    "compute_bound": "at peak compute, a lower bound",
+    "roofline": "by the slowest of compute, memory and interconnect, all overlapping",
     "kernel_by_kernel": "each kernel by the slower of compute and memory, then the interconnect",
-    "without_overlap": "one after the other",
+    "without_overlap": "one after another, without overlap",
 }
 
 
 def print_work(row: dict) -> None:
     """Prints operations, times, sources of traffic and collectives of a row."""
     print(
-        f"Work: {row['flops_per_chip']:.3e} floating-point operations a chip, {row['flops_over_ideal']:.4f} of the "
-        f"ideal (those of the step as written, over {row['chips']} chips); {row['bytes_per_chip'] / 1e9:.2f} GB of "
-        f"memory traffic a chip in {row['kernels']} kernels."
+        f"Work: {row['flops_per_chip']:.3e} floating-point operations per chip, {row['flops_over_ideal']:.4f} of "
+        f"the ideal (those of the step as written, over {row['chips']} chips); {row['bytes_per_chip'] / 1e9:.2f} GB of "
+        f"memory traffic per chip in {row['kernels']} kernels."
     )
     names = ("compute", "memory", "interconnect")
     print(

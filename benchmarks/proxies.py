@@ -9,7 +9,7 @@ earlier state, `tests/data/traffic.json`, holds these counts; the test suite com
 does this command. `--renew` writes the table anew: after a change that is worth what it costs, and with a new JAX.
 
 `--only=v5e` compiles four bottlenecks at full width, 224 px and 32 images, for one chip of a TPU v5e: bytes, and the
-cycles that the compiler estimates. It takes minutes, needs `pip install 'ifm_jax[tpu-plan]'`, and is not in the table.
+cycles that the compiler estimates. It takes minutes, needs `pip install -e '.[tpu-plan]'`, and is not in the table.
 """
 
 import dataclasses
@@ -245,5 +245,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     _RENEW = flags.DEFINE_bool("renew", False, "Write the table anew.")
     _ONLY = flags.DEFINE_list("only", None, "Some of cpu, h100 and v5e; cpu, and h100 if its compiler is there.")
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows and the summary.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows and the summary to this JSON file.")
     command.run(main)

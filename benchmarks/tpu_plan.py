@@ -1,20 +1,20 @@
-"""Compile plan: what a training step needs on a TPU slice, found on any machine, without one.
+"""Compile plan: what a training step needs on a TPU slice, computed on any machine.
 
     python -m benchmarks.tpu_plan --config=configs/x.py [--config.field=value] --topology=v5e:4x4
         [--images=1281167] [--fit] [--json=FILE]
 
-libtpu (`pip install 'ifm_jax[tpu-plan]'`) compiles for TPUs that are not there: the very step that `train.py` would
+libtpu (`pip install -e '.[tpu-plan]'`) compiles for TPUs on a machine without one: the same step that `train.py` would
 run, for the recipe's global batch, split over the chips of the topology (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8 ...).
-The plan reads the compiled program: memory a chip, floating-point operations a chip against a perfect split, the
-collectives with their bytes, and the time that each resource needs at the published speed of the chip.
+The plan follows from the compiled program: memory per chip, floating-point operations per chip relative to a perfect
+split, the collectives with their bytes, and the time that each resource needs at the chip's published speed.
 
-Memory traffic is counted from the program's text (`benchmarks.traffic`): arrays in the memory on the chip move nothing.
-XLA's own count has them, and is two to three times as much.
+Memory traffic is counted from the program's text (`benchmarks.traffic`) and excludes arrays in the chip's own memory.
+XLA's own count includes them and is two to three times as large.
 
 The times are for planning, not predictions. No step is shorter than its operations at peak speed, and convolutional
-networks reach a part of that. Latencies of collectives and the reading of images are not in the plan.
+networks reach a part of that. The plan excludes latencies of collectives and the reading of images.
 
-A compilation takes minutes. What it found is kept in `$IFM_JAX_CACHE/tpu_plan`, by program, topology and libtpu.
+A compilation takes minutes. Its results are cached in `$IFM_JAX_CACHE/tpu_plan`, by program, topology and libtpu.
 """
 
 import dataclasses
@@ -174,7 +174,7 @@ def require_libtpu() -> str:
       UsageError: if it is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UsageError("libtpu, the compiler for TPUs, is not installed: pip install 'ifm_jax[tpu-plan]'")
+        raise UsageError("libtpu, the compiler for TPUs, is not installed: in the clone, pip install -e '.[tpu-plan]'")
     return importlib.metadata.version("libtpu")
 
 
@@ -196,7 +196,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
     if len(devices) != topology.chips:
         raise UsageError(
             f"--topology={topology}: libtpu {version} has {len(devices)} devices for these {topology.chips} chips; "
-            "expected one a chip: try another version"
+            "expected one per chip: try another version"
         )
     return devices
 
@@ -379,7 +379,7 @@ def fit(config: Config, topology: Topology, images: int, say: Callable[[str], No
         changed.batch_size = batch_size
         changed.moco.queue_size = math.ceil(config.moco.queue_size / batch_size) * batch_size
         row = rows[batch_size] = plan(changed, topology, max(images, batch_size), say)
-        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB a chip, {planning.fits(row)}.")
+        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB per chip, {planning.fits(row)}.")
         return row["hbm_bytes"] / (row["hbm_bytes"] + row["hbm_free_bytes"]), row["hbm_fits"]
 
     unit = math.lcm(8 * topology.chips, config.model.bn_groups)
@@ -391,7 +391,7 @@ def print_report(made: dict) -> None:
     """Prints the tables."""
     for row in made["results"]:
         print(f"\n{row['topology']}, {row['arch']}, batch {row['batch_size']}, queue {row['queue_size']}")
-        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB a chip: {planning.fits(row)}.")
+        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB per chip: {planning.fits(row)}.")
         if "collectives" in row:
             planning.print_work(row)
 
@@ -421,8 +421,8 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     _CONFIG = command.define_config(default=planning.RECIPE)
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
-    _IMAGES = flags.DEFINE_integer("images", None, "Images in an epoch; ImageNet's 1281167 if not given.")
-    _FIT = flags.DEFINE_bool("fit", False, "Search the largest global batch that fits.")
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows and the summary.")
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
+    _IMAGES = flags.DEFINE_integer("images", None, "Images in an epoch; default: ImageNet's 1281167.")
+    _FIT = flags.DEFINE_bool("fit", False, "Search for the largest global batch that fits.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows and the summary to this JSON file.")
     command.run(main)

@@ -77,7 +77,7 @@ def test_it_says_what_to_install(monkeypatch):
         return versions[name]
 
     monkeypatch.setattr(gpu_plan.importlib.metadata, "version", version)
-    remedy = r"pip install 'ifm_jax\[gpu-plan\]'"
+    remedy = r"in the clone, pip install -e '.\[gpu-plan\]'"
     with pytest.raises(UsageError, match=f"jax-cuda12-plugin, the compiler .* is not installed: {remedy}"):
         gpu_plan.require_wheels()
     versions |= {"jax-cuda12-plugin": wanted, "jax-cuda12-pjrt": "0.0.1"}
@@ -112,5 +112,5 @@ def test_a_plan(method, monkeypatch, tmp_path):
     assert (tmp_path / "step.hlo").read_text().startswith("HloModule")
     again = gpu_plan.plan(config, Machine.parse("h100:2"), **options)
     assert again == row
-    assert [line.startswith("Compiled before") for line in said] == [False, False, False, True]
+    assert [line.startswith("Using the stored compilation") for line in said] == [False, False, False, True]
     gpu_plan.print_report(reporting.report("gpu_plan", [row], {}))
