@@ -139,6 +139,9 @@ def _normalize_backward(
     of_scale = jnp.sum(gradient * normalized, axes, keepdims=True)
     count = x.size // (x.shape[0] * x.shape[-1])
     of_x = (gradient - (of_bias + normalized * of_scale) / count) * (inverse * _channels(scale, x.ndim))
+    if x.shape[0] > 1:
+        # Otherwise the compiler makes one sum of the sums over groups and within groups, and reads everything again.
+        of_scale, of_bias = jax.lax.optimization_barrier((of_scale, of_bias))
     return of_x.astype(x.dtype), _over_groups(of_scale), _over_groups(of_bias), None
 
 
