@@ -7,6 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
+from ifm_jax import platforms
 from ifm_jax.models import BatchNorm
 
 N, H, W, C = 16, 5, 3, 6
@@ -165,3 +166,29 @@ def test_bfloat16_has_float32_statistics(values):
 def test_a_batch_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match="a batch of 6 cannot be split into 4 equal"):
         BatchNorm(C, groups=4)(jnp.zeros((6, 2, 2, C)), train=True)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("groups", [1, 8])
+def test_with_a_relu_it_is_the_two_after_each_other(values, groups, dtype, on_gpu, monkeypatch):
+    """Bit for bit, gradients too; with the form of the gradient for GPUs as well, which computes the mask twice."""
+    if on_gpu:
+        monkeypatch.setattr(platforms, "select", lambda *operands, default, gpu: gpu(*operands))
+    with jax.enable_x64(dtype == "float64"):
+        x, scale, bias = (jnp.asarray(value, dtype) for value in (values[0][0], *values[1:]))
+        gradient = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), dtype)
+        results = []
+        for fused in (False, True):
+
+            def run(x, scale, bias, fused=fused):
+                module = make(groups, "mean", scale, bias, scale.dtype)
+                y = module(x, train=True, relu=fused)
+                return (y if fused else nnx.relu(y)), (module.mean[...], module(x, train=False, relu=True))
+
+            y, back, others = jax.vjp(run, x, scale, bias, has_aux=True)
+            results.append((y, back(gradient), others))
+    before, after = jax.tree.map(lambda array: np.asarray(array).astype("float64"), results)
+    assert 0.2 < np.mean(before[0] > 0) < 0.8
+    assert after[2][1].min() == 0
+    jax.tree.map(np.testing.assert_array_equal, before, after)

@@ -124,7 +124,7 @@ class BasicBlock(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `(N, H, W, in)` to `(N, H / stride, W / stride, features * expansion)`."""
         shortcut = x if self.downsample is None else self.downsample(x, train=train)
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
+        y = self.bn1(self.conv1(x), train=train, relu=True)
         y = self.bn2(self.conv2(y), train=train)
         return block_relu(y + shortcut)
 
@@ -159,8 +159,8 @@ class Bottleneck(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps `(N, H, W, in)` to `(N, H / stride, W / stride, features * expansion)`."""
         shortcut = x if self.downsample is None else self.downsample(x, train=train)
-        y = nnx.relu(self.bn1(self.conv1(x), train=train))
-        y = nnx.relu(self.bn2(self.conv2(y), train=train))
+        y = self.bn1(self.conv1(x), train=train, relu=True)
+        y = self.bn2(self.conv2(y), train=train, relu=True)
         y = self.bn3(self.conv3(y), train=train)
         return block_relu(y + shortcut)
 
@@ -236,7 +236,7 @@ class ResNet(nnx.Module):
           images: `(N, H, W, 3)` float, normalized.
           train: normalize with the batch's statistics and move the running averages.
         """
-        x = nnx.relu(self.bn1(self.conv1(images), train=train))
+        x = self.bn1(self.conv1(images), train=train, relu=True)
         if self.stem == "imagenet":
             x = max_pool(x)
         for stage, depth in enumerate(self.arch.depths):
