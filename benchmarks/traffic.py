@@ -401,7 +401,7 @@ def _source(parts: Sequence[tuple[str, Instruction]]) -> str | None:
     None: nothing in it tells.
     """
     known = [
-        (part.opcode in _SAME, source, max((array.size for array in part.results), default=0))
+        (part.opcode in _SAME, source, _size(part))
         for _, part in parts
         if part.opcode not in _FREE
         and part.opcode not in ("fusion", "broadcast", "iota")
@@ -412,8 +412,15 @@ def _source(parts: Sequence[tuple[str, Instruction]]) -> str | None:
     if not found:
         kernel = parts[0][1]
         return source_of(kernel) or ("copies" if kernel.opcode.startswith("copy") else None)
-    largest = max(size for _, size in found)
+    largest = max((size for _, size in found if size < math.inf), default=0)
     return min((source for source, size in found if 8 * size >= largest), key=SOURCES.index)
+
+
+def _size(part: Instruction) -> float:
+    """Returns the elements of the largest result; a product counts more than anything, however small its result is."""
+    if part.opcode in ("convolution", "dot"):
+        return math.inf
+    return max((array.size for array in part.results), default=0)
 
 
 def _served(program: Program, computation: str, instruction: Instruction) -> str | None:
