@@ -27,7 +27,7 @@ import re
 import tomllib
 from collections.abc import Callable
 
-# Before JAX is imported: nothing here runs on a GPU, and the missing driver is no news.
+# Before JAX is imported: nothing here runs on a GPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -170,14 +170,18 @@ def devices_of(machine: Machine) -> list[jax.Device]:
     """Returns the absent GPUs, for a mesh to compile for.
 
     Raises:
-      UsageError: if the compiler is not installed.
+      UsageError: if the compiler is not installed or does not know the GPU.
     """
     from jax.experimental import topologies
 
-    require_wheels()
-    return topologies.get_topology_desc(
-        platform="cuda", target_config=machine.gpu.target, topology=f"1x1x{machine.count}"
-    ).devices
+    version = require_wheels()
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=machine.gpu.target, topology=f"1x1x{machine.count}"
+        ).devices
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device={machine}: jax-cuda12-plugin {version} cannot compile for it: {reason}") from None
 
 
 def compile_step(
