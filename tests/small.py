@@ -1,7 +1,6 @@
 """A run small enough for tests: a recipe, what makes it light, and what compares two of them."""
 
 import contextlib
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -44,19 +43,16 @@ def noise(rngs: jax.Array, images: jax.Array) -> jax.Array:
 
 
 @contextlib.contextmanager
-def light():
-    """Within, a run is compiled in a third of the time: a network of one block, `noise`, and no curves drawn.
+def light(curves: bool = False):
+    """Within, a run is compiled in a third of the time: resnet8 is its first block alone, the augmentation is `noise`.
 
-    For tests of the run itself; what is drawn, and what the networks and augmentations are, others test.
+    For tests of what surrounds the step. Unless `curves`, none are drawn: a picture takes as long as eight steps.
     """
-    make_encoder = assembly.make_encoder
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.ARCHITECTURES, "one_block", resnet.Architecture(False, (1,), width=4))
-        patch.setattr(
-            assembly, "make_encoder", lambda config: dataclasses.replace(make_encoder(config), arch="one_block")
-        )
+        patch.setitem(resnet.ARCHITECTURES, "resnet8", resnet.ARCHITECTURES["resnet8"]._replace(depths=(1,)))
         patch.setattr(assembly, "make_augmentation", lambda config: noise)
-        patch.setattr(loop.Recorder, "draw", lambda self: None)
+        if not curves:
+            patch.setattr(loop.Recorder, "draw", lambda self: None)
         yield
 
 
