@@ -22,6 +22,20 @@ from tests import small
 LABELS = ("shape", "texture", "color")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def light():
+    with small.light(curves=True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(request, monkeypatch):
+    """Drawn once, by the evaluation that all have in common."""
+    if "full" in request.fixturenames:
+        request.getfixturevalue("full")
+    monkeypatch.setattr(loop.Recorder, "draw", lambda self: None)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of two steps on 60 training images and 37 held-out ones, no multiple of any batch."""

@@ -105,10 +105,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path, stop):
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_resumed_on_another_number_of_devices(tmp_path):
+    """On more than before, then on fewer."""
     double = {"model__compute_dtype": "float64", "steps": 6}
     train(small.config(**double), tmp_path / "whole", devices=1)
-    train(small.config(**double | {"steps": 2}), tmp_path / "parts", devices=8)
-    train(small.config(**double | {"steps": 4}), tmp_path / "parts", devices=2)
+    train(small.config(**double | {"steps": 2}), tmp_path / "parts", devices=1)
+    train(small.config(**double | {"steps": 4}), tmp_path / "parts", devices=4)
     train(small.config(**double), tmp_path / "parts", devices=1)
     whole, parts = (metrics_log.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]
@@ -344,8 +345,8 @@ def of_0_1(tmp_path_factory):
         archive.extractall(directory, filter="data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Recorder, "draw", lambda self: None)
-        for name in ("run", "converted"):
-            train(small.config(checkpoint_keep=1), directory / name)
+        train(small.config(checkpoint_keep=1), directory / "run")
+        train(small.config(checkpoint_keep=3), directory / "converted")
     return directory
 
 
@@ -364,13 +365,14 @@ def test_workdirs_of_version_0_1_go_on(of_0_1):
 
 @pytest.mark.slow
 def test_a_converted_checkpoint_that_trained_on_and_is_damaged_is_set_aside(of_0_1, tmp_path):
-    """The run goes on from the conversion: there is no other checkpoint."""
+    """So are both checkpoints of its training: the run goes on from the conversion."""
     run = shutil.copytree(of_0_1 / "converted", tmp_path / "run")
-    assert checkpoint.steps(run / "checkpoints") == [8]
-    shutil.rmtree(run / "checkpoints" / "8" / "state")
+    assert checkpoint.steps(run / "checkpoints") == [4, 6, 8]
+    for step in ("6", "8"):
+        shutil.rmtree(run / "checkpoints" / step / "state")
     assert loading.read(run).notes[0].startswith("the checkpoint of step 8 is damaged")
     train(small.config(checkpoint_keep=1), run)
-    assert (run / "damaged" / "8").is_dir()
+    assert sorted(path.name for path in (run / "damaged").iterdir()) == ["6", "8"]
     assert checkpoint.steps(run / "checkpoints")[-1] == 8
     ours, theirs = (small.without_speed(metrics_log.read(d / "metrics.jsonl")) for d in (run, of_0_1 / "converted"))
     assert ours == theirs
