@@ -257,7 +257,8 @@ def test_features_equal_torchvisions(arch, one_thread, tmp_path):
         torch.manual_seed(0)
         network = with_statistics(torchvision.models.get_model(arch, num_classes=10))
     torch.save(network.state_dict(), tmp_path / "network.pth")
-    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3))
+    number = 2 if arch == "resnet18" else 1  # a convolution in groups takes long in float64
+    images = np.random.default_rng(0).standard_normal((number, 32, 32, 3))
     expected = features_of(network.double(), images)
     if arch == "resnet18":
         found = loading.load(tmp_path / "network.pth")(jnp.asarray(images, jnp.float32))
@@ -265,7 +266,7 @@ def test_features_equal_torchvisions(arch, one_thread, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     with jax.enable_x64(True):
         found = loading.load(tmp_path / "network.pth", dtype="float64")(jnp.asarray(images, jnp.float64))
-    assert found.shape == (2, expected.shape[1])
+    assert found.shape == (number, expected.shape[1])
     error = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
     print(f"{arch}: {error:.0e}")
     assert error <= 1e-10
