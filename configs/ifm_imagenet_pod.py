@@ -9,8 +9,10 @@ on every host of the slice (docs/pods.md, launch/). Read out with
 UNTESTED AT SCALE: compiled for its topology, never run. LARS, its base rate (0.3 for 256 images, made 4.8 by linear
 scaling), weight decay 1e-6 and ten epochs of warm-up are those of MoCo-v3's code for ResNet-50 at this batch
 (github.com/facebookresearch/moco-v3, CONFIG.md and the defaults of main_moco.py), which has another loss and no queue.
-64 BatchNorm groups of 64 images, one a chip; m = 0.99, a sixteenth of the updates; the rest is MoCo-v2's and IFM's.
-Another batch: --config.batch_size, --config.model.bn_groups (64 images each), and
+64 BatchNorm groups of 64 images, one a chip; m = 0.99, a sixteenth of the updates; the rest is MoCo-v2's and IFM's,
+except for the shuffle: balanced, so that a chip receives 64 key images and not all 4096 (docs/pods.md).
+Another batch: --config.batch_size, --config.model.bn_groups (64 images each; above 64 groups also
+--config.moco.shuffle_bn=true, since a balanced shuffle wants a multiple of their square), and
 --config.optim.lr=0.3 * batch_size / 256.
 
 Hardware: 64 chips of TPU v5e (8x8), or any slice whose number of chips divides 4096 and whose memory suffices:
@@ -36,6 +38,7 @@ def get_config() -> Config:
     config.moco.queue_size = 65536  # 16 batches
     config.moco.momentum = 0.99
     config.moco.temperature = 0.2
+    config.moco.shuffle_bn = "balanced"
     config.ifm.method = "ifm"
     config.ifm.epsilon = 0.1
 

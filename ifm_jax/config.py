@@ -154,8 +154,10 @@ class MoCoConfig(Group):
     momentum: float = field(0.999, "m of the key encoder's moving average (--moco-m)", least=0, most=1)
     temperature: float = field(0.2, "tau (--moco-t)", above=0, hint="MoCo-v2: 0.2")
     mlp: bool = field(True, "two-layer projection head, MoCo-v2's (--mlp)")
-    shuffle_bn: bool = field(
-        True, "keys in a random order of the batch, so that BatchNorm does not tell a key from the negatives"
+    shuffle_bn: methods.ShuffleBN = field(
+        True,
+        "keys in a random order of the batch, so that BatchNorm does not tell a key from the negatives: true (uniform) "
+        "or balanced (equally many images from each group to each: little to exchange between many devices)",
     )
     queue_sharded: bool = field(
         False,
@@ -229,6 +231,12 @@ class OptimConfig(Group):
     )
     warmup_epochs: float = field(0.0, "linear warm-up over so many epochs", least=0)
     per_step: bool = field(False, "the schedule moves every step instead of once an epoch")
+    reduce_dtype: str = field(
+        "compute",
+        "in which gradients are summed over the devices: compute (model.compute_dtype) or float32 (twice the bytes of "
+        "bfloat16, sums as precise as the parameters)",
+        choices=("compute", "float32"),
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -439,6 +447,7 @@ class Field:
       kind: type of the value or of each value in a tuple: bool, int, float or str; for a group its class.
       many: whether the value is a tuple.
       optional: whether None is allowed.
+      words: texts that are allowed beside values of the type, "balanced" beside true and false.
       default: value in `Config()`; None for a group.
       declared: meaning and bounds.
       free_on_resume: whether it may change on resuming, by itself or with its group.
@@ -448,6 +457,7 @@ class Field:
     kind: type
     many: bool
     optional: bool
+    words: tuple[str, ...]
     default: Any
     declared: Declared
     free_on_resume: bool
@@ -466,6 +476,8 @@ class Field:
             return f"one of {', '.join(choice or '(empty)' for choice in declared.choices)}"
         one = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(self.kind, "a group")
         text = one if not self.many else {int: "whole numbers", float: "numbers"}[self.kind]
+        if self.words:
+            text = f"{text.replace(' or ', ', ')} or {', '.join(self.words)}"
         least, above, most, below = declared.least, declared.above, declared.most, declared.below
         if least is not None and most is not None:
             text += f" from {least:g} to {most:g}"
@@ -514,6 +526,8 @@ class Field:
             self._check_bounds(one, shown_as)
 
     def _is_of_kind(self, value: Any) -> bool:
+        if isinstance(value, str) and value in self.words:
+            return True
         if self.kind is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
         return isinstance(value, self.kind) and not (self.kind is int and isinstance(value, bool))
@@ -585,11 +599,12 @@ def _fields(group: type[Group], prefix: str, free: bool) -> Iterator[Field]:
         declared, kind = each.metadata["declared"], annotations[each.name]
         kind = str if typing.get_origin(kind) is typing.Literal else kind  # the type of its choices
         parts = [part for part in typing.get_args(kind) if part not in (Ellipsis, types.NoneType)]
+        words = tuple(word for part in parts for word in typing.get_args(part))  # of a Literal
         many, optional = typing.get_origin(kind) is tuple, types.NoneType in typing.get_args(kind)
         free_too = free or declared.free_on_resume
         default = None if each.default is dataclasses.MISSING else each.default
         name = prefix + each.name
-        yield Field(name, parts[0] if parts else kind, many, optional, default, declared, free_too)
+        yield Field(name, parts[0] if parts else kind, many, optional, words, default, declared, free_too)
         if isinstance(kind, type) and issubclass(kind, Group):
             yield from _fields(kind, f"{name}.", free_too)
 
@@ -764,6 +779,14 @@ def validate(config: Config, devices: int = 1) -> None:
         raise UsageError(
             f"moco.queue_size={moco.queue_size} is not a multiple of batch_size={config.batch_size}: "
             f"take {max(moco.queue_size // config.batch_size, 1) * config.batch_size}"
+        )
+    if config.method == "moco" and moco.shuffle_bn == "balanced":
+        check(
+            config.batch_size % groups**2 == 0,
+            "moco.shuffle_bn",
+            moco.shuffle_bn,
+            f"a batch_size that is a multiple of {groups**2}, the square of model.bn_groups={groups}, not "
+            f"{config.batch_size}; or moco.shuffle_bn=true",
         )
     if config.batch_size % devices:
         raise UsageError(

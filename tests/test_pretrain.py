@@ -86,6 +86,7 @@ def run(step, steps=STEPS):
 @pytest.mark.parametrize(
     ("method", "groups", "shuffle"),
     [("moco", *case) for case in itertools.product((8, 2, 1), (True, False))]
+    + [("moco", 4, "balanced"), ("moco", 2, "balanced")]
     + [("simclr", 8, True), ("simclr", 1, True)],
 )
 def test_the_number_of_devices_changes_nothing(method, groups, shuffle):
