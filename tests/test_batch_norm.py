@@ -73,26 +73,75 @@ def test_equals_separate_torch_modules(values, groups, running_stats, bits, tole
         np.testing.assert_array_equal(module.mean[...], before)
 
 
-@pytest.mark.torch
-@pytest.mark.usefixtures("x64")
-def test_gradient_equals_torch(values):
-    x, scale, bias = values
-    weights = np.random.default_rng(1).normal(size=(N, H, W, C))
-    module = make(4, "first_group", scale, bias, jnp.float64)
+def gradients(x, groups, scale, bias, weights, dtype, shift=None):
+    """Returns the gradients of a weighted sum of the result, with respect to x, scale and bias."""
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    module = make(groups, "first_group", scale, bias, wide)
+    if shift is not None:
+        module.mean[...] = jnp.asarray(shift, wide)
     graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
 
-    def loss(x):
-        return jnp.sum(nnx.merge(graph, params, stats, copy=True)(x, train=True) * weights)
+    def loss(x, params):
+        y = nnx.merge(graph, params, stats, copy=True)(x, train=True)
+        return jnp.sum(y.astype(wide) * jnp.asarray(weights, wide))
 
-    ours = jax.jit(jax.grad(loss))(jnp.asarray(x[0]))
-    peer_x = torch.tensor(x[0], requires_grad=True)
-    peers = [torch.nn.BatchNorm2d(C).double() for _ in range(4)]
-    for peer in peers:
-        peer.weight.data, peer.bias.data = torch.tensor(scale), torch.tensor(bias)
-    pieces = peer_x.permute(0, 3, 1, 2).chunk(4)
-    outputs = torch.cat([m(p) for m, p in zip(peers, pieces, strict=True)]).permute(0, 2, 3, 1)
-    (outputs * torch.tensor(weights)).sum().backward()
-    np.testing.assert_allclose(ours, peer_x.grad.numpy(), rtol=1e-10, atol=1e-12)
+    of_x, of_params = jax.jit(jax.grad(loss, (0, 1)))(jnp.asarray(x, dtype), params)
+    return of_x, of_params["scale"][...], of_params["bias"][...]
+
+
+def torch_gradients(x, groups, scale, bias, weights):
+    """Returns the same gradients by PyTorch, in float64."""
+    peer_x = torch.tensor(np.asarray(x, np.float64), requires_grad=True)
+    weight, offset = (torch.tensor(v, requires_grad=True) for v in (scale, bias))
+    pieces = [
+        torch.nn.functional.batch_norm(piece, None, None, weight, offset, training=True)
+        for piece in peer_x.permute(0, 3, 1, 2).chunk(groups)
+    ]
+    (torch.cat(pieces).permute(0, 2, 3, 1) * torch.tensor(weights)).sum().backward()
+    return peer_x.grad.numpy(), weight.grad.numpy(), offset.grad.numpy()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize(("bits", "tolerance"), [(32, 1e-6), (64, 1e-12)])
+def test_gradient_equals_torch(values, groups, bits, tolerance):
+    x, scale, bias = values[0][0], *values[1:]
+    weights = np.random.default_rng(1).normal(size=x.shape)
+    with jax.enable_x64(bits == 64):
+        ours = gradients(x, groups, scale, bias, weights, jnp.float64 if bits == 64 else jnp.float32)
+    for found, expected in zip(ours, torch_gradients(x, groups, scale, bias, weights), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("ratio", [1, 10, 100])
+def test_bfloat16_gradient_is_as_near_as_autodiff_s(values, ratio):
+    """Of a mean of 1, 10, 100 standard deviations, with running averages that know the mean and that do not."""
+    scale, bias = values[1:]
+    random = np.random.default_rng(2)
+    x = np.asarray(jnp.asarray(ratio + random.normal(size=(256, 4, 4, C)), jnp.bfloat16), np.float64)
+    weights = random.normal(size=x.shape)
+    weights = np.asarray(jnp.asarray(weights, jnp.bfloat16), np.float64)
+    exact = torch_gradients(x, 2, scale, bias, weights)
+
+    def autodiff(x, scale, bias):
+        values = x.reshape(2, -1, *x.shape[1:]).astype(jnp.float32)
+        mean = jnp.mean(values, axis=(1, 2, 3), keepdims=True)
+        var = jnp.mean(jnp.square(values - mean), axis=(1, 2, 3), keepdims=True)
+        y = (values - mean) * (jax.lax.rsqrt(var + 1e-5) * scale[None, None, None, None])
+        y = (y + bias[None, None, None, None]).astype(x.dtype).reshape(x.shape)
+        return jnp.sum(y.astype(jnp.float32) * jnp.asarray(weights, jnp.float32))
+
+    arguments = jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
+    before = jax.jit(jax.grad(autodiff, (0, 1, 2)))(*arguments)
+
+    def distance(gradient, expected):
+        return np.linalg.norm(np.asarray(gradient, np.float64) - expected) / np.linalg.norm(expected)
+
+    for shift in (None, np.full(C, 0.9 * ratio)):
+        ours = gradients(x, 2, scale, bias, weights, jnp.bfloat16, shift)
+        for found, theirs, expected in zip(ours, before, exact, strict=True):
+            assert distance(found, expected) <= max(1.02 * distance(theirs, expected), 1.7e-3), (shift, found.shape)
 
 
 def test_one_group_is_plain_batch_norm(values):

@@ -5,6 +5,7 @@ query. Here a number, `groups`, replaces this property of the machine: the batch
 normalized with its own statistics, for any number of devices.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -69,17 +70,12 @@ class BatchNorm(nnx.Module):
             raise ValueError(f"a batch of {batch} does not split into {self.groups} BatchNorm groups (bn_groups)")
         # With the groups on the leading axis each device reduces only over its own samples.
         grouped = x.reshape(self.groups, batch // self.groups, *x.shape[1:])
-        axes = tuple(range(1, grouped.ndim - 1))
-        values = grouped.astype(dtype)
-        mean = jnp.mean(values, axis=axes, keepdims=True)
-        centered = values - mean
-        var = jnp.mean(jnp.square(centered), axis=axes, keepdims=True)
-        y = centered * (jax.lax.rsqrt(var + self.epsilon) * _channels(scale, grouped.ndim))
-        y = y + _channels(bias, grouped.ndim)
-
-        count = values.size // (self.groups * channels)
+        y, mean, var = _normalize(
+            grouped, scale, bias, jax.lax.stop_gradient(self.mean[...].astype(dtype)), self.epsilon
+        )
+        count = x.size // (self.groups * channels)
         self._move_averages(mean.reshape(self.groups, channels), var.reshape(self.groups, channels), count)
-        return y.astype(x.dtype).reshape(x.shape)
+        return y.reshape(x.shape)
 
     def _move_averages(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         """Moves the running averages towards the groups' `(G, C)` statistics, each over `count` values."""
@@ -91,6 +87,88 @@ class BatchNorm(nnx.Module):
             new = jax.lax.stop_gradient(new).astype(old.dtype)
             # Not `average[...] = `: that reads a traced value's sharding, which searches the whole trace so far.
             average.set_value(self.momentum * old + (1 - self.momentum) * new)
+
+
+_Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # x, mean, 1 / standard deviation, scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shift: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalizes every group of `(G, N/G, ..., C)` with its own statistics.
+
+    The gradient is written by hand because a training step on an accelerator waits for memory here: autodiff does not
+    know that the centered values sum to zero and reduces once more, and it keeps them in float32. What is kept is `x`
+    as it is, in bfloat16 for example, and the statistics. (ResNet-50 on an H100, batch 256: 137 instead of 161 GB a
+    step, with the single pass of `_statistics`.)
+
+    Args:
+      x: values; statistics are computed in float32 or better.
+      scale: `(C,)`, in the dtype of the statistics, like `bias` and `shift`.
+      bias: `(C,)`.
+      shift: `(C,)`, an estimate of the mean, which changes rounding only.
+      epsilon: added to the variance.
+
+    Returns:
+      The result, shape and dtype of `x`; the groups' means and biased variances, `(G, 1, ..., 1, C)`, through which no
+      gradient flows.
+    """
+    return _normalize_forward(x, scale, bias, shift, epsilon)[0]
+
+
+def _normalize_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, shift: jax.Array, epsilon: float
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Saved]:
+    mean, var = _statistics(x, shift)
+    inverse = jax.lax.rsqrt(var + epsilon)
+    y = (x.astype(mean.dtype) - mean) * (inverse * _channels(scale, x.ndim)) + _channels(bias, x.ndim)
+    return (y.astype(x.dtype), mean, var), (x, mean, inverse, scale)
+
+
+def _normalize_backward(
+    epsilon: float, saved: _Saved, gradients: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    x, mean, inverse, scale = saved
+    axes = _positions(x)
+    gradient = gradients[0].astype(mean.dtype)
+    normalized = (x.astype(mean.dtype) - mean) * inverse
+    of_bias = jnp.sum(gradient, axes, keepdims=True)
+    of_scale = jnp.sum(gradient * normalized, axes, keepdims=True)
+    count = x.size // (x.shape[0] * x.shape[-1])
+    of_x = (gradient - (of_bias + normalized * of_scale) / count) * (inverse * _channels(scale, x.ndim))
+    return of_x.astype(x.dtype), _over_groups(of_scale), _over_groups(of_bias), None
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _statistics(x: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and biased variance of each group of `(G, N/G, ..., C)`, each `(G, 1, ..., 1, C)`.
+
+    For bfloat16 both sums come from one pass over `x`, which can ride in the convolution before it. The error of the
+    difference of the two sums is far below that of rounding `x` to bfloat16, the more so with `x` shifted by about
+    its mean. For wider types it would not be (6.7e-5 in float32 where the mean is 30 standard deviations): two passes.
+    """
+    dtype, axes = np.promote_types(x.dtype, jnp.float32), _positions(x)
+    values = x.astype(dtype)
+    if x.dtype != jnp.bfloat16:
+        mean = jnp.mean(values, axes, keepdims=True)
+        return mean, jnp.mean(jnp.square(values - mean), axes, keepdims=True)
+    values = values - _channels(shift, x.ndim)
+    mean = jnp.mean(values, axes, keepdims=True)
+    var = jnp.mean(jnp.square(values), axes, keepdims=True) - jnp.square(mean)
+    return mean + _channels(shift, x.ndim), jnp.maximum(var, 0)
+
+
+def _positions(x: jax.Array) -> tuple[int, ...]:
+    """Returns the axes of `(G, N/G, ..., C)` over which a group's statistics are taken."""
+    return tuple(range(1, x.ndim - 1))
+
+
+def _over_groups(sums: jax.Array) -> jax.Array:
+    """Sums `(G, 1, ..., 1, C)` to `(C,)`."""
+    return jnp.sum(sums, axis=tuple(range(sums.ndim - 1)))
 
 
 def _channels(vector: jax.Array, ndim: int) -> jax.Array:

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ifm_jax import platforms
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 Shape = tuple[int, ...]
@@ -121,8 +123,7 @@ def _on_cpu(
     special: Callable[..., jax.Array], general: Callable[..., jax.Array], *operands: jax.Array, **options: Any
 ) -> jax.Array:
     """Returns `special`'s result if the program is compiled for a CPU, else `general`'s."""
-    # Not jax.default_backend(): a program may be compiled for an absent TPU (benchmarks/tpu_plan.py).
-    return jax.lax.platform_dependent(
+    return platforms.select(
         *operands, cpu=functools.partial(special, **options), default=functools.partial(general, **options)
     )
 

@@ -17,7 +17,9 @@ import numpy as np
 from flax import nnx
 
 from ifm_jax.models import convolution, heads, layers
+from ifm_jax.models.activation import block_relu
 from ifm_jax.models.batch_norm import BatchNorm, RunningStats
+from ifm_jax.models.pooling import max_pool
 
 Stem = Literal["imagenet", "small", "small_stride2"]
 STEMS: tuple[str, ...] = get_args(Stem)
@@ -122,7 +124,7 @@ class BasicBlock(nnx.Module):
         shortcut = x if self.downsample is None else self.downsample(x, train=train)
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = self.bn2(self.conv2(y), train=train)
-        return nnx.relu(y + shortcut)
+        return block_relu(y + shortcut)
 
 
 class Bottleneck(nnx.Module):
@@ -158,7 +160,7 @@ class Bottleneck(nnx.Module):
         y = nnx.relu(self.bn1(self.conv1(x), train=train))
         y = nnx.relu(self.bn2(self.conv2(y), train=train))
         y = self.bn3(self.conv3(y), train=train)
-        return nnx.relu(y + shortcut)
+        return block_relu(y + shortcut)
 
 
 class ResNet(nnx.Module):
@@ -237,7 +239,7 @@ class ResNet(nnx.Module):
         """
         x = nnx.relu(self.bn1(self.conv1(images), train=train))
         if self.stem == "imagenet":
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool(x)
         for stage, depth in enumerate(self.arch.depths):
             blocks = getattr(self, f"layer{stage + 1}")
             for i in range(depth):  # by number: nnx.split and nnx.merge sort the keys as text, "10" before "2"
