@@ -28,6 +28,8 @@ def test_pooling_by_place_is_pooling(size, dtype):
     here, back_here = jax.vjp(pooling.max_pool, x)
     np.testing.assert_array_equal(here, y)
     np.testing.assert_array_equal(back_here(gradient)[0], back(gradient)[0])
+    compiled = jax.jit(lambda x, gradient: jax.vjp(pooling.max_pool, x)[1](gradient)[0])
+    np.testing.assert_array_equal(compiled(x, gradient), back(gradient)[0])
 
 
 def test_gradient_of_the_block_s_relu():
