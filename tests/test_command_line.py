@@ -216,7 +216,10 @@ def test_a_mistake_is_one_line_in_a_process_of_its_own(tmp_path, script):
         (["--config.batch_size=0x40", "--config.steps=1_000"], {"batch_size": 64, "steps": 1000}),
         (["--config.moco.mlp", "--config.moco.shuffle_bn=0"], {"moco.mlp": True, "moco.shuffle_bn": False}),
         (["--config.moco.shuffle_bn=balanced"], {"moco.shuffle_bn": "balanced"}),
-        (["--config.moco.shuffle_bn", "balanced", "--config.moco.mlp"], {"moco.shuffle_bn": "balanced", "moco.mlp": True}),
+        (
+            ["--config.moco.shuffle_bn", "balanced", "--config.moco.mlp"],
+            {"moco.shuffle_bn": "balanced", "moco.mlp": True},
+        ),
         (["--config.moco.shuffle_bn=balanced", "--noconfig.moco.shuffle_bn"], {"moco.shuffle_bn": False}),
         (["--config.moco.shuffle_bn=F", "--config.moco.shuffle_bn"], {"moco.shuffle_bn": True}),
         (["--noconfig.moco.mlp", "--config.optim.per_step", "TRUE"], {"moco.mlp": False, "optim.per_step": True}),

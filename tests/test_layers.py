@@ -42,7 +42,9 @@ def gradients(dtype, summed, *, devices=DEVICES, param_dtype=jnp.float32):
     step = jax.jit(jax.value_and_grad(loss), in_shardings=(whole, split, split), out_shardings=whole)
     compiled = step.lower(params, x, weights).compile()
     value, found = compiled(params, x, weights)
-    names = {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree.leaves_with_path(nnx.to_pure_dict(found))}
+    names = {
+        jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree.leaves_with_path(nnx.to_pure_dict(found))
+    }
     return float(value), names, collectives.read(compiled.as_text(), devices)
 
 

@@ -47,8 +47,8 @@ class Order:
           rows: `(N, ...)` in this order, split over the devices.
           mesh: mesh of the devices; None: arrays stay where they are.
         """
-        # In this sequence the devices exchange the rows once; indexed first, twice.
-        return sharding.on_every_device(rows, mesh)[jnp.argsort(self.index)]
+        # The devices exchange the rows once, before each of them puts all in order; ordered first, twice.
+        return sharding.on_every_device(sharding.on_every_device(rows, mesh)[jnp.argsort(self.index)], mesh)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class BalancedOrder(Order):
     """An order in which every group sends N / G^2 images to each group.
 
     Attributes:
-      groups: G, the number of BatchNorm groups. The N / G^2 images of group g at places of group h stand together, by g.
+      groups: G, the number of BatchNorm groups. Within a group, the images stand by the group that they come from.
     """
 
     groups: int

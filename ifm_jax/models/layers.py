@@ -51,7 +51,7 @@ def _by_device(layer: Layer, inputs: jax.Array, mesh: Mesh) -> jax.Array:
     graphdef, parameters = nnx.split(layer)
     rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
 
-    def compute(parameters: nnx.State, inputs: jax.Array) -> jax.Array:
+    def compute(parameters: nnx.State[Any, Any], inputs: jax.Array) -> jax.Array:
         copies = jax.tree.map(lambda p: jax.lax.pcast(p, mesh.axis_names, to="varying"), parameters)
         own = nnx.merge(graphdef, copies)
         own.reduce_over = None
