@@ -48,6 +48,7 @@ def gradients(dtype, summed, *, devices=DEVICES, param_dtype=jnp.float32):
     return float(value), names, collectives.read(compiled.as_text(), devices)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_the_same_function_in_float64():
     value, expected, _ = gradients(jnp.float64, False, param_dtype=jnp.float64)
@@ -59,6 +60,7 @@ def test_the_same_function_in_float64():
         np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-13 * np.abs(expected[name]).max())
 
 
+@pytest.mark.slow
 def test_sums_of_bfloat16_gradients_are_not_rounded():
     """Nor exchanged one by one. A CPU's compiler makes every exchange one of float32; the compiler's sum is rounded."""
     value, compilers, _ = gradients(jnp.bfloat16, False)
