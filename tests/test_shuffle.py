@@ -109,28 +109,40 @@ class Pixels:
         return (rows - rows.sum(axis=1, keepdims=True)).reshape(-1, self.dim) * params[None], batch_stats
 
 
-def queue_after_a_step(shuffled, groups=4, permutation=None, mesh=None):
-    """The queue after one step of 16 images, which then holds their keys alone."""
+def queue_after_a_step(shuffled, groups=4, permutation=None, devices=1):
+    """The queue after one step of 16 images, which then holds their keys alone; and what the devices exchange."""
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 2, 2, 4)), jnp.float32)
     method = MoCo(Pixels(groups), Objective(), 16, shuffle=shuffled, mesh=mesh)
     memory = MoCoMemory(jnp.ones(4), {}, jnp.ones((16, 4)), jnp.zeros((), jnp.int32))
 
-    @jax.jit
     def step(images, rng):
         views = Views((images, images), (rng, rng), lambda _, images: images, permutation, mesh)
         return method.loss(jnp.ones(4), {}, memory, views, rng)[1].memory.queue
 
-    return np.asarray(step(images, jax.random.key(5)))
+    split, whole = sharding.split(mesh), sharding.replicated(mesh)
+    given = images, jax.random.key(5)
+    compiled = jax.jit(step, in_shardings=(split, whole), out_shardings=whole).lower(*given).compile()
+    return np.asarray(compiled(*given)), collectives.read(compiled.as_text(), devices)
 
 
+@pytest.mark.slow
 def test_keys_are_computed_in_the_order_and_come_back():
     """Balanced, as with the same order given; a given one counts for more; one group has nothing to exchange."""
     order = shuffle.balanced_order(jax.random.key(5), 16, 4).index
-    found, unshuffled = queue_after_a_step("balanced"), queue_after_a_step(False)
-    np.testing.assert_array_equal(found, queue_after_a_step(True, permutation=order))
-    np.testing.assert_array_equal(found, queue_after_a_step("balanced", mesh=sharding.make_mesh(jax.devices()[:4])))
+    (found, exchanged), (unshuffled, _) = queue_after_a_step("balanced"), queue_after_a_step(False)
+    assert not exchanged
+    np.testing.assert_array_equal(found, queue_after_a_step(True, permutation=order)[0])
     assert (found != unshuffled).any()
     given = jnp.arange(16, dtype=jnp.int32)
-    np.testing.assert_array_equal(queue_after_a_step("balanced", permutation=given), unshuffled)
+    np.testing.assert_array_equal(queue_after_a_step("balanced", permutation=given)[0], unshuffled)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 2, 2, 4))[:, 0, 0]
-    np.testing.assert_array_equal(queue_after_a_step("balanced", groups=1), pixels - pixels.sum(axis=0))
+    np.testing.assert_array_equal(queue_after_a_step("balanced", groups=1)[0], pixels - pixels.sum(axis=0))
+
+    # On several devices images are exchanged once and keys once, and nothing else.
+    many, exchanged = queue_after_a_step("balanced", devices=4)
+    np.testing.assert_array_equal(many, found)
+    assert {(one.kind, one.dtype, one.count) for one in exchanged} == {
+        ("all-to-all", "f32", 1),
+        ("all-gather", "f32", 1),
+    }

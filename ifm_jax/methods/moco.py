@@ -111,8 +111,8 @@ class MoCo:
         if views.permutation is not None:
             return Order(views.permutation.astype(jnp.int32))
         if self.shuffle == "balanced":
-            return balanced_order(rng, views.count, groups) if groups > 1 else None
-        return uniform_order(rng, views.count)
+            return balanced_order(rng, views.count, groups, self.mesh) if groups > 1 else None
+        return uniform_order(rng, views.count, self.mesh)
 
     def negatives(self, batch_size: int) -> int:
         """Returns K."""

@@ -83,12 +83,13 @@ class BalancedOrder(Order):
         return jax.shard_map(exchange, mesh=mesh, in_specs=(split, by_source), out_specs=split)(images, index)
 
 
-def uniform_order(rng: jax.Array, count: int) -> Order:
-    """Returns one of all orders of `count` images, each equally likely."""
-    return Order(jax.random.permutation(rng, jnp.arange(count, dtype=jnp.int32)))
+def uniform_order(rng: jax.Array, count: int, mesh: jax.sharding.Mesh | None = None) -> Order:
+    """Returns one of all orders of `count` images, each equally likely; drawn by every device of the mesh."""
+    # Drawn in parts, as the compiler likes to, it would have to be exchanged.
+    return Order(sharding.on_every_device(jax.random.permutation(rng, jnp.arange(count, dtype=jnp.int32)), mesh))
 
 
-def balanced_order(rng: jax.Array, count: int, groups: int) -> BalancedOrder:
+def balanced_order(rng: jax.Array, count: int, groups: int, mesh: jax.sharding.Mesh | None = None) -> BalancedOrder:
     """Returns a random balanced order, the same for any number of devices.
 
     Which of a group's images go to which group is uniform, and independent of the other groups. Within a group the
@@ -98,6 +99,7 @@ def balanced_order(rng: jax.Array, count: int, groups: int) -> BalancedOrder:
       rng: a JAX random key.
       count: N, the number of images.
       groups: G, the number of BatchNorm groups.
+      mesh: mesh of the devices, each of which draws the whole order; None: arrays stay where they are.
 
     Raises:
       ValueError: if N is not a multiple of G^2.
@@ -107,4 +109,4 @@ def balanced_order(rng: jax.Array, count: int, groups: int) -> BalancedOrder:
     images = jnp.arange(count, dtype=jnp.int32).reshape(groups, count // groups)
     by_source = jax.random.permutation(rng, images, axis=1, independent=True)
     by_goal = by_source.reshape(groups, groups, count // groups**2).swapaxes(0, 1)
-    return BalancedOrder(by_goal.reshape(count), groups)
+    return BalancedOrder(sharding.on_every_device(by_goal.reshape(count), mesh), groups)
