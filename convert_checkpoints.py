@@ -1,14 +1,14 @@
-"""Converts checkpoints between PyTorch and JAX, and says what one holds.
+"""Converts checkpoints between PyTorch and JAX, and describes them.
 
-    python convert_checkpoints.py to-jax FILE.pth.tar DIR       the original's checkpoint, or torchvision's, into DIR
-    python convert_checkpoints.py to-jax FILE DIR --prefix=backbone.          another library's, under that prefix
-    python convert_checkpoints.py to-torch DIR FILE.pth.tar     a run, as the original's code loads it
+    python convert_checkpoints.py to-jax FILE.pth.tar DIR       reads the original's or torchvision's checkpoint
+    python convert_checkpoints.py to-jax FILE DIR --prefix=backbone.          another library's, with that prefix
+    python convert_checkpoints.py to-torch DIR FILE.pth.tar     writes a run in the original's format
     python convert_checkpoints.py to-torch DIR FILE.pth --for=torchvision     its backbone, as torchvision's ResNet
-    python convert_checkpoints.py inspect PATH                  what a file or a run holds
+    python convert_checkpoints.py inspect PATH                  describes the contents of a file or a run
 
-DIR is laid out as the working directory of a run: whatever takes one takes it. A name that ends in .safetensors writes
-that format. MoCo's own scripts, that for detectron2 among them, read what the default, --for=moco, writes. Nothing in a
-file is executed. Existing output is refused without --overwrite.
+DIR has the layout of a run's working directory, and is accepted wherever one is. A file name that ends in .safetensors
+selects that format. MoCo's own scripts, including the one for detectron2, read what the default, --for=moco, writes.
+Code in a file is never executed. Existing output is replaced only with --overwrite.
 """
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The main job on the embedded images: MoCo and IFM pre-training, then what each has learned of shape, texture, color.
+"""Pre-trains MoCo and IFM on the embedded images, and shows what each has learned about shape, texture and color.
 
     make demo                       one seed, a few minutes on two CPU cores
     python demo.py --seeds=5        the study: five seeds of each run, mean and standard error
 
-Writes runs/demo/: a workdir for each run, results.json, readouts.png, samples.png. A run that is there is not repeated.
+Writes runs/demo/: a workdir for each run, results.json, readouts.png, samples.png. A finished run is not repeated.
 """
 
 if __name__ == "__main__":  # first: what is imported below takes seconds
@@ -31,8 +31,8 @@ from ifm_jax.runs import training
 class Options(Group):
     """The command's flags."""
 
-    seeds: int = field(1, "How many seeds of each run.", expected="an integer")
-    workdir: str = field("runs/demo", "Where everything is written.")
+    seeds: int = field(1, "Number of seeds of each run.", expected="an integer")
+    workdir: str = field("runs/demo", "Directory for all results.")
 
 
 # name -> (method, temperature); the first two differ in temperature alone, the last two in the method alone.
@@ -58,7 +58,7 @@ def main(given: Given) -> int:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--workdir={workdir} cannot be written to ({error.strerror}): pass one that can") from None
+        raise UsageError(f"--workdir={workdir} is not writable ({error.strerror}): pass a directory that is") from None
     _draw_samples(base, workdir / "samples.png")
 
     results: dict[str, list[suppression.Readouts]] = {}
@@ -107,7 +107,7 @@ def _with(base: Config, *, seed: int, method: str | None = None, temperature: fl
 
 
 def _findings(results) -> str:
-    """Says what the table shows, in numbers, and what it cannot show."""
+    """Describes in numbers what the table shows, and what it cannot show."""
     from ifm_jax.evaluation import suppression
 
     warm, cold, ifm = (results[name] for name in RUNS)
@@ -123,8 +123,8 @@ def _findings(results) -> str:
     ]
     if seeds == 1:
         lines.append(
-            "One run each: another seed moves these by several points, so that IFM's effect at this size is within the "
-            "noise of a single run.\nThe study with seeds is where it is tested: python demo.py --seeds=5"
+            "One run each: another seed changes these by several points, so IFM's effect at this size is within the "
+            "noise of a single run.\nTo test it, run the study with several seeds: python demo.py --seeds=5"
         )
     else:
         lines.append(f"Mean and standard error of the paired differences over {seeds} seeds.")

@@ -1,18 +1,18 @@
 """Evaluates a frozen backbone on labeled images.
 
-    python eval_linear.py --workdir=DIR                     a run: the original's linear-evaluation protocol
-    python eval_linear.py --pretrained=FILE.pth.tar ...     a PyTorch checkpoint, or one of Orbax's (a folder)
-    ... --pretrained=FILE --prefix=backbone.                another library's, its network under that prefix
-    ... --config.linear.lr=1,3,10,30                        several classifiers at once, the best chosen honestly
-    ... --fast                                              minutes instead of hours: the features of a few views, kept
-    ... --knn                                               k nearest neighbors (Wu et al. 2018), nothing is trained
+    python eval_linear.py --workdir=DIR                     a run, with the original's linear-evaluation protocol
+    python eval_linear.py --pretrained=FILE.pth.tar ...     a PyTorch checkpoint, or an Orbax checkpoint (a folder)
+    ... --pretrained=FILE --prefix=backbone.                another library's checkpoint, whose names have that prefix
+    ... --config.linear.lr=1,3,10,30                        several classifiers at once; reports the best
+    ... --fast                                              minutes instead of hours: stored features of a few views
+    ... --knn                                               k nearest neighbors (Wu et al. 2018), without training
     ... --diagnostics                                       alignment, uniformity, effective rank, similarities
-    ... --features=FILE.npz [--split=train] [--layer=projection]     the features, with labels and names
-    ... --map=FILE.png                                      the features in two dimensions (t-SNE), colored by label
+    ... --features=FILE.npz [--split=train] [--layer=projection]     writes the features, with labels and names
+    ... --map=FILE.png                                      draws the features in two dimensions, colored by label
 
-A run's own config is taken, with --config.field=value on top; a file's network is read off its tensors, and
---config=FILE.py or --config.data.source=... says on which images. Results go into results.json of the workdir, or of
---output; the same command goes on with an evaluation that was stopped.
+With --workdir, the evaluation uses the run's own config, and --config.field=value changes a field of it. With
+--pretrained, the network follows from the file's tensors; --config=FILE.py or --config.data.source=... selects the
+images. Results go into results.json in the workdir or in --output. The same command resumes a stopped evaluation.
 """
 
 if __name__ == "__main__":

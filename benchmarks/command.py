@@ -1,4 +1,4 @@
-"""How a benchmark runs: as a command of ifm_jax does, with flags that it defines with absl."""
+"""Runs a benchmark like a command of ifm_jax, with flags defined with absl."""
 
 import sys
 from collections.abc import Callable
@@ -29,15 +29,15 @@ _config_flag: ConfigFlag | None = None  # of the benchmark
 def define_hosts() -> Callable[[], None]:
     """Defines --coordinator, --num_processes and --process_id; returns the function that joins the hosts."""
     coordinator = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.")
-    num_processes = flags.DEFINE_integer("num_processes", None, "How many processes take part.")
-    process_id = flags.DEFINE_integer("process_id", None, "Which of them this is.")
+    num_processes = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+    process_id = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
     return lambda: command.join_hosts(command.Hosts(coordinator.value, num_processes.value, process_id.value))
 
 
 def refuse_arguments(arguments: list[str]) -> None:
     """Raises a `UsageError` for arguments that are no flags."""
     if arguments:
-        raise UsageError(f"{arguments[0]!r} is no flag: expected --name=value; --help lists the flags")
+        raise UsageError(f"{arguments[0]!r} is not a flag: expected --name=value; --help lists the flags")
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

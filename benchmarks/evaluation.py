@@ -1,11 +1,12 @@
-"""What evaluation costs: a sweep of classifiers, nearest neighbors, evaluating now and then while pre-training.
+"""What evaluation costs: a sweep of classifiers, nearest neighbors, and evaluation during pre-training.
 
     python -m benchmarks.evaluation [--json=FILE]
 
-The sweep: one step of linear evaluation (features of a batch of crops, then every classifier's update) with 1 and with
-16 classifiers, alternating. Nearest neighbors: 5,000 queries in a bank of 5,000 x 512 features, against a loop over
-them in NumPy. Now and then: steps of pre-training with `eval.every`, without the evaluations themselves, against those
-of a run without.
+- The sweep: a step of linear evaluation (features of a batch of crops, then the update of every classifier) with 1 and
+  with 16 classifiers, alternating.
+- Nearest neighbors: 5,000 queries in a bank of 5,000 x 512 features, compared with a NumPy loop over the queries.
+- During pre-training: steps of a run with `eval.every`, without the evaluations themselves, compared with those of a
+  run without it.
 """
 
 import statistics
@@ -24,8 +25,8 @@ from ifm_jax.evaluation import classifiers, knn
 from ifm_jax.evaluation.features import FrozenEncoder
 from ifm_jax.runs import metrics_log, training
 
-_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often everything is timed.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of timings of each quantity.")
 
 HEADS = 16
 

@@ -2,20 +2,20 @@
 
     python -m benchmarks.input [--json=FILE] [--data=DIR] [--images=2000] [--rounds=5] [--seconds=1]
 
-The files are generated: 500 x 375 pixels, JPEG of quality 92, photographs blended with a 1/f texture so that a file has
-about 110 kB on average. How long decoding takes depends on that, and the ratios with it. Four parts:
+The benchmark generates its files: JPEGs of 500 x 375 pixels and quality 92, photographs blended with a 1/f texture so
+that a file has about 110 kB on average. The file size determines the time of decoding, and with it the ratios.
 
-1. Images a second of one core, two views of each image. Ours: one thread that decodes and cuts, to uint8; the rest of
-   the augmentation is the device's. Peer: `ImageFolder` and `DataLoader` with one worker process, once with the
-   original's MoCo-v2 transforms, once without those that are the device's with us, but for the flip and the conversion
-   to normalized floats. Both with decoding, from the files, and without it, from decoded images in memory. The
-   pipelines take turns, round after round. The ratios are of images per second of processor time, of all threads and
-   processes of a pipeline: on a machine that others use too, the clock on the wall says less.
+1. Images per second of one core, two views of each image. Ours: one thread that decodes and crops, to uint8; the rest
+   of the augmentation runs on the device. Compared with `ImageFolder` and `DataLoader` with one worker process: once
+   with the original's MoCo-v2 transforms, once with only the crop, the flip and the conversion to normalized floats.
+   Both are measured with decoding, from files, and without it, from decoded images in memory. The pipelines take turns,
+   round after round. The ratios use images per second of processor time, over all threads and processes of a pipeline,
+   because on a shared machine wall-clock time is less reliable.
 2. Memory over three epochs.
-3. The device's part: the augmentation compiled on its own, for two views, over the compiled training step.
-4. A training run on the files: the share of its time that it waited for images.
+3. The device's part: the augmentation of two views, compiled by itself, relative to the compiled training step.
+4. A training run on the files: the share of its time that it waits for images.
 
-Four to seven minutes on two CPU cores. Without PyTorch and torchvision it measures ours alone.
+Takes four to seven minutes on two CPU cores. Without PyTorch and torchvision, only ifm_jax is measured.
 """
 
 import contextlib
@@ -350,8 +350,8 @@ def throughput(folder: pathlib.Path, settings: Settings) -> list[dict]:
     decoded = [cv2.imread(str(path))[..., ::-1] for path in found[: settings.decoded]]
     if len({image.shape for image in decoded}) > 1:
         raise UsageError(
-            f"--data={folder}: its images are not of one size; expected those that this benchmark generates, or a "
-            "folder that is not there yet"
+            f"--data={folder}: its images differ in size; expected images that this benchmark generated, or a "
+            "folder that does not exist yet"
         )
     measured = {case: [] for case in settings.cases}
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
@@ -511,7 +511,7 @@ def benchmark(folder: pathlib.Path, settings: Settings, say=print) -> dict:
             generate(folder, settings.images)
         except OSError as error:
             raise UsageError(
-                f"--data={folder} cannot be written to ({error.strerror}): pass a folder that can, or none"
+                f"--data={folder} is not writable ({error.strerror}): pass a writable folder, or leave --data out"
             ) from None
     sizes = [path.stat().st_size for path in files(folder)]
     rows = [{"name": "files", "images": len(sizes), "mean_bytes": statistics.mean(sizes)}]
@@ -584,7 +584,7 @@ def main(arguments: list[str]) -> int:
     if jax.default_backend() != "cpu":
         settings = dataclasses.replace(settings, networks=(_RECIPE,), run=_RECIPE)
     if not torchvision_is_here():
-        print("PyTorch or torchvision is not installed: ours alone.", file=sys.stderr)
+        print("PyTorch or torchvision is not installed: only ifm_jax is measured.", file=sys.stderr)
         settings = dataclasses.replace(settings, cases=OURS)
     with contextlib.ExitStack() as stack:
         folder = _DATA.value or stack.enter_context(tempfile.TemporaryDirectory())
@@ -595,9 +595,11 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows and the summary.")
-    _DATA = flags.DEFINE_string("data", None, "Where the generated images are kept; what is there already is used.")
-    _IMAGES = flags.DEFINE_integer("images", 2000, "How many images to generate, and to read in an epoch.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows and the summary to this JSON file.")
+    _DATA = flags.DEFINE_string("data", None, "Folder for the generated images; existing ones are reused.")
+    _IMAGES = flags.DEFINE_integer("images", 2000, "Number of images to generate and to read per epoch.")
     _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds in which the pipelines take turns.", lower_bound=1)
-    _SECONDS = flags.DEFINE_float("seconds", 1.0, "For how long each is measured in a round.", lower_bound=0.0)
+    _SECONDS = flags.DEFINE_float(
+        "seconds", 1.0, "Seconds for which each pipeline is measured in a round.", lower_bound=0.0
+    )
     command.run(main)

@@ -1,11 +1,11 @@
-"""Kills a run again and again and compares what it ends with to the run that nobody touched.
+"""Kills a run repeatedly and compares its final state with that of an undisturbed run.
 
     python -m benchmarks.kill_resume [--kills=20] [--steps=300] [--json=FILE]
 
-`python train.py` on a small network, with a checkpoint every few steps, is killed with SIGKILL at random moments: while
-it starts, compiles, steps and saves. The same command goes on each time, the last time to the end. Then metrics.jsonl
-(but for the two fields that the clock fills) and every array of the last checkpoint must be those of an uninterrupted
-run, bit for bit. About 15 s a kill on two processors. Exit status 1 where they are not.
+Kills `python train.py` on a small network, with a checkpoint every few steps, with SIGKILL at random moments: while it
+starts, compiles, steps and saves. Each time the same command resumes the run; the last time it finishes. Then
+metrics.jsonl (except the two fields that measure time) and every array of the last checkpoint must equal those of an
+uninterrupted run, bit for bit. Takes about 15 s per kill on two processors. The exit status is 1 if they differ.
 """
 
 import pathlib
@@ -33,10 +33,10 @@ RUN = (
     *("--config.log_every=1", "--config.checkpoint_every=5"),
 )
 
-_KILLS = flags.DEFINE_integer("kills", 20, "How often the run is killed.")
+_KILLS = flags.DEFINE_integer("kills", 20, "Number of times to kill the run.")
 _STEPS = flags.DEFINE_integer("steps", 300, "Steps of the run.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.")
-_JSON = flags.DEFINE_string("json", None, "File for the report.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the moments at which the run is killed.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
 
 
 def start(workdir: pathlib.Path, steps: int, environment: dict[str, str] | None = None) -> subprocess.Popen:

@@ -1,13 +1,13 @@
-"""What surrounds the compiled step costs: a whole run, against its program called back to back.
+"""What the work around the compiled step costs: a whole run, against its program called back to back.
 
     python -m benchmarks.loop [--config=configs/x.py] [--config.field=value] [--steps=96] [--calls=8]
         [--rounds=3] [--json=FILE]
 
-`train.py`'s own loop (`ifm_jax.train`: images, metrics, checkpoints, signals) runs a recipe, the default one unless
-told otherwise, in three ways: with images from the host, with the data set on the device (`data.cache=device`),
-and with several steps a call there (`steps_per_call`). Then the very program of each is called so often without
-anything around it. The overhead is what a step of the run takes more, in percent of it; medians of several runs, one
-way after the other in every round.
+The loop of `train.py` (`ifm_jax.train`: images, metrics, checkpoints, signals) runs a recipe, by default the embedded
+one, in three variants: with images from the host, with the data set on the device (`data.cache=device`), and with
+several steps per call (`steps_per_call`). Then the compiled program of each is called as often, without anything around
+it. The overhead is the extra time of a step in the run, in percent of it. Times are medians over several rounds, each
+of which runs every variant.
 """
 
 import pathlib
@@ -31,9 +31,9 @@ from ifm_jax.runs import metrics_log, training
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _STEPS = flags.DEFINE_integer("steps", 96, "Steps of a run; the first third is not timed.")
-_CALLS = flags.DEFINE_integer("calls", 8, "steps_per_call of the third way.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each way.")
-_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
+_CALLS = flags.DEFINE_integer("calls", 8, "steps_per_call of the third variant.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each variant.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
 
 
 def _size(config: Config, source: Source) -> int:

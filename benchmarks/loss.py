@@ -2,12 +2,12 @@
 
     python -m benchmarks.loss [--json=FILE] [--queries=256,1024] [--keys=4096,65536] [--rounds=21]
 
-Loss and gradient with respect to the queries, of N queries against K keys of 128 numbers, in float32: in one run, one
-variant after another in every round, in another order each, so that whatever else the machine does meets all of them.
-Milliseconds are medians. Memory is what the compiled program needs besides its arguments; PyTorch's, on CUDA only, is
-the peak beyond them.
+Times the loss and its gradient with respect to the queries, for N queries against K keys of 128 numbers, in float32.
+Every round runs all variants, each time in another order, so that other load on the machine affects all of them alike.
+Milliseconds are medians. Memory is what the compiled program needs besides its arguments; for PyTorch, on CUDA only, it
+is the peak beyond them.
 
-PyTorch's variants are left out where it is not installed.
+Without PyTorch its variants are left out.
 """
 
 import importlib.util
@@ -26,10 +26,12 @@ from ifm_jax import assembly
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import losses
 
-_JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-_QUERIES = flags.DEFINE_list("queries", None, "Sizes N; 256 to 1024 on a CPU, to 4096 elsewhere.")
-_KEYS = flags.DEFINE_list("keys", None, "Sizes K; 4096 to 65536 on a CPU, to 1048576 elsewhere.")
-_ROUNDS = flags.DEFINE_integer("rounds", 21, "How often everything is timed.")
+_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+_QUERIES = flags.DEFINE_list(
+    "queries", None, "Numbers of queries N; default: 256 to 1024 on a CPU, up to 4096 elsewhere."
+)
+_KEYS = flags.DEFINE_list("keys", None, "Numbers of keys K; default: 4096 to 65536 on a CPU, up to 1048576 elsewhere.")
+_ROUNDS = flags.DEFINE_integer("rounds", 21, "Number of timings of each quantity.")
 
 DIM, TEMPERATURE, EPSILON = 128, 0.2, 0.1
 REFERENCE = (256, 65536)  # the sizes of the summary

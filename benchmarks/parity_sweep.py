@@ -1,11 +1,11 @@
-"""Trajectories against PyTorch's in float64, method by method and rank by rank: the table of docs/parity.md.
+"""Trajectories against PyTorch's in float64, by method and number of ranks: the table of docs/parity.md.
 
     python -m benchmarks.parity_sweep [--json=FILE] [--only=NAME]
 
-Five steps of ResNet-18 at 64 px, batch 8, dim 128, a queue of 24 that wraps, and two of ResNet-50. Each of the twelve
-combinations of method and rank number takes one value of every other choice (schedule, weight decay, start, number of
-simulated devices), so that each pair of a choice's value and a method occurs. Takes PyTorch and torchvision, and about
-ten minutes on two CPU cores.
+Runs five steps of ResNet-18 at 64 px, batch 8, dim 128, with a queue of 24 that wraps, and two steps of ResNet-50. Each
+of the twelve combinations of method and number of ranks uses one value of every other option (schedule, weight decay,
+start, number of simulated devices), so that every value of an option occurs with every method. Requires PyTorch and
+torchvision, and takes about ten minutes on two CPU cores.
 """
 
 import dataclasses
@@ -159,6 +159,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows.")
-    _ONLY = flags.DEFINE_string("only", None, "Only trajectories whose name contains this.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows to this JSON file.")
+    _ONLY = flags.DEFINE_string("only", None, "Run only trajectories whose name contains this text.")
     command.run(main)

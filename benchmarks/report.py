@@ -1,16 +1,16 @@
-"""Runs the benchmarks that this machine can run, and writes the figures of docs/benchmarks.md from all that were run.
+"""Runs the benchmarks that this machine can run, and writes the figures of docs/benchmarks.md from all results.
 
     python -m benchmarks.report [--only=loss,scaling] [--docs=docs]     runs them: some twenty minutes on two cores
-    python -m benchmarks.report --from=DIR [--only=...] [--docs=docs]   runs nothing: takes the JSON files in DIR
+    python -m benchmarks.report --from=DIR [--only=...] [--docs=docs]   runs nothing: uses the JSON files in DIR
 
-Each benchmark is a process of its own, with its default sizes. Its JSON is kept, without the times of single rounds, as
-`docs/benchmarks/DEVICE/NAME.json`, DEVICE being `cpu-2` for two processors or `nvidia-h200-1` for one such GPU; a newer
-one takes the place of an older one. Then the tables and pictures of every file there, of this machine and of others,
-are written between the two markers of `docs/benchmarks.md`; what is around them stays as it is. With
-`--from=docs/benchmarks` only the text and the pictures are made anew.
+Each benchmark runs in its own process, with its default sizes. Its JSON, without the times of single rounds, is stored
+as `docs/benchmarks/DEVICE/NAME.json`, where DEVICE is `cpu-2` for two processors or `nvidia-h200-1` for one such GPU; a
+newer file replaces an older one. Then the tables and pictures of every file there, from this machine and others, are
+written between the two markers of `docs/benchmarks.md`; the text around them stays unchanged.
+`--from=docs/benchmarks` renews only the text and the pictures.
 
-What a benchmark needs and is not installed is said, and the benchmark left out: no failure. Exit status 1: one of them
-failed; what the others found is written all the same.
+A benchmark whose required package is not installed is left out with a message; this is not a failure. The exit status
+is 1 if a benchmark failed; the results of the others are written nevertheless.
 """
 
 import importlib.util
@@ -78,7 +78,7 @@ def read(path: pathlib.Path) -> dict:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}): expected a benchmark's --json file") from None
     if not isinstance(made, dict) or not made.keys() >= _FIELDS:
-        raise UsageError(f"{path} is no benchmark's report: expected the fields {', '.join(sorted(_FIELDS))}")
+        raise UsageError(f"{path} is not a benchmark's report: expected the fields {', '.join(sorted(_FIELDS))}")
     return made
 
 
@@ -97,10 +97,10 @@ def run(names: Sequence[str], kept: pathlib.Path, say: Callable[[str], None]) ->
     for name in names:
         needed, optional = BENCHMARKS[name]
         if lacking := missing(needed):
-            say(f"{name}: left out, not installed here: {', '.join(lacking)}")
+            say(f"{name}: left out, not installed: {', '.join(lacking)}")
             continue
         if lacking := missing(optional):
-            say(f"{name}: without its peers, not installed here: {', '.join(lacking)}")
+            say(f"{name}: without comparison, not installed: {', '.join(lacking)}")
         say(f"python -m benchmarks.{name}")
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / f"{name}.json"
@@ -110,7 +110,7 @@ def run(names: Sequence[str], kept: pathlib.Path, say: Callable[[str], None]) ->
                 say(f"{name}: ended with status {status}")
                 failed.append(name)
             else:
-                say(f"Kept as {keep(read(path), kept)}.")
+                say(f"Stored as {keep(read(path), kept)}.")
     return failed
 
 
@@ -395,7 +395,7 @@ def main(arguments: list[str]) -> int:
     docs = pathlib.Path(_DOCS.value)
     page, kept = docs / "benchmarks.md", docs / "benchmarks"
     if not page.is_file():
-        raise UsageError(f"--docs={docs}: {page} is not there: expected the page with the markers to write between")
+        raise UsageError(f"--docs={docs}: {page} does not exist: expected the page with the markers")
     replace_generated(page.read_text(), "", page)  # before minutes are spent
     names = _ONLY.value or list(BENCHMARKS)
     for name in names:
@@ -408,7 +408,7 @@ def main(arguments: list[str]) -> int:
         source = pathlib.Path(_FROM.value)
         found = [read(path) for path in sorted(source.rglob("*.json"))]
         if not found:
-            raise UsageError(f"--from={source}: there are no JSON files; expected what benchmarks wrote with --json")
+            raise UsageError(f"--from={source}: no JSON files: expected files that benchmarks wrote with --json")
         for made in found:
             if _ONLY.value is None or made["benchmark"] in names:
                 keep(made, kept)
@@ -416,12 +416,14 @@ def main(arguments: list[str]) -> int:
     page.write_text(replace_generated(page.read_text(), generate(reports, docs), page))
     print(f"{page}: {len(reports)} reports.")
     if failed:
-        raise RunError(f"these benchmarks failed: {', '.join(failed)}; what the others found is in {page}")
+        raise RunError(f"these benchmarks failed: {', '.join(failed)}; the results of the others are in {page}")
     return 0
 
 
 if __name__ == "__main__":
-    _FROM = flags.DEFINE_string("from", None, "Folder with JSON files of benchmarks; nothing is run.")
-    _ONLY = flags.DEFINE_list("only", None, f"Some of {', '.join(BENCHMARKS)}; all if not given.")
+    _FROM = flags.DEFINE_string(
+        "from", None, "Use the JSON files of benchmarks in this folder instead of running benchmarks."
+    )
+    _ONLY = flags.DEFINE_list("only", None, f"Run only these, of {', '.join(BENCHMARKS)}; default: all.")
     _DOCS = flags.DEFINE_string("docs", "docs", "Folder of benchmarks.md.")
     command.run(main)

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: a table on the terminal and a JSON file."""
+"""Code shared by the benchmarks: a table on the terminal and a JSON file."""
 
 import datetime
 import importlib.metadata
@@ -58,7 +58,7 @@ def check_path(path: str | None) -> None:
         return
     folder = pathlib.Path(path).absolute().parent
     if not folder.is_dir() or pathlib.Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--json={path} cannot be written: expected a file in a folder that is there and writable")
+        raise UsageError(f"--json={path} cannot be written: expected a file in an existing, writable folder")
 
 
 def write(made: dict, path: str | None) -> None:

@@ -2,28 +2,29 @@
 
     python -m benchmarks.scaling [--json=FILE] [--plot=FILE.png] [--axes=batch,pixels,queue,devices] [--rounds=5]
 
-Axes: images of a batch, side of a view in pixels, size K of the queue, devices. On a CPU ResNet-8 at 32 px, batch 128,
-K = 16384 and four minutes on two cores; elsewhere ResNet-50 at 224 px, batch 128, K = 65536. The step is that of
-`benchmarks.train_step`, with IFM, on given views.
+The axes are the images of a batch, the side of a view in pixels, the size K of the queue, and the devices. The base
+case on a CPU is ResNet-8 at 32 px, batch 128, K = 16384 (four minutes on two cores); elsewhere it is ResNet-50 at
+224 px, batch 128, K = 65536. The step is that of `benchmarks.train_step`, with IFM, on given views.
 
-For each size: median and quartiles of a step's milliseconds, one step of every size in turn and in another order every
-round; images/s; floating-point operations, bytes of the arguments and results of all operations, and memory of the
-compiled program; compile time. A size that does not fit the memory is left out, and said.
+For each size: median and quartiles of a step's milliseconds, where every round runs one step of every size in another
+order; images/s; floating-point operations, bytes of the arguments and results of all operations, and memory of the
+compiled program; compile time. A size that does not fit in memory is left out with a message.
 
-The devices share one global batch, as in a run: images before augmentation are split over them, shuffled for the keys,
-and BatchNorm has eight groups. Counted for each device: operations, and the collectives of the compiled program. Where
-there are several accelerators, they are timed too. On a CPU, or with one accelerator, eight devices are simulated in a
-process of its own; they share this machine's cores, so that nothing is timed there.
+The devices share one global batch, as in a run: images before augmentation are split over them and shuffled for the
+keys, and BatchNorm has eight groups. Operations and the collectives of the compiled program are counted per device. If
+there are several accelerators, they are timed too. On a CPU, or with one accelerator, a separate process simulates
+eight devices; they share this machine's cores, so nothing is timed there.
 
 A row of the results: `axis`, `value`, `case`, `queue_size`, `devices`, `simulated`; `ms`, `quartiles`, `times` and
 `images_per_sec` (where timed), `flops`, `bytes accessed`, `bytes` (memory), each for one device; `compile s` (not where
-simulated); of the axis of devices `collectives`, a list as in `benchmarks.tpu_plan`.
-Summary: `base`; `axes`: of each axis `from`, `to`, and for `ms`, `flops`, `bytes accessed` and `bytes` the fitted
-exponent (`ms_exponent`: cost ~ size ** exponent, least squares of the logarithms) and what doubling the size multiplies
-the cost by, `ms_per_doubling`; `devices_simulated`; `flops_over_ideal`: operations of all devices over those of one, at
-the most devices.
+simulated); on the axis of devices also `collectives`, a list as in `benchmarks.tpu_plan`.
 
-Takes jax, flax, optax and numpy; matplotlib for the picture.
+Summary: `base`; `axes`: for each axis `from`, `to`, and for `ms`, `flops`, `bytes accessed` and `bytes` the fitted
+exponent (`ms_exponent`: cost ~ size ** exponent, least squares of the logarithms) and the factor of the cost when the
+size doubles, `ms_per_doubling`; `devices_simulated`; `flops_over_ideal`: operations of all devices over those of one,
+at the largest number of devices.
+
+Requires jax, flax, optax and numpy; matplotlib for the picture.
 """
 
 import dataclasses
@@ -161,7 +162,7 @@ def _fitting(case: Case, say):
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say(f"{case}, K = {case.queue_size}: left out, it does not fit the memory")
+        say(f"{case}, K = {case.queue_size}: left out, it does not fit in memory")
         return None
     return run, known
 
@@ -294,7 +295,7 @@ def _check_plot(path: str | None) -> None:
         raise UsageError(f"--plot={path}: matplotlib is not installed: pip install matplotlib, or leave --plot out")
     folder = pathlib.Path(path).absolute().parent
     if pathlib.Path(path).suffix != ".png" or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--plot={path} cannot be written: expected FILE.png in a folder that is there and writable")
+        raise UsageError(f"--plot={path} cannot be written: expected FILE.png in an existing, writable folder")
 
 
 def main(arguments: list[str]) -> int:
@@ -328,8 +329,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-    _PLOT = flags.DEFINE_string("plot", None, "Where to draw it: FILE.png.")
-    _AXES = flags.DEFINE_list("axes", list(AXES), "What grows.")
-    _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often everything is timed.", lower_bound=1)
+    _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+    _PLOT = flags.DEFINE_string("plot", None, "Draw the report into this PNG file.")
+    _AXES = flags.DEFINE_list("axes", list(AXES), "What grows, one at a time.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 5, "Number of timings of each quantity.", lower_bound=1)
     command.run(main)

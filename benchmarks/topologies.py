@@ -1,13 +1,13 @@
-"""The same training by 1, 2 and 4 processes of 1, 2 and 4 devices each: whether what is computed is the same.
+"""The same training with 1, 2 and 4 processes of 1, 2 and 4 devices each: checks that the results are the same.
 
     python -m benchmarks.topologies [--json=FILE] [--only=PROCESSESxDEVICES]
 
-Real processes, which meet as the hosts of a pod do (jax.distributed, here on the loopback interface; collectives by
-Gloo), each of as many simulated CPU devices. Every topology takes three steps with 16 images on a small network, in
-float64, once on Trifeature and once on a folder of JPEGs; the smallest and the largest in float32 too. Their
-metrics.jsonl are compared with those of one process of one device. In float64 a figure may differ by 1e-10 of itself;
-in float32, where the order of a sum shows and the steps carry it on, by 1e-5 in the first step. Exit status 1 where one
-differs by more. 17 minutes on one processor.
+Real processes connect like the hosts of a pod (jax.distributed, here on the loopback interface; collectives by Gloo),
+each with several simulated CPU devices. Every topology takes three steps with 16 images on a small network, in float64,
+once on Trifeature and once on a folder of JPEGs; the smallest and the largest also in float32. Their metrics.jsonl are
+compared with those of one process with one device. In float64 a figure may differ by a relative 1e-10. In float32,
+where the order of a sum matters and the steps amplify it, it may differ by 1e-5 in the first step. The exit status is 1
+if one differs by more. Takes 17 minutes on one processor.
 """
 
 import json
@@ -98,7 +98,7 @@ def difference(ours: pathlib.Path, theirs: pathlib.Path, steps: int | None = Non
     records = [metrics_log.read(workdir / "metrics.jsonl")[:steps] for workdir in (ours, theirs)]
     numbers = [[record["step"] for record in lines] for lines in records]
     if numbers[0] != numbers[1] or not numbers[0]:
-        raise RunError(f"{ours} and {theirs} do not hold the same steps: {numbers[0]} and {numbers[1]}")
+        raise RunError(f"{ours} and {theirs} do not have the same steps: {numbers[0]} and {numbers[1]}")
     a, b = (np.array([[record[name] for name in FIELDS] for record in lines]) for lines in records)
     largest = np.maximum(np.abs(a), np.abs(b))
     relative = np.abs(a - b) / np.where(largest == 0, 1.0, largest)
@@ -221,9 +221,11 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "File for the report.")
-    _ONLY = flags.DEFINE_string("only", None, "One topology besides 1x1, for example 4x2: processes x devices of each.")
-    _RUNS = flags.DEFINE_list("runs", None, "What a started process is told: SOURCE-DTYPE, each to be trained.")
-    _FOLDER = flags.DEFINE_string("folder", None, "What a started process is told: where the images and workdirs are.")
+    _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+    _ONLY = flags.DEFINE_string(
+        "only", None, "Run only this topology besides 1x1, for example 4x2: processes x devices of each."
+    )
+    _RUNS = flags.DEFINE_list("runs", None, "Internal, for a started process: the SOURCE-DTYPE runs to train.")
+    _FOLDER = flags.DEFINE_string("folder", None, "Internal, for a started process: folder of the images and workdirs.")
     _JOIN_HOSTS = command.define_hosts()
     command.run(main)

@@ -1,19 +1,19 @@
-"""Compile plan: what a training step needs on a TPU slice, found on any machine, without one.
+"""Compile plan: what a training step needs on a TPU slice, computed on any machine.
 
     python -m benchmarks.tpu_plan --config=configs/x.py [--config.field=value] --topology=v5e:4x4
         [--images=1281167] [--fit] [--json=FILE]
 
-libtpu (`pip install 'ifm_jax[tpu-plan]'`) compiles for TPUs that are not there: the very step that `train.py` would
+libtpu (`pip install -e '.[tpu-plan]'`) compiles for TPUs on a machine without one: the same step that `train.py` would
 run, for the recipe's global batch, split over the chips of the topology (v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:8x8 ...).
-The plan reads the compiled program: memory a chip, floating-point operations a chip against a perfect split, the
-collectives with their bytes, and the time that each resource needs at the published speed of the chip.
+The plan follows from the compiled program: memory per chip, floating-point operations per chip relative to a perfect
+split, the collectives with their bytes, and the time that each resource needs at the chip's published speed.
 
 The times are for planning, not predictions. No step is shorter than its operations at peak speed, and convolutional
-networks reach a part of that. XLA counts the bytes of every operation's arguments and results, also of what stays on
-the chip in between, so that the memory's time is rather too long. Latencies of collectives and the reading of images
-are not in the plan.
+networks reach a part of that. XLA counts the bytes of every operation's arguments and results, including those that
+stay on the chip, so the memory's time is rather too long. The plan excludes latencies of collectives and the reading of
+images.
 
-A compilation takes minutes. What it found is kept in `$IFM_JAX_CACHE/tpu_plan`, by program, topology and libtpu.
+A compilation takes minutes. Its results are cached in `$IFM_JAX_CACHE/tpu_plan`, by program, topology and libtpu.
 """
 
 import dataclasses
@@ -208,7 +208,7 @@ def require_libtpu() -> str:
       UsageError: if it is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UsageError("libtpu, the compiler for TPUs, is not installed: pip install 'ifm_jax[tpu-plan]'")
+        raise UsageError("libtpu, the compiler for TPUs, is not installed: in the clone, pip install -e '.[tpu-plan]'")
     return importlib.metadata.version("libtpu")
 
 
@@ -236,7 +236,7 @@ def compile_step(config: Config, topology: Topology, epoch_steps: int, say: Call
     if len(devices) != topology.chips:
         raise UsageError(
             f"--topology={topology}: libtpu {version} has {len(devices)} devices for these {topology.chips} chips; "
-            "expected one a chip: try another version"
+            "expected one per chip: try another version"
         )
     say(f"Tracing the step of {config.model.arch}, batch {config.batch_size}, for {topology}.")
     lowered = lower(config, devices, epoch_steps)
@@ -253,7 +253,7 @@ def compile_step(config: Config, topology: Topology, epoch_steps: int, say: Call
         program.write_bytes(gzip.compress(text.encode()))
         kept.write_text(json.dumps(found) + "\n")
     else:
-        say(f"Compiled before ({kept}).")
+        say(f"Using the stored compilation ({kept}).")
     text = gzip.decompress(program.read_bytes()).decode()
     return Compiled(**json.loads(kept.read_text()), collectives=tuple(collectives.read(text, topology.chips)))
 
@@ -415,7 +415,7 @@ def fit(config: Config, topology: Topology, images: int, say: Callable[[str], No
         changed.batch_size = batch_size
         changed.moco.queue_size = math.ceil(config.moco.queue_size / batch_size) * batch_size
         row = rows[batch_size] = plan(changed, topology, max(images, batch_size), say)
-        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB a chip, {_fits(row)}.")
+        say(f"Batch {batch_size}: {row['hbm_bytes'] / 2**30:.2f} GiB per chip, {_fits(row)}.")
         return row["hbm_bytes"] / (row["hbm_bytes"] + row["hbm_free_bytes"]), row["hbm_fits"]
 
     unit = math.lcm(8 * topology.chips, config.model.bn_groups)
@@ -424,9 +424,9 @@ def fit(config: Config, topology: Topology, images: int, say: Callable[[str], No
 
 
 _BOUNDS = {
-    "compute_bound": "at peak compute, which nothing exceeds",
-    "roofline": "by the slowest of compute, memory and interconnect, the others meanwhile",
-    "without_overlap": "one after the other",
+    "compute_bound": "at peak compute, a lower bound",
+    "roofline": "by the slowest of compute, memory and interconnect, all overlapping",
+    "without_overlap": "one after another, without overlap",
 }
 
 
@@ -439,12 +439,12 @@ def print_report(made: dict) -> None:
     """Prints the tables."""
     for row in made["results"]:
         print(f"\n{row['topology']}, {row['arch']}, batch {row['batch_size']}, queue {row['queue_size']}")
-        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB a chip: {_fits(row)}.")
+        print(f"Memory: {row['hbm_bytes'] / 2**30:.2f} GiB per chip: {_fits(row)}.")
         if "collectives" not in row:
             continue
         print(
-            f"Work: {row['flops_per_chip']:.3e} floating-point operations a chip, {row['flops_over_ideal']:.4f} of the "
-            f"ideal (those of the step as written, counted by XLA, over {row['chips']} chips)."
+            f"Work: {row['flops_per_chip']:.3e} floating-point operations per chip, {row['flops_over_ideal']:.4f} of "
+            f"the ideal (those of the step as written, counted by XLA, over {row['chips']} chips)."
         )
         milliseconds = {name: 1e3 * row[f"{name}_seconds"] for name in ("compute", "memory", "interconnect")}
         print("A step at peak speed, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in milliseconds.items()) + ".")
@@ -485,8 +485,8 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     _CONFIG = command.define_config(default=str(_RECIPES / "ifm_imagenet100.py"))
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
-    _IMAGES = flags.DEFINE_integer("images", None, "Images in an epoch; ImageNet's 1281167 if not given.")
-    _FIT = flags.DEFINE_bool("fit", False, "Search the largest global batch that fits.")
-    _JSON = flags.DEFINE_string("json", None, "Where to write the rows and the summary.")
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU slice: v4:2x2x4, v5e:4x4, v5p:2x2x4, v6e:4x4 ...")
+    _IMAGES = flags.DEFINE_integer("images", None, "Images in an epoch; default: ImageNet's 1281167.")
+    _FIT = flags.DEFINE_bool("fit", False, "Search for the largest global batch that fits.")
+    _JSON = flags.DEFINE_string("json", None, "Write the rows and the summary to this JSON file.")
     command.run(main)

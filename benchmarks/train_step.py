@@ -2,19 +2,19 @@
 
     python -m benchmarks.train_step [--json=FILE] [--profile=DIR] [--cases=resnet8:32:256,...] [--rounds=25]
 
-Variants, one step of each in turn, in another order every round: this package with IFM and with MoCo; PyTorch with IFM
-(a) as published, float32 and contiguous, and (b) as strong as it gets: bfloat16 autocast, channels_last, fused SGD,
-with torch.compile and without (on a CPU it takes minutes and need not pay). Here the step computes in float32 on a CPU,
-in bfloat16 elsewhere. The views are given (float, normalized), so that augmentation, which PyTorch does elsewhere, is
-on neither side; BatchNorm has one group.
+Variants: this package with IFM and with MoCo; PyTorch with IFM (a) as published, float32 and contiguous, and (b) at its
+best settings: bfloat16 autocast, channels_last, fused SGD, with and without torch.compile (which takes minutes on a CPU
+and may not pay off). Every round runs one step of each in another order. Our step computes in float32 on a CPU and in
+bfloat16 elsewhere. The views are given (float, normalized), so that neither side includes augmentation, which PyTorch
+does elsewhere. BatchNorm has one group.
 
-For each: median and quartiles of a step's milliseconds, images/s, compile time, memory that the compiled program needs
-(PyTorch's peak on CUDA), and for ours model FLOPs a second: XLA's count for the step as it is written over the time,
-and its share of the peak where the device's is known. Then the time of each part, compiled by itself: MoCo-v2's
-augmentation of one view and the shuffle too, which are not in the step that is timed. `--profile=DIR` writes a trace of
+For each: median and quartiles of a step's milliseconds, images/s, compile time, and memory that the compiled program
+needs (PyTorch's peak on CUDA). For ours also the model FLOPs per second, XLA's count for the step as written divided by
+the time, and its share of the peak if the device's is known. Then the time of each part, compiled by itself, including
+MoCo-v2's augmentation of one view and the shuffle, which are not in the timed step. `--profile=DIR` writes a trace of
 three steps for TensorBoard or Perfetto.
 
-Takes jax, flax, optax and numpy; PyTorch for the peers.
+Requires jax, flax, optax and numpy; PyTorch for the comparison.
 """
 
 import dataclasses
@@ -371,8 +371,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _JSON = flags.DEFINE_string("json", None, "Where to write the report.")
-    _PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of three steps of the first case.")
-    _CASES = flags.DEFINE_list("cases", None, "ARCH:PIXELS:BATCH, ...; what fits the device if not given.")
-    _ROUNDS = flags.DEFINE_integer("rounds", 25, "How often everything is timed.")
+    _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
+    _PROFILE = flags.DEFINE_string("profile", None, "Write a trace of three steps of the first case to this directory.")
+    _CASES = flags.DEFINE_list("cases", None, "Cases as ARCH:PIXELS:BATCH, ...; default: those that suit the device.")
+    _ROUNDS = flags.DEFINE_integer("rounds", 25, "Number of timings of each quantity.")
     command.run(main)

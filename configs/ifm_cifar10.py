@@ -3,19 +3,19 @@
     python train.py --config=configs/ifm_cifar10.py --workdir=runs/cifar10
     python train.py --config=configs/ifm_cifar10.py --workdir=runs/cifar10_moco --config.ifm.method=moco
 
-Reads tfds:cifar10, prepared as docs/data.md says; array:FILE.npz does too. Read out with
+Reads tfds:cifar10, prepared as in docs/data.md; array:FILE.npz works too. Evaluate with
 
     python eval_linear.py --workdir=runs/cifar10
 
 ResNet-18 without the first pooling, 32 px, lr 0.06, batch 512 in 8 BatchNorm groups with the mean of their running
-statistics, one linear layer as head, m = 0.99, T = 0.1, K = 4096, weight decay 5e-4, 200 epochs, cosine: those of
+statistics, a linear head, m = 0.99, T = 0.1, K = 4096, weight decay 5e-4, 200 epochs, cosine: from
 colab/moco_cifar10_demo.ipynb in github.com/facebookresearch/moco. Two differences: the demo normalizes with CIFAR-10's
 mean and standard deviation, and its cosine is one epoch ahead.
 
-Hardware: one GPU. The demo took 20 s of training an epoch on a V100 (its log): 1.1 hours.
-Expected: with --config.ifm.method=moco 82.6 %, nearest neighbors (the notebook's table, "Asymmetric"; k = 200 among
-the head's 128 outputs). No published figure for IFM under these settings was found. At T = 0.1 an epsilon of 0.1 moves
-the logits twice as far as at MoCo-v2's 0.2: compare with --config.ifm.epsilon=0.05. Not yet run with this code.
+Hardware: one GPU. According to its log, the demo trained for 20 s per epoch on a V100: 1.1 hours.
+Expected: with --config.ifm.method=moco 82.6 %, nearest neighbors (the notebook's table, "Asymmetric"; k = 200 among the
+head's 128 outputs). No published figure is known for IFM under these settings. At T = 0.1 an epsilon of 0.1 moves the
+logits twice as far as at MoCo-v2's 0.2: compare with --config.ifm.epsilon=0.05. Not yet run with this code.
 """
 
 from ifm_jax.config import Config

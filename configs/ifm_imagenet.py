@@ -2,13 +2,14 @@
 
     python train.py --config=configs/ifm_imagenet.py --config.data.source=folder:PATH --workdir=runs/ifm_imagenet
 
-PATH and all settings but the loss as in moco_v2_imagenet.py. Another epsilon: --config.ifm.epsilon=0.05. Read out with
+PATH and all settings but the loss are as in moco_v2_imagenet.py. For another epsilon: --config.ifm.epsilon=0.05.
+Evaluate with
 
     python eval_linear.py --workdir=runs/ifm_imagenet
 
-Hardware and time: as moco_v2_imagenet.py; IFM adds one scalar a query.
-Expected: an estimate, that of MoCo-v2 (67.5 % top-1, linear) or up to a point more. IFM's README has figures for
-ImageNet-100 only, where epsilon 0.1 added 0.9 points. Not yet run with this code.
+Hardware and time: as moco_v2_imagenet.py; IFM adds one scalar per query.
+Expected: as an estimate, the accuracy of MoCo-v2 (67.5 % top-1, linear) or up to a point more. IFM's README has figures
+for ImageNet-100 only, where epsilon 0.1 added 0.9 points. Not yet run with this code.
 """
 
 from ifm_jax import recipes

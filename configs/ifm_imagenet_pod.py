@@ -2,26 +2,26 @@
 
     python train.py --config=configs/ifm_imagenet_pod.py --config.data.source=tfds:imagenet2012 --workdir=runs/ifm_pod
 
-on every host of the slice (docs/pods.md, launch/). Read out with
+on every host of the slice (docs/pods.md, launch/). Evaluate with
 
     python eval_linear.py --workdir=runs/ifm_pod
 
-UNTESTED AT SCALE: compiled for its topology, never run. LARS, its base rate (0.3 for 256 images, made 4.8 by linear
-scaling), weight decay 1e-6 and ten epochs of warm-up are those of MoCo-v3's code for ResNet-50 at this batch
+UNTESTED AT SCALE: compiled for its topology, never run. LARS, its base rate (0.3 for 256 images, scaled linearly to
+4.8), weight decay 1e-6 and ten epochs of warm-up come from MoCo-v3's code for ResNet-50 at this batch
 (github.com/facebookresearch/moco-v3, CONFIG.md and the defaults of main_moco.py), which has another loss and no queue.
-64 BatchNorm groups of 64 images, one a chip; m = 0.99, a sixteenth of the updates; the rest is MoCo-v2's and IFM's,
-except for the shuffle: balanced, so that a chip receives 64 key images and not all 4096 (docs/pods.md).
-Another batch: --config.batch_size, --config.model.bn_groups (64 images each; above 64 groups also
---config.moco.shuffle_bn=true, since a balanced shuffle wants a multiple of their square), and
---config.optim.lr=0.3 * batch_size / 256.
+There are 64 BatchNorm groups of 64 images, one per chip, and m = 0.99, for a sixteenth of the updates. The shuffle is
+balanced: a chip receives 64 key images instead of all 4096 (docs/pods.md). The rest is as in MoCo-v2 and IFM. For
+another batch size set --config.batch_size, --config.model.bn_groups (64 images each), and
+--config.optim.lr=0.3 * batch_size / 256; with more than 64 groups of 64 images also --config.moco.shuffle_bn=true,
+because a balanced shuffle needs a batch size that is a multiple of the number of groups squared.
 
 Hardware: 64 chips of TPU v5e (8x8), or any slice whose number of chips divides 4096 and whose memory suffices:
 
     python -m benchmarks.tpu_plan --config=configs/ifm_imagenet_pod.py --topology=v5e:8x8
 
-By it, 4.2 GiB of 16 a chip; for 200 epochs 0.2 hours at peak compute, 1.4 by the roofline, neither of them measured.
-64 chips that train so fast want some 40,000 images a second from 8 or 16 hosts (docs/data.md: `data_wait`).
-Expected: no figure. Compare with --config.ifm.method=moco before you rely on IFM, and try the rate first.
+It predicts 4.2 of 16 GiB per chip, and for 200 epochs 0.2 hours at peak compute or 1.4 by the roofline; neither is
+measured. 64 chips at this speed need some 40,000 images per second from 8 or 16 hosts (docs/data.md: `data_wait`).
+Expected: no figure. Compare with --config.ifm.method=moco before you rely on IFM, and tune the rate first.
 """
 
 from ifm_jax import optim

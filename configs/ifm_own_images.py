@@ -2,21 +2,21 @@
 
     python train.py --config=configs/ifm_own_images.py --config.data.source=folder:PATH --workdir=runs/own
 
-PATH holds the images (JPEG, PNG, WebP, BMP), or one folder of them for each class, or `train` and `val` with either in
-them; docs/data.md says more, and what else a source may be. Training uses no labels. With classes in both `train` and
-`val`, the result is read out with
+PATH has the images (JPEG, PNG, WebP, BMP), or one folder of them for each class, or `train` and `val` with either in
+them; docs/data.md describes these and other sources. Training uses no labels. With classes in both `train` and `val`,
+evaluate with
 
     python eval_linear.py --workdir=runs/own
 
-Hardware: one GPU with 16 GB, and processors that decode as fast as it trains (docs/data.md: `data_wait`).
-On a CPU, for a look at whether it runs and learns at all, add
+Hardware: one GPU with 16 GB, and enough processors to decode as fast as it trains (docs/data.md: `data_wait`).
+On a CPU, to see whether it runs and learns at all, add
 
     --config.data.image_size=64 --config.model.arch=resnet8 --config.model.stem=small_stride2
     --config.batch_size=64 --config.model.bn_groups=2 --config.moco.queue_size=2048
 
 Expected: no figure; these settings are the original's for ImageNet-100, scaled to a smaller network, images and batch,
-and untested at scale. An estimate of the time: 5 hours on a V100 for 200 epochs of 100,000 images. Ten thousand images
-or more are wanted. With few of them keep moco.queue_size, a multiple of batch_size, below their number, so that no
+and untested at scale. An estimate of the time: 5 hours on a V100 for 200 epochs of 100,000 images. Use ten
+thousand images or more. With fewer, keep moco.queue_size, a multiple of batch_size, below their number, so that no
 image is its own negative. Compare with --config.ifm.method=moco before you rely on IFM.
 """
 

@@ -2,14 +2,14 @@
 
     python train.py --config=configs/ifm_simclr_cifar10.py --workdir=runs/ifm_simclr_cifar10
 
-Read out with
+Evaluate with
 
     python eval_linear.py --workdir=runs/ifm_simclr_cifar10
 
-The epsilon is 0.1, the paper's middle value; others by a flag, --config.ifm.epsilon=0.05 or 0.2.
+The epsilon is 0.1, the paper's middle value; for others use --config.ifm.epsilon=0.05 or 0.2.
 
-Hardware: as simclr_cifar10.py; IFM adds one scalar a query.
-Expected: no published figure under these settings was found. Not yet run with this code.
+Hardware: as simclr_cifar10.py; IFM adds one scalar per query.
+Expected: no published figure is known under these settings. Not yet run with this code.
 """
 
 from ifm_jax import recipes

@@ -3,13 +3,13 @@
     python train.py --config=configs/ifm_simclr_trifeature.py --workdir=runs/ifm_simclr
     python train.py --config=configs/ifm_simclr_trifeature.py --workdir=runs/simclr --config.ifm.objective=infonce
 
-With 1,000 kinds of image and 126 negatives few negatives are of the query's own kind, so that the positive becomes
+With 1,000 kinds of image and 126 negatives, few negatives are of the query's own kind. The positive therefore becomes
 easy, which is where IFM acts.
 
 Hardware: two CPU cores, two minutes. No download.
 Expected: contrast accuracy of 80 to 90 % at the end (768 steps). IFM against InfoNCE over five seeds of this setting,
-in an exploratory trial: shape -1.9 +- 0.8 points, texture +3.7 +- 2.3; single runs differ by 3 to 10 points, so that
-one run says nothing about the method.
+in an exploratory trial: shape -1.9 +- 0.8 points, texture +3.7 +- 2.3; single runs differ by 3 to 10 points, so one
+run says nothing about the method.
 """
 
 from ifm_jax import recipes

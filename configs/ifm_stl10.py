@@ -3,15 +3,16 @@
     python train.py --config=configs/ifm_stl10.py --workdir=runs/stl10
     python train.py --config=configs/ifm_stl10.py --workdir=runs/stl10_moco --config.ifm.method=moco
 
-Reads tfds:stl10, prepared as docs/data.md says. Read out with
+Reads tfds:stl10, prepared as in docs/data.md. Evaluate with
 
     python eval_linear.py --workdir=runs/stl10
 
-The settings are those of ifm_cifar10.py but for 96 px, MoCo-v2's augmentation (crops of 0.2 to 1, with blur), MoCo-v2's
-head, and a first convolution of stride 2, after which the maps are 48 pixels wide instead of 96: a quarter of the work.
+The settings are those of ifm_cifar10.py except for 96 px, MoCo-v2's augmentation (crops of 0.2 to 1, with blur),
+MoCo-v2's head, and a first convolution of stride 2, after which the maps are 48 pixels wide instead of 96: a quarter of
+the work.
 
 Hardware: one GPU with 16 GB. An estimate for a V100: 5 to 6 hours, from the CIFAR-10 demo's 1.1 by images and pixels.
-Expected: no published figure for MoCo or IFM under these settings was found. For orientation, SimCLR with ResNet-18
+Expected: no published figure is known for MoCo or IFM under these settings. For orientation, SimCLR with ResNet-18
 after 40 epochs on the same images has 70.3 %, linear (README of github.com/sthalles/SimCLR). Not tuned, not yet run.
 """
 

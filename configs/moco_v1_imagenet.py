@@ -2,8 +2,9 @@
 
     python train.py --config=configs/moco_v1_imagenet.py --config.data.source=folder:PATH --workdir=runs/moco_v1
 
-PATH as in moco_v2_imagenet.py, from which this differs in the head (one linear layer), T = 0.07, the augmentation (no
-blur, jitter always and with more hue) and the schedule (a tenth from epoch 120, a hundredth from 160). Read out with
+PATH is as in moco_v2_imagenet.py, from which this recipe differs in the head (one linear layer), T = 0.07, the
+augmentation (no blur, jitter always and with more hue) and the schedule (a tenth from epoch 120, a hundredth from 160).
+Evaluate with
 
     python eval_linear.py --workdir=runs/moco_v1
 

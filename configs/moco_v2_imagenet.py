@@ -2,7 +2,7 @@
 
     python train.py --config=configs/moco_v2_imagenet.py --config.data.source=folder:PATH --workdir=runs/moco_v2
 
-PATH holds ImageNet's `train` and `val`; or give tfds:imagenet2012 (docs/data.md). Read out with
+PATH has ImageNet's `train` and `val`; tfds:imagenet2012 works too (docs/data.md). Evaluate with
 
     python eval_linear.py --workdir=runs/moco_v2
 

@@ -1,9 +1,9 @@
-"""MoCo-v2 on ImageNet-100, with the settings of IFM's code: what IFM is compared with.
+"""MoCo-v2 on ImageNet-100, with the settings of IFM's code: the baseline of IFM.
 
     python train.py --config=configs/moco_v2_imagenet100.py --config.data.source=folder:PATH --workdir=runs/moco100
 
-PATH holds ImageNet's `train` and `val`, of whose classes imagenet100_classes.txt keeps 100, or just those 100; or
-give tfds:imagenet2012 (docs/data.md). Read out with
+PATH has ImageNet's `train` and `val`, of whose classes imagenet100_classes.txt keeps 100, or only those 100 classes;
+tfds:imagenet2012 works too (docs/data.md). Evaluate with
 
     python eval_linear.py --workdir=runs/moco100
 
@@ -11,7 +11,7 @@ ResNet-50, lr 0.8, batch 512 in 8 BatchNorm groups, m = 0.99, T = 0.2, K = 65536
 
 Hardware: 8 GPUs with 16 GB or 4 with 32 GB (the original: "any 8-gpu machine", or 4 V100s); or an accelerator or a TPU
 slice with as much memory in all, whose number of chips divides 512.
-Expected: 80.5 % top-1, linear (README of github.com/joshr17/IFM; seeds and spread not said). An estimate of the time on
+Expected: 80.5 % top-1, linear (README of github.com/joshr17/IFM; without seeds or spread). An estimate of the time on
 8 V100s: 5 to 6 hours, a tenth of the 53 that MoCo's README gives for ImageNet. Not yet run with this code.
 """
 

@@ -2,15 +2,15 @@
 
     python train.py --config=configs/simclr_cifar10.py --workdir=runs/simclr_cifar10
 
-Reads tfds:cifar10, prepared as docs/data.md says; array:FILE.npz does too. Read out with
+Reads tfds:cifar10, prepared as in docs/data.md; array:FILE.npz works too. Evaluate with
 
     python eval_linear.py --workdir=runs/simclr_cifar10
 
 ResNet-50 without the first pooling and with a first convolution of 3x3, 32 px, head "hcl", T = 0.5, batch 256, one
 BatchNorm over both views of the batch, Adam with lr 1e-3 and weight decay 1e-6, constant learning rate, 400 epochs:
-those of image/main.py and image/model.py in github.com/joshr17/HCL. Three differences: the released code runs each view
-through the network by itself, so that its BatchNorm sees one view at a time; it blurs with a kernel of 3 pixels, which
-is left out here; it normalizes with CIFAR-10's own mean and standard deviation.
+from image/main.py and image/model.py in github.com/joshr17/HCL. There are three differences: the released code runs
+each view through the network separately, so its BatchNorm sees one view at a time; it blurs with a kernel of 3 pixels,
+which is left out here; and it normalizes with CIFAR-10's own mean and standard deviation.
 
 Hardware: one GPU with 16 GB. No time is known.
 Expected: the released code gives no figure for CIFAR-10. Not yet run with this code.

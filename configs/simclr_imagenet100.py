@@ -2,7 +2,7 @@
 
     python train.py --config=configs/simclr_imagenet100.py --config.data.source=folder:PATH --workdir=runs/simclr100
 
-PATH as in moco_v2_imagenet100.py. Read out with
+PATH is as in moco_v2_imagenet100.py. Evaluate with
 
     python eval_linear.py --workdir=runs/simclr100
 
@@ -10,7 +10,7 @@ ResNet-50, batch 512 and so 1,022 negatives, T = 0.1 and LARS with lr 0.3 * batc
 epochs of warm-up (Chen et al. 2020, section 2.2 and appendix B.6), MoCo-v2's augmentation, 200 epochs.
 
 Hardware: as moco_v2_imagenet100.py, with twice the memory for activations, since both views are trained on.
-Expected: no published figure under these settings was found. Not yet run with this code.
+Expected: no published figure is known under these settings. Not yet run with this code.
 """
 
 from ifm_jax import recipes

@@ -84,8 +84,8 @@ def make_augmentation(config: Config):
         return of_mocos[name](dtype=dtype)
     if config.data.source != "trifeature":
         raise UsageError(
-            f"data.augmentation='trifeature' is not for data.source={config.data.source!r}: expected moco_v2 or "
-            "moco_v1, as in configs/ifm_own_images.py"
+            f"data.augmentation='trifeature' does not work with data.source={config.data.source!r}: expected moco_v2 "
+            "or moco_v1, as in configs/ifm_own_images.py"
         )
     strength = config.data.augment
     return TrifeatureAugmentation(

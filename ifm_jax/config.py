@@ -120,27 +120,27 @@ class Group:
 class ModelConfig(Group):
     """Query and key encoder."""
 
-    arch: str = field("resnet50", "the network (-a)", choices=tuple(models.ARCHITECTURES))
+    arch: str = field("resnet50", "network architecture (-a)", choices=tuple(models.ARCHITECTURES))
     stem: models.Stem = field(
         "imagenet",
-        "imagenet, small (3x3, no pooling: 32 to 64 px) or small_stride2 (5x5 stride 2, no pooling)",
+        "first layers: imagenet, small (3x3, no pooling; for 32 to 64 px) or small_stride2 (5x5 stride 2, no pooling)",
         choices=models.STEMS,
     )
-    width: int = field(0, "channels of the first stage; 0: the architecture's own (64)", least=0, limit=8192)
+    width: int = field(0, "channels of the first stage; 0: the architecture's default (64)", least=0, limit=8192)
     bn_groups: int = field(
         0,
-        "BatchNorm groups a batch is split into; 0: the method's own, 8 for moco (the original's GPUs), 1 for simclr",
+        "BatchNorm groups per batch; 0: the method's default, 8 for moco (the original's GPUs) or 1 for simclr",
         least=0,
     )
     running_stats: models.RunningStats = field(
         "first_group",
-        "which groups the running averages follow: first_group (the original) or mean",
+        "statistics that the running averages follow: first_group (as in the original) or mean over the groups",
         choices=("first_group", "mean"),
     )
     compute_dtype: str = field(
         "auto",
-        "bfloat16, float32, float64 (turns 64-bit types on, parameters too), or auto: bfloat16 on an accelerator, "
-        "float32 on a CPU",
+        "dtype of the network's arithmetic: bfloat16, float32, float64 (for parameters too; enables 64-bit types), or "
+        "auto: bfloat16 on an accelerator, float32 on a CPU",
         choices=COMPUTE_DTYPES,
     )
 
@@ -149,19 +149,21 @@ class ModelConfig(Group):
 class MoCoConfig(Group):
     """Momentum contrast."""
 
-    dim: int = field(128, "length of an embedding (--moco-dim)", least=1, limit=65536)
-    queue_size: int = field(65536, "K, the number of negatives; a multiple of the batch size (--moco-k)", least=1)
-    momentum: float = field(0.999, "m of the key encoder's moving average (--moco-m)", least=0, most=1)
-    temperature: float = field(0.2, "tau (--moco-t)", above=0, hint="MoCo-v2: 0.2")
-    mlp: bool = field(True, "two-layer projection head, MoCo-v2's (--mlp)")
+    dim: int = field(128, "embedding dimension (--moco-dim)", least=1, limit=65536)
+    queue_size: int = field(
+        65536, "K, the number of keys in the queue; a multiple of the batch size (--moco-k)", least=1
+    )
+    momentum: float = field(0.999, "m, the momentum of the key encoder's moving average (--moco-m)", least=0, most=1)
+    temperature: float = field(0.2, "tau, the temperature of the logits (--moco-t)", above=0, hint="MoCo-v2: 0.2")
+    mlp: bool = field(True, "projection head with two layers, as in MoCo-v2, instead of one (--mlp)")
     shuffle_bn: methods.ShuffleBN = field(
         True,
-        "keys in a random order of the batch, so that BatchNorm does not tell a key from the negatives: true (uniform) "
-        "or balanced (equally many images from each group to each: little to exchange between many devices)",
+        "shuffle the key images, so that BatchNorm statistics do not reveal which key belongs to a query: true "
+        "(uniformly) or balanced (each BatchNorm group sends equally many images to each, which exchanges less)",
     )
     queue_sharded: bool = field(
         False,
-        "each device holds its part of the queue, not all of it: for very large queues; the same results",
+        "split the queue over the devices instead of keeping all of it on each; for very large queues, same results",
         free_on_resume=True,
     )
 
@@ -170,8 +172,8 @@ class MoCoConfig(Group):
 class SimCLRConfig(Group):
     """SimCLR: negatives from the batch."""
 
-    dim: int = field(128, "length of an embedding", least=1, limit=65536)
-    temperature: float = field(0.5, "tau", above=0, hint="SimCLR: 0.1 to 0.5")
+    dim: int = field(128, "embedding dimension", least=1, limit=65536)
+    temperature: float = field(0.5, "tau, the temperature of the logits", above=0, hint="SimCLR: 0.1 to 0.5")
     head: typing.Literal["simclr", "hcl"] = field(
         "simclr",
         "projection head: simclr (linear, ReLU, linear) or hcl (linear to 512 without bias, BatchNorm, ReLU, linear)",
@@ -183,9 +185,11 @@ class SimCLRConfig(Group):
 class HardConfig(Group):
     """Hard negatives (Robinson et al. 2021, HCL), for any method and objective."""
 
-    beta: float = field(0.0, "concentration on hard negatives; 0: all count alike", least=0, hint="HCL: 0.5 to 2")
+    beta: float = field(
+        0.0, "concentration on hard negatives; 0: all negatives count equally", least=0, hint="HCL: 0.5 to 2"
+    )
     tau_plus: float = field(
-        0.0, "debiasing: share of the negatives that are of the query's own class; 0: none", least=0, below=1
+        0.0, "debiasing: share of the negatives that have the query's own class; 0: no debiasing", least=0, below=1
     )
 
 
@@ -195,7 +199,7 @@ class IFMConfig(Group):
 
     objective: methods.Kind = field(
         "ifm",
-        "infonce, ifm (mean of InfoNCE and the shifted loss) or ifm_only (--method)",
+        "loss: infonce, ifm (weighted mean of InfoNCE and the shifted loss) or ifm_only (shifted loss) (--method)",
         choices=methods.OBJECTIVES,
         formerly={"method": {"moco": "infonce"}},
     )
@@ -207,34 +211,39 @@ class IFMConfig(Group):
     )
     epsilon_negative: float | None = field(
         None,
-        "a budget of their own for the negatives; none: the same",
+        "perturbation budget of the negatives; none: the same as epsilon",
         least=0,
-        expected="a number of at least 0, or none for the same as ifm.epsilon",
+        expected="a number of at least 0, or none to use ifm.epsilon",
     )
-    alpha: float = field(1.0, "weight of the shifted loss under ifm (--alpha)", least=0)
+    alpha: float = field(1.0, "weight of the shifted loss with objective=ifm (--alpha)", least=0)
 
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig(Group):
     """Optimizer and learning rate."""
 
-    name: optim.Optimizer = field("sgd", "sgd, adam (as PyTorch's), lars or adamw", choices=optim.OPTIMIZERS)
-    lr: float = field(0.03, "base learning rate, for the global batch (--lr)", above=0)
-    momentum: float = field(0.9, "of SGD and LARS (--momentum)", least=0, below=1)
-    weight_decay: float = field(1e-4, "on all parameters with SGD and AdamW (--wd)", least=0)
-    schedule: optim.Schedule = field("cosine", "cosine or step (--cos)", choices=optim.SCHEDULES)
+    name: optim.Optimizer = field(
+        "sgd", "optimizer: sgd, adam (as in PyTorch), lars or adamw", choices=optim.OPTIMIZERS
+    )
+    lr: float = field(0.03, "base learning rate for the global batch (--lr)", above=0)
+    momentum: float = field(0.9, "momentum of SGD and LARS (--momentum)", least=0, below=1)
+    weight_decay: float = field(
+        1e-4, "weight decay, on all parameters; LARS excludes BatchNorm and biases (--wd)", least=0
+    )
+    schedule: optim.Schedule = field(
+        "cosine", "learning-rate schedule: cosine or step (--cos)", choices=optim.SCHEDULES
+    )
     milestones: tuple[int, ...] = field(
         (120, 160),
-        "epochs at which step divides by ten (--schedule)",
+        "epochs at which the step schedule divides the rate by ten (--schedule)",
         above=0,
         expected="epochs above 0, for example 120,160",
     )
-    warmup_epochs: float = field(0.0, "linear warm-up over so many epochs", least=0)
-    per_step: bool = field(False, "the schedule moves every step instead of once an epoch")
+    warmup_epochs: float = field(0.0, "epochs of linear warm-up", least=0)
+    per_step: bool = field(False, "update the learning rate every step instead of every epoch")
     reduce_dtype: str = field(
         "compute",
-        "in which gradients are summed over the devices: compute (model.compute_dtype) or float32 (twice the bytes of "
-        "bfloat16, sums as precise as the parameters)",
+        "dtype in which gradients are summed over the devices: compute (that of model.compute_dtype) or float32",
         choices=("compute", "float32"),
     )
 
@@ -245,34 +254,40 @@ class TrifeatureConfig(Group):
 
     train_size: int = field(8192, "training images", least=1)
     test_size: int = field(2048, "held-out images, for readouts", least=1)
-    shapes: int = field(10, "how many of the ten shapes", least=2, most=10)
-    textures: int = field(10, "how many of the ten textures", least=2, most=10)
-    colors: int = field(10, "how many of the ten colors", least=2, most=10)
-    rotation: float = field(45.0, "a shape is turned by up to so many degrees either way", least=0, most=180)
+    shapes: int = field(10, "number of shapes, of ten", least=2, most=10)
+    textures: int = field(10, "number of textures, of ten", least=2, most=10)
+    colors: int = field(10, "number of colors, of ten", least=2, most=10)
+    rotation: float = field(45.0, "largest rotation of a shape in either direction, in degrees", least=0, most=180)
     texture_rotation: float = field(
-        45.0, "its texture likewise, by an angle of its own; 180: any angle", least=0, most=180
+        45.0,
+        "largest rotation of its texture, independent of the shape's, in degrees; 180: any angle",
+        least=0,
+        most=180,
     )
-    texture_period: float = field(0.2, "one period of a texture, as a share of the image's side", least=0.1, most=1)
+    texture_period: float = field(0.2, "period of a texture, relative to the image's side", least=0.1, most=1)
     scale_min: float = field(
-        0.7, "smallest diameter of the circle around a shape, as a share of the image's side", least=0.2, most=1
+        0.7, "smallest diameter of a shape's circumscribed circle, relative to the image's side", least=0.2, most=1
     )
-    scale_max: float = field(0.9, "largest diameter", least=0.2, most=1)
-    noise: float = field(0.06, "amplitude of the noise on the gray background, pixels in [0, 1]", least=0, most=0.3)
+    scale_max: float = field(0.9, "largest such diameter", least=0.2, most=1)
+    noise: float = field(0.06, "amplitude of the noise on the gray background, for pixels in [0, 1]", least=0, most=0.3)
     seed: int = field(
-        0, "of the images; apart from the run's, so that runs with other seeds see the same data", least=0, limit=_SEED
+        0,
+        "seed of the images; separate from the run's, so that runs with other seeds use the same data",
+        least=0,
+        limit=_SEED,
     )
 
 
 @dataclasses.dataclass(slots=True)
 class AugmentConfig(Group):
-    """Strengths of the "trifeature" augmentation; none of it touches hue, which is one of the features measured."""
+    """Strengths of the "trifeature" augmentation. None of it changes hue, which is one of the features measured."""
 
-    crop_min: float = field(0.36, "smallest area of the random crop, as a share of the image", above=0, most=1)
+    crop_min: float = field(0.36, "smallest area of the random crop, relative to the image's", above=0, most=1)
     flip: float = field(0.5, "probability of a horizontal flip", least=0, most=1)
-    rotation: float = field(9.0, "up to so many degrees either way", least=0, most=180)
-    brightness: float = field(0.3, "factor drawn from 1 +- this", least=0, most=1)
-    contrast: float = field(0.3, "factor drawn from 1 +- this", least=0, most=1)
-    noise: float = field(0.0, "standard deviation of Gaussian pixel noise, pixels in [0, 1]", least=0)
+    rotation: float = field(9.0, "largest rotation in either direction, in degrees", least=0, most=180)
+    brightness: float = field(0.3, "brightness is scaled by a factor from 1 - this to 1 + this", least=0, most=1)
+    contrast: float = field(0.3, "contrast is scaled by a factor from 1 - this to 1 + this", least=0, most=1)
+    noise: float = field(0.0, "standard deviation of Gaussian pixel noise, for pixels in [0, 1]", least=0)
 
 
 @dataclasses.dataclass(slots=True)
@@ -281,31 +296,31 @@ class DataConfig(Group):
 
     source: str = field(
         "trifeature",
-        "trifeature, folder:PATH, tfds:NAME (or tfds:PATH) or array:FILE.npz (--dataset, --dataset_root)",
+        "images: trifeature, folder:PATH, tfds:NAME (or tfds:PATH) or array:FILE.npz (--dataset, --dataset_root)",
         free_on_resume=True,
     )
     classes: str = field(
-        "", "a file of class names to keep, one a line, # for comments; empty: all", free_on_resume=True
+        "", "file with the names of the classes to keep, one per line, # for comments; empty: all", free_on_resume=True
     )
-    train_split: str = field("", "of a tfds: source, for training (train+unlabelled); empty: train")
-    test_split: str = field("", "of a tfds: source, held out; empty: validation, or else test")
+    train_split: str = field("", "split of a tfds: source for training, such as train+unlabelled; empty: train")
+    test_split: str = field("", "held-out split of a tfds: source; empty: validation, or else test")
     augmentation: str = field(
         "moco_v2",
-        "trifeature, moco_v1, moco_v2 (--aug-plus) or moco_cifar (32 px: no blur)",
+        "augmentation: trifeature, moco_v1, moco_v2 (--aug-plus) or moco_cifar (for 32 px: no blur)",
         choices=AUGMENTATIONS,
     )
     image_size: int = field(224, "side of a view in pixels", least=8, limit=8192)
-    limit: int = field(0, "the first so many training images only; 0: all", least=0)
+    limit: int = field(0, "use only this many training images, the first ones; 0: all", least=0)
     workers: int = field(
         0,
-        "threads that read images, in each process; 0: automatic",
+        "threads per process that read images; 0: automatic",
         least=0,
         limit=_WORKERS,
         free_on_resume=True,
     )
     processes: int = field(
         0,
-        "worker processes that read images; 0: threads of this process do, enough for a dozen processors",
+        "worker processes that read images; 0: none, threads of this process read (enough for a dozen processors)",
         least=0,
         limit=_WORKERS,
         free_on_resume=True,
@@ -320,32 +335,32 @@ class DataConfig(Group):
     )
     cache: str = field(
         "",
-        "device: the whole data set lies in the devices' memory and is cropped there, for those that fit; empty: "
-        "images are read as they are needed",
+        "device: hold the whole data set in device memory and crop there, if it fits; empty: read images as they are "
+        "needed",
         choices=("", "device"),
-        expected="device, or nothing",
+        expected="device, or empty",
         free_on_resume=True,
     )
     cache_size: int = field(
         0,
-        "side in pixels of the copies there; 0: 256/224 of image_size, or the images' own where that is less",
+        "side in pixels of the images held on the devices; 0: 256/224 of image_size, or the images' own if smaller",
         least=0,
         limit=16384,
         free_on_resume=True,
     )
-    label: str = field("", "which label of the source an evaluation is about; empty: each of them", free_on_resume=True)
-    trifeature: TrifeatureConfig = field(TrifeatureConfig, "the embedded images")
+    label: str = field("", "label of the source to evaluate; empty: every label", free_on_resume=True)
+    trifeature: TrifeatureConfig = field(TrifeatureConfig, "embedded Trifeature images")
     augment: AugmentConfig = field(AugmentConfig, 'strengths of the "trifeature" augmentation')
 
 
 @dataclasses.dataclass(slots=True)
 class EvalConfig(Group):
-    """Evaluation while pre-training: frozen features of a part of the images, now and then."""
+    """Evaluation during pre-training, on the frozen features of some images."""
 
     every: int = field(0, "epochs between two evaluations; 0: none", least=0)
-    images: int = field(10_000, "at most so many training images, and as many held-out ones; 0: all", least=0)
-    neighbors: int = field(200, "k of the nearest neighbors", least=1)
-    temperature: float = field(0.07, "of their weights", above=0)
+    images: int = field(10_000, "use at most this many training images, and as many held-out ones; 0: all", least=0)
+    neighbors: int = field(200, "k, the number of nearest neighbors", least=1)
+    temperature: float = field(0.07, "temperature of the neighbors' weights", above=0)
 
 
 @dataclasses.dataclass(slots=True)
@@ -354,20 +369,20 @@ class LinearConfig(Group):
 
     lr: tuple[float, ...] = field(
         (10.0,),
-        "base learning rates; with weight_decay, a head for every combination (original: 10; MoCo's own: 30)",
+        "base learning rates; one classifier per combination with weight_decay (original: 10; MoCo's code: 30)",
         above=0,
         empty=False,
         expected="numbers above 0, for example 1,10,30",
     )
     weight_decay: tuple[float, ...] = field(
         (0.0,),
-        "of weights and biases",
+        "weight decay of weights and biases",
         least=0,
         empty=False,
         expected="numbers of at least 0, for example 0,1e-6",
     )
-    momentum: float = field(0.9, "of SGD", least=0, below=1)
-    batch_size: int = field(128, "global", least=1, limit=2**20)
+    momentum: float = field(0.9, "momentum of SGD", least=0, below=1)
+    batch_size: int = field(128, "batch size, over all devices and hosts", least=1, limit=2**20)
     epochs: int = field(60, "passes over the training images", least=1, limit=10**6)
     milestones: tuple[int, ...] = field(
         (30, 40, 50),
@@ -377,17 +392,17 @@ class LinearConfig(Group):
     )
     holdout: float = field(
         0.1,
-        "share of the training images on which the best of several heads is chosen; not trained on",
+        "share of the training images for choosing the best of several classifiers; not trained on",
         above=0,
         below=1,
     )
     views: int = field(
         8,
-        "augmented views of each image that the fast protocol trains on; 0: the evaluated view",
+        "augmented views per image that the fast protocol trains on; 0: the evaluation view",
         least=0,
         limit=10_000,
     )
-    seed: int = field(0, "of heads, order and views", least=0, limit=_SEED)
+    seed: int = field(0, "seed of classifiers, order and views", least=0, limit=_SEED)
 
 
 @dataclasses.dataclass(slots=True)
@@ -395,46 +410,48 @@ class Config(Group):
     """A pre-training run, and its evaluation."""
 
     model: ModelConfig = field(ModelConfig, "encoders")
-    method: str = field("moco", "what is learned from: moco or simclr", choices=tuple(methods.METHODS))
+    method: str = field("moco", "contrastive method: moco or simclr", choices=tuple(methods.METHODS))
     moco: MoCoConfig = field(MoCoConfig, "momentum contrast")
     simclr: SimCLRConfig = field(SimCLRConfig, "SimCLR")
     hard: HardConfig = field(HardConfig, "hard negatives")
     ifm: IFMConfig = field(IFMConfig, "implicit feature modification")
     optim: OptimConfig = field(OptimConfig, "optimizer and learning rate")
     data: DataConfig = field(DataConfig, "images and views")
-    eval: EvalConfig = field(EvalConfig, "evaluation while pre-training", free_on_resume=True)
+    eval: EvalConfig = field(EvalConfig, "evaluation during pre-training", free_on_resume=True)
     linear: LinearConfig = field(LinearConfig, "linear evaluation afterwards", free_on_resume=True)
-    batch_size: int = field(256, "global, over all devices and hosts (-b)", least=1, limit=2**20)
-    epochs: int = field(200, "passes over the data (--epochs)", least=1, limit=10**6)
+    batch_size: int = field(256, "batch size, over all devices and hosts (-b)", least=1, limit=2**20)
+    epochs: int = field(200, "passes over the training images (--epochs)", least=1, limit=10**6)
     steps: int = field(
-        0, "stop after so many updates, the schedule unchanged; 0: epochs decides", least=0, free_on_resume=True
+        0,
+        "stop after this many updates, without changing the schedule; 0: after all epochs",
+        least=0,
+        free_on_resume=True,
     )
     steps_per_call: int = field(
         1,
-        "with data.cache=device, so many steps are one call of the compiled program",
+        "steps per call of the compiled program; more than 1 needs data.cache=device",
         least=1,
         limit=100_000,
         free_on_resume=True,
     )
-    seed: int = field(0, "of everything random", least=0, limit=_SEED)
-    log_every: int = field(10, "steps between two lines of metrics", least=1, free_on_resume=True)
+    seed: int = field(0, "seed of everything random", least=0, limit=_SEED)
+    log_every: int = field(10, "steps between two lines of metrics.jsonl", least=1, free_on_resume=True)
     checkpoint_every: int = field(
         1000, "steps between two checkpoints; the last step is always saved", least=1, free_on_resume=True
     )
     checkpoint_minutes: float = field(
-        0.0, "most minutes between two checkpoints; 0: steps alone decide", least=0, free_on_resume=True
+        0.0, "save at least every so many minutes; 0: checkpoint_every alone decides", least=0, free_on_resume=True
     )
-    checkpoint_keep: int = field(3, "how many of the newest checkpoints are kept", least=1, free_on_resume=True)
+    checkpoint_keep: int = field(3, "number of newest checkpoints to keep", least=1, free_on_resume=True)
     checkpoint_best: str = field(
         "",
-        "the measure of eval (knn, linear, effective_rank, or one label's, knn/shape) whose best checkpoint is kept "
-        "beside them; each evaluation is saved then; empty: none",
+        "measurement whose best checkpoint is kept too: knn, linear, effective_rank, or that of one label, such as "
+        "knn/shape; every evaluation is then saved; empty: none",
         free_on_resume=True,
     )
     init_from: str = field(
         "",
-        "a run's workdir, one of its checkpoints or a .pth.tar, whose weights a new run starts with, at step 0; "
-        "empty: none",
+        "a run's workdir, one of its checkpoints or a .pth.tar: a new run starts with its weights; empty: none",
     )
 
 
@@ -539,7 +556,7 @@ class Field:
         if self.kind not in (int, float):
             return
         if self.kind is float and not _is_finite(value):
-            raise UsageError(f"{shown_as}: expected {expected}, and finite")
+            raise UsageError(f"{shown_as}: expected {expected}, finite")
         within = (
             (declared.least is None or value >= declared.least)
             and (declared.above is None or value > declared.above)
@@ -551,10 +568,10 @@ class Field:
         if self.kind is int:
             limit = _INT32 if declared.limit is None else declared.limit
             if abs(value) > limit:
-                raise UsageError(f"{shown_as}: expected {expected}, and at most {limit}")
+                raise UsageError(f"{shown_as}: expected {expected}, at most {limit}")
         elif abs(value) > _FLOAT32[1] or (declared.above == 0 and value < _FLOAT32[0]):
             raise UsageError(
-                f"{shown_as}: expected {expected}, from {_FLOAT32[0]:.2g} to {_FLOAT32[1]:.2g} as in float32"
+                f"{shown_as}: expected {expected}, in the range of float32, {_FLOAT32[0]:.2g} to {_FLOAT32[1]:.2g}"
             )
 
 
@@ -691,7 +708,7 @@ def from_json(text: str | bytes) -> Config:
     except RecursionError:
         raise UsageError("it is nested too deeply") from None
     except ValueError as error:
-        raise UsageError(f"it is no JSON: {error}") from None
+        raise UsageError(f"it is not JSON: {error}") from None
     return from_dict(values)
 
 
@@ -746,15 +763,17 @@ def validate(config: Config, devices: int = 1) -> None:
         config.steps_per_call == 1 or data.cache,
         "steps_per_call",
         config.steps_per_call,
-        "1, or data.cache=device with it: the images of all these steps have to be there",
+        "1, or data.cache=device, since the images of all these steps must be on the device",
     )
     check(
         not best or best == "effective_rank" or best.split("/")[0] in ("knn", "linear"),
         "checkpoint_best",
         best,
-        "knn, linear, effective_rank, or one label's, for example knn/shape",
+        "knn, linear, effective_rank, or that of one label, for example knn/shape",
     )
-    check(not best or config.eval.every, "checkpoint_best", best, "eval.every of at least 1 with it: its epochs")
+    check(
+        not best or config.eval.every, "checkpoint_best", best, "eval.every of at least 1, since evaluations measure it"
+    )
     check(
         config.optim.warmup_epochs <= config.epochs,
         "optim.warmup_epochs",
@@ -765,20 +784,22 @@ def validate(config: Config, devices: int = 1) -> None:
     if config.batch_size % groups:
         raise UsageError(
             f"batch_size={config.batch_size} is not a multiple of model.bn_groups={groups}: "
-            "each BatchNorm group takes the same number of images"
+            "each BatchNorm group needs the same number of images"
         )
     check(
         config.batch_size > groups,
         "model.bn_groups",
         groups,
-        f"below batch_size={config.batch_size}: a group of one image has no statistics",
+        f"a number below batch_size={config.batch_size}: a group of one image has no statistics",
     )
     if config.method == "simclr":
-        check(config.batch_size > 1, "batch_size", config.batch_size, "at least 2 with method=simclr: its negatives")
+        check(
+            config.batch_size > 1, "batch_size", config.batch_size, "at least 2 with method=simclr, for its negatives"
+        )
     elif moco.queue_size % config.batch_size:
         raise UsageError(
             f"moco.queue_size={moco.queue_size} is not a multiple of batch_size={config.batch_size}: "
-            f"take {max(moco.queue_size // config.batch_size, 1) * config.batch_size}"
+            f"use {max(moco.queue_size // config.batch_size, 1) * config.batch_size}"
         )
     if config.method == "moco" and moco.shuffle_bn == "balanced":
         check(
@@ -800,14 +821,16 @@ def _validate_data(data: DataConfig, check: Callable[[Any, str, Any, str], None]
     """Checks the data source's own fields."""
     kind, _, rest = data.source.partition(":")
     if data.source == "folder:":
-        raise UsageError("data.source='folder:' names no folder: expected --config.data.source=folder:PATH of images")
+        raise UsageError("data.source='folder:' names no folder: expected --config.data.source=folder:PATH with images")
     if data.source != "trifeature" and (kind not in ("folder", "tfds", "array") or not rest):
         raise UsageError(f"data.source={data.source!r}: expected trifeature, folder:PATH, tfds:NAME or array:FILE.npz")
     for name in ("train_split", "test_split"):
-        check(kind == "tfds" or not getattr(data, name), f"data.{name}", getattr(data, name), "none but with tfds:")
+        check(
+            kind == "tfds" or not getattr(data, name), f"data.{name}", getattr(data, name), "empty, except with tfds:"
+        )
     scales = data.trifeature.scale_min, data.trifeature.scale_max
     if data.source == "trifeature":
-        check(not data.classes, "data.classes", data.classes, "none with trifeature")
+        check(not data.classes, "data.classes", data.classes, "empty with trifeature")
         check(32 <= data.image_size <= 224, "data.image_size", data.image_size, "32 to 224 with trifeature")
         check(scales[0] <= scales[1], "data.trifeature.scale_min, scale_max", scales, "scale_min <= scale_max")
 

@@ -57,7 +57,7 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any] | Non
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): {remedy}") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds {json.dumps(values)[:40]}, expected a JSON object: {remedy}")
+        raise UsageError(f"{path} contains {json.dumps(values)[:40]}, expected a JSON object: {remedy}")
     return values
 
 

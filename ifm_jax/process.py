@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import IO, Any
 
-INTERRUPTED = "interrupted; what was saved is intact"
+INTERRUPTED = "interrupted; everything saved before is intact"
 PEER_ENDED = (
-    "another process of the run has ended, or cannot be reached: see its own message; the same command on all hosts "
-    "goes on from the last checkpoint"
+    "another process of the run has ended or cannot be reached: see its own message; the same command on all hosts "
+    "resumes from the last checkpoint"
 )
 
 _SUPERVISOR = "IFM_JAX_SUPERVISOR"  # in the environment of the supervised process: the supervisor's number

@@ -52,7 +52,7 @@ def load(recipe: str | os.PathLike[str]) -> Config:
                 missing = "has no function get_config(): expected one that returns an ifm_jax.config.Config"
                 raise UsageError(f"{flag} {missing}")
             if _needs_arguments(get_config):
-                raise UsageError(f"{flag}: get_config() takes arguments: expected a function without")
+                raise UsageError(f"{flag}: get_config() takes arguments: expected a function without arguments")
             config = get_config()
     except UsageError:
         raise
@@ -125,7 +125,7 @@ def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
         raise UsageError(f"--config={recipe} is a directory: expected a recipe, for example configs/trifeature.py")
     near = _near(given)
     hint = f": did you mean {near}?" if near else ": expected a recipe, for example configs/trifeature.py"
-    raise UsageError(f"--config={recipe} is not there{hint}")
+    raise UsageError(f"--config={recipe} does not exist{hint}")
 
 
 def _near(given: pathlib.Path) -> str | None:

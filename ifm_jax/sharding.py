@@ -84,12 +84,15 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
     bracketed = host.startswith("[") and host.endswith("]")
     if not host or (":" in host and not bracketed) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ValueError(
-            f"coordinator={coordinator}: expected HOST:PORT of process 0, a port of 1 to 65535, an IPv6 address in []"
+            f"coordinator={coordinator}: expected HOST:PORT of process 0, with a port from 1 to 65535 and an IPv6 "
+            "address in []"
         )
     if num_processes < 1:
         raise ValueError(f"num_processes={num_processes}: expected at least 1")
     if not 0 <= process_id < num_processes:
-        raise ValueError(f"process_id={process_id}: expected 0 to {num_processes - 1}, num_processes={num_processes}")
+        raise ValueError(
+            f"process_id={process_id}: expected 0 to {num_processes - 1}, for num_processes={num_processes}"
+        )
 
 
 def _join(seconds: float, **options: Any) -> None:
@@ -116,9 +119,9 @@ def _join(seconds: float, **options: Any) -> None:
     if thread.is_alive():
         given = "".join(f", {name}={options[name]}" for name in ("num_processes", "process_id") if name in options)
         raise TimeoutError(
-            f"the processes of the run did not find each other within {seconds:g} s{given}: expected all of them to be "
-            "started by then, with the same coordinator and num_processes, each with a process_id of its own, and the "
-            "coordinator's port open to all their hosts"
+            f"the processes of the run did not find each other within {seconds:g} s{given}: start all of them by then, "
+            "with the same coordinator and num_processes and different process_ids, and open the coordinator's port to "
+            "all their hosts"
         )
     if failures:
         raise failures[0]
@@ -149,7 +152,7 @@ def _bind_address(coordinator: str) -> str | None:
                 probe.bind(address)
             except OSError as error:
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                    reason = f"process 0 cannot listen there ({error.strerror}): give another port"
+                    reason = f"process 0 cannot listen there ({error.strerror}): choose another port"
                     raise ValueError(f"coordinator={coordinator}: {reason}") from None
                 continue
         return f"[{address[0]}]:{port}" if family == socket.AF_INET6 else f"{address[0]}:{port}"
@@ -165,7 +168,7 @@ def _compare_num_processes(num_processes: int) -> None:
     given = {int(key.rpartition("/")[2]): int(value) for key, value in client.key_value_dir_get(folder)}
     if len(set(given.values())) > 1:
         said = ", ".join(f"{value} to process {number}" for number, value in sorted(given.items())[:8])
-        raise ValueError(f"different num_processes were given: {said}; give all of them the same")
+        raise ValueError(f"the processes were given different num_processes: {said}; pass the same to all of them")
 
 
 def process_index() -> int:

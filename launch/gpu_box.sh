@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One machine with one or more GPUs: a single process uses all of them. Not tried on several: see docs/pods.md.
+# One machine with one or more GPUs: a single process uses all of them. Not tested on several: see docs/pods.md.
 #
-# The same command goes on with what the workdir holds. To choose GPUs: CUDA_VISIBLE_DEVICES=0,1,2,3 launch/gpu_box.sh
+# The same command resumes the run in the workdir. To choose GPUs: CUDA_VISIBLE_DEVICES=0,1,2,3 launch/gpu_box.sh
 set -euo pipefail
 
 CONFIG=${CONFIG:-configs/ifm_imagenet100.py}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# GPUs on several nodes under SLURM: sbatch launch/slurm_gpu.sh. Not tried: see docs/pods.md.
+# GPUs on several nodes under SLURM: sbatch launch/slurm_gpu.sh. Not tested: see docs/pods.md.
 #
-# One process a GPU; they find each other by what SLURM tells them. Two minutes before the time is up the run gets
-# SIGTERM, saves, ends with status 143, and is queued again to go on.
+# One process per GPU; they find each other through SLURM's variables. Two minutes before the time is up the run gets
+# SIGTERM, saves, ends with status 143, and is requeued to resume.
 #SBATCH --job-name=ifm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# One GPU with about 16 GB, such as Colab's: small images or a small network. Not tried there: see docs/pods.md.
+# One GPU with about 16 GB, such as Colab's: small images or a small network. Not tested there: see docs/pods.md.
 #
 # In a notebook: !git clone REPOSITORY ifm_jax && cd ifm_jax && bash launch/small_gpu.sh
-# With the workdir on a mounted drive, the same command goes on where a lost session ended.
+# With the workdir on a mounted drive, the same command resumes where a lost session ended.
 set -euo pipefail
 
 DATA=${DATA:-trifeature}              # or folder:PATH, with CONFIG=configs/ifm_own_images.py

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A TPU VM pod slice: create, install, train, delete. From any machine with gcloud. Not tried: see docs/pods.md.
+# A TPU VM pod slice: create, install, train, delete. From any machine with gcloud. Not tested: see docs/pods.md.
 #
 #     launch/tpu_vm.sh create && launch/tpu_vm.sh install && launch/tpu_vm.sh train
 #
-# `train` again goes on with what the workdir holds; `stop` sends SIGTERM, which saves first.
+# `train` resumes the run in the workdir; `stop` sends SIGTERM, which saves first.
 set -euo pipefail
 
 NAME=${NAME:-ifm}

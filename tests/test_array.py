@@ -70,7 +70,7 @@ def test_keras_names_and_grey_images(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "split", "message"),
     [
-        (None, "train", "set.npz is not there; expected a .npz file with train_images"),
+        (None, "train", "set.npz does not exist; expected a .npz file with train_images"),
         (b"text", "train", "set.npz cannot be read"),
         ({"pictures": images(2, 8, 8, 3)}, "train", "no training images: expected an array train_images or x_train"),
         ({"images": images(2, 8, 8, 3)}, "test", "no held-out images: expected an array test_images or x_test"),
@@ -84,12 +84,12 @@ def test_keras_names_and_grey_images(tmp_path):
         (
             {"images": images(2, 8, 8), "labels": np.array([0, 2]), "class_names": ["a"]},
             "train",
-            "2, expected 0 to 0",
+            "2; expected 0 to 0",
         ),
         (
             {"y_train": np.arange(2), "x_test": images(1, 8, 8), "y_test": np.array([2])},
             "test",
-            "a test label is 2, but the training labels end at 1",
+            "a test label is 2; expected 0 to 1, the training labels",
         ),
     ],
 )

@@ -163,5 +163,5 @@ def test_bfloat16_has_float32_statistics(values):
 
 
 def test_a_batch_that_does_not_split_is_refused():
-    with pytest.raises(ValueError, match="a batch of 6 does not split into 4"):
+    with pytest.raises(ValueError, match="a batch of 6 cannot be split into 4 equal"):
         BatchNorm(C, groups=4)(jnp.zeros((6, 2, 2, C)), train=True)

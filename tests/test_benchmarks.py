@@ -63,5 +63,5 @@ def test_generated_images_are_as_large_as_imagenets(tmp_path):
 def test_a_report_that_cannot_be_written(tmp_path):
     reporting.check_path(str(tmp_path / "x.json"))
     for path in (tmp_path, tmp_path / "missing" / "x.json"):
-        with pytest.raises(UsageError, match=r"--json=.* cannot be written: expected a file in a folder"):
+        with pytest.raises(UsageError, match=r"--json=.* cannot be written: expected a file in an existing"):
             reporting.check_path(str(path))

@@ -112,7 +112,7 @@ def test_a_flipped_bit_in_the_config_is_noticed(state, tmp_path):
         checkpoints.save(at(state, 2), {"optim": {"lr": 0.1}})
     path = tmp_path / "2" / "config" / "metadata"
     path.write_text(path.read_text().replace("0.1", "0.3"))
-    with pytest.raises(UsageError, match="2: ValueError: the checksum of its config does not agree"):
+    with pytest.raises(UsageError, match="2: ValueError: the checksum of its config does not match"):
         checkpoint.newest_whole(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_checksums_of_a_split_queue_are_of_its_parts(state, tmp_path, monkeypatc
     assert checkpoint.read(tmp_path / "1").config == {}
     known["state/queue"]["crc"][2] = (32, 48, 0)
     save(tmp_path, state, 2)
-    with pytest.raises(ValueError, match="the checksum of state/queue does not agree"):
+    with pytest.raises(ValueError, match="the checksum of state/queue does not match"):
         checkpoint.read(tmp_path / "2")
 
 
@@ -148,14 +148,14 @@ def test_no_whole_checkpoint_is_an_error_not_a_new_start(state, tmp_path):
     save(tmp_path, state, 3, 4)
     for step in (3, 4):
         shutil.rmtree(tmp_path / str(step) / "state")
-    with pytest.raises(UsageError, match=r"none of its checkpoints \(3, 4\) can be read .*: put one that can there"):
+    with pytest.raises(UsageError, match=r"none of its checkpoints \(3, 4\) can be read .*: restore one"):
         checkpoint.newest_whole(tmp_path, shapes(state))
 
 
 def test_another_network_s_checkpoint_is_no_whole_one(state, tmp_path):
     other = jax.eval_shape(assembly.state_creator(small.config(moco__dim=16)))
     save(tmp_path, state, 1)
-    with pytest.raises(UsageError, match=r"expected float32\[16\], there float32\[8\]"):
+    with pytest.raises(UsageError, match=r"expected float32\[16\], found float32\[8\]"):
         checkpoint.newest_whole(tmp_path, other)
 
 
@@ -218,7 +218,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(finished, copy, capsys)
     said = capsys.readouterr().out
     assert "The checkpoint of step 8 is damaged (" in said
     assert f"moved to {copy / 'damaged' / '6'}" in said
-    assert "Going on after step 3 of 8" in said
+    assert "Resuming after step 3 of 8" in said
     ours, theirs = (small.without_speed(metrics_log.read(d / "metrics.jsonl")) for d in (copy, finished))
     assert ours == theirs
     states = [checkpoint.read(d / "checkpoints" / "8").state for d in (copy, finished)]
@@ -244,7 +244,7 @@ def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints(copy, monkeypat
 
     monkeypatch.setattr(Checkpoints, "save", save_on_full_disk)
     try:
-        with pytest.raises(RunError, match=r"checkpoint.* cannot be written to .*checkpoints \(.*; those"):
+        with pytest.raises(RunError, match=r"checkpoint.* cannot be written to .*checkpoints \(.*; earlier"):
             train(copy, checkpoint_every=1, log_every=100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -294,7 +294,7 @@ def test_removed_checkpoints_end_the_run(copy, monkeypatch):
         save_(self, *arguments)
 
     monkeypatch.setattr(Checkpoints, "save", remove_then_save)
-    with pytest.raises(RunError, match="checkpoints were removed while the run was on: stopped at step 9"):
+    with pytest.raises(RunError, match="checkpoints were removed during the run: stopped at step 9"):
         train(copy, checkpoint_every=9)
 
 
@@ -305,7 +305,7 @@ def test_a_workdir_that_cannot_be_written_to_any_more(copy, monkeypatch):
 
     monkeypatch.setattr(MetricsLog, "write", read_only)
     with pytest.raises(
-        RunError, match=r"cannot be written to.*\(Read-only file system metrics.jsonl\); what was saved is"
+        RunError, match=r"cannot be written.*\(Read-only file system metrics.jsonl\); everything saved before is"
     ):
         train(copy)
 

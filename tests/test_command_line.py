@@ -92,7 +92,7 @@ MISTAKES = [
     (
         "train.py",
         ["--config.data.augment=x"],
-        "data.augment is a group of fields: expected one of them, as --config.data",
+        "data.augment is a group of fields: expected one of them, such as --config.data",
     ),
     ("train.py", ["--noconfig.epochs"], "--noconfig.epochs: there is no config field 'epochs'"),
     ("train.py", ["--config.moco.temperature"], "--config.moco.temperature has no value: expected --config.moco.tempe"),
@@ -119,7 +119,7 @@ MISTAKES = [
     ("train.py", ["--config.batch_size="], "--config.batch_size=: expected a whole number"),
     ("train.py", ["--config.seed=" + "9" * 5000], "...: expected a whole number"),
     ("train.py", ["--config.optim.lr=fast"], "--config.optim.lr=fast: expected a number above 0"),
-    ("train.py", ["--config.optim.lr=1e400"], "--config.optim.lr=1e400: expected a number above 0, and finite"),
+    ("train.py", ["--config.optim.lr=1e400"], "--config.optim.lr=1e400: expected a number above 0, finite"),
     ("train.py", ["--config.moco.mlp=yes"], "--config.moco.mlp=yes: expected true or false"),
     (
         "train.py",
@@ -139,39 +139,39 @@ MISTAKES = [
     ("train.py", ["--config.moco.queue_size=1000"], "moco.queue_size=1000 is not a multiple of batch_size=64"),
     ("train.py", ["--config.data.source=folder:/nowhere"], "data.source='folder:/nowhere'"),
     # Recipes.
-    ("train.py", ["--config=nowhere.py"], "--config=nowhere.py is not there: expected a recipe"),
+    ("train.py", ["--config=nowhere.py"], "--config=nowhere.py does not exist: expected a recipe"),
     (
         "train.py",
         ["--config=configs/ifm_cifar.py"],
-        "--config=configs/ifm_cifar.py is not there: did you mean ifm_cifar",
+        "--config=configs/ifm_cifar.py does not exist: did you mean ifm_cifar",
     ),
-    ("train.py", ["--config", "ifm_cifar"], "--config=ifm_cifar is not there: did you mean ifm_cifar10?"),
+    ("train.py", ["--config", "ifm_cifar"], "--config=ifm_cifar does not exist: did you mean ifm_cifar10?"),
     ("train.py", ["--config="], "--config= is empty: an unset shell variable?"),
     ("train.py", ["--config"], "--config has no value: expected --config=VALUE, a recipe"),
-    ("convert_checkpoints.py", ["to-jax", "x", "y", "--config=broken.py"], "--config=broken.py is not there"),
+    ("convert_checkpoints.py", ["to-jax", "x", "y", "--config=broken.py"], "--config=broken.py does not exist"),
     (
         "ifm_jax/replay.py",
         ["--config=broken.py", "--start=x", "--views=y"],
-        "y is not there: expected recorded views",
+        "y does not exist: expected recorded views",
     ),
     # The other flags.
     ("train.py", ["--workdir="], "--workdir= is empty: an unset shell variable?"),
     ("train.py", ["--workdir", ""], "--workdir= is empty: an unset shell variable?"),
-    ("train.py", ["--workdir"], "Missing value for flag --workdir"),
+    ("train.py", ["--workdir"], "--workdir has no value: expected --workdir=VALUE"),
     ("train.py", ["--workdri=x"], "--workdri=x: there is no flag --workdri: did you mean --workdir?"),
     ("train.py", ["--confg.moco.dim=3"], "there is no flag --confg.moco.dim: did you mean --config.moco.dim?"),
     ("train.py", ["--epsilon=0.1"], "--epsilon=0.1: there is no flag --epsilon"),
     ("train.py", ["--flagfile=/nowhere"], "/nowhere"),
-    ("train.py", ["run7"], "'run7' is no flag"),
-    ("train.py", ["--workdir=/dev/null/run"], "workdir /dev/null/run cannot be written to"),
+    ("train.py", ["run7"], "'run7' is not a flag"),
+    ("train.py", ["--workdir=/dev/null/run"], "workdir /dev/null/run is not writable"),
     ("train.py", ["--workdir=" + "x" * 300], ": File name too long ("),
     ("eval_linear.py", ["--workdir=" + "x" * 300], ": File name too long ("),
     ("convert_checkpoints.py", ["inspect", "x" * 300], ": File name too long ("),
     ("eval_linear.py", ["--workdir="], "--workdir= is empty: an unset shell variable?"),
     ("eval_linear.py", ["--pretrained="], "--pretrained= is empty: an unset shell variable?"),
-    ("eval_linear.py", ["--workdir=/nowhere"], "/nowhere/config.json is not there"),
-    ("eval_linear.py", [], "expected either --workdir, the directory of a training run, or --pretrained"),
-    ("eval_linear.py", ["--pretrained=/nowhere.pth"], "/nowhere.pth is not there"),
+    ("eval_linear.py", ["--workdir=/nowhere"], "/nowhere/config.json does not exist"),
+    ("eval_linear.py", [], "expected either --workdir (the directory of a training run) or --pretrained"),
+    ("eval_linear.py", ["--pretrained=/nowhere.pth"], "/nowhere.pth does not exist"),
     ("eval_linear.py", ["--map_method=tsn"], "--map_method=tsn: expected one of tsne, umap: did you mean 'tsne'?"),
     ("eval_linear.py", ["--fast=maybe"], "--fast=maybe: expected true or false"),
     ("demo.py", ["--workdir="], "--workdir= is empty: an unset shell variable?"),
@@ -299,7 +299,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
     assert process.returncode == 128 + number
     assert silent == ""
     assert f"Stopped by {number.name} after step" in said
-    assert r"l\xe4ufe. The same command goes on from there." in said
+    assert r"l\xe4ufe. The same command resumes it." in said
     steps = [r["step"] for r in metrics_log.read(log)]
     assert steps == list(range(1, len(steps) + 1))
     assert checkpoint.steps(workdir / "checkpoints")[-1] == len(steps)
@@ -309,7 +309,7 @@ def test_a_stopped_run_saves_says_how_to_go_on_and_does(finished, tmp_path, numb
     # The same command, ended soon after: it goes on with the next step.
     done = run("train.py", *SMALL, "--config.epochs=4000", f"--config.steps={len(steps) + 3}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert f"Going on after step {len(steps)}" in done.stdout
+    assert f"Resuming after step {len(steps)}" in done.stdout
     assert [r["step"] for r in metrics_log.read(log)] == list(range(1, len(steps) + 4))
     # As if nothing had happened: the first steps are those of any run of this seed.
     first = small.without_speed(metrics_log.read(finished[0] / "metrics.jsonl"))[0]
@@ -346,20 +346,20 @@ def test_help_lists_the_flags_and_every_field_with_the_defaults_of_the_recipe(in
                 f"--config.{name}: {field.declared.meaning} {field.kind.__name__ if not field.many else 'list'}"
                 in words
             )
-    assert "--config.method: what is learned from: moco or simclr str, one of moco, simclr; default moco" in words
-    assert "as a share of the image float above 0, at most 1; default 0.36" in words
+    assert "--config.method: contrastive method: moco or simclr str, one of moco, simclr; default moco" in words
+    assert "relative to the image's float above 0, at most 1; default 0.36" in words
     assert max(map(len, out.splitlines())) <= 120
 
-    assert "Their defaults are those of the recipe trifeature." in out
-    assert "--config.epochs: passes over the data (--epochs) int of at least 1; default 6" in words
+    assert "Config fields, with the defaults of the recipe trifeature:" in out
+    assert "--config.epochs: passes over the training images (--epochs) int of at least 1; default 6" in words
     status, out, _ = in_process("train.py", "--config", "ifm_cifar10", "-h", "--workdri=a mistake")
     words = " ".join(out.split())
-    assert (status, "Their defaults are those of the recipe ifm_cifar10." in out) == (0, True)
-    assert "--config.epochs: passes over the data (--epochs) int of at least 1; default 200" in words
+    assert (status, "Config fields, with the defaults of the recipe ifm_cifar10:" in out) == (0, True)
+    assert "--config.epochs: passes over the training images (--epochs) int of at least 1; default 200" in words
     assert "list of int, epochs above 0, for example 120,160; default 120,160" in words
     status, out, err = in_process("eval_linear.py", "--help", "--config=nowhere")
     assert (status, out, err) == (2, "", err)
-    assert "--config=nowhere is not there" in err
+    assert "--config=nowhere does not exist" in err
 
 
 def test_flags_of_a_command():
@@ -412,7 +412,7 @@ def test_flags_in_a_file(in_process, tmp_path):
     assert given.config.changes == {"seed": 1, "moco.mlp": True, "epochs": 3}
     assert train.flags().parse(["--", "--flagfile=x"]).arguments == ["--flagfile=x"]
     (tmp_path / "inner").write_text(f"--flagfile={tmp_path}/outer\n")
-    for path, message in ((f"{tmp_path}/outer", "names itself"), (tmp_path, "cannot be read"), (" ", "is empty")):
+    for path, message in ((f"{tmp_path}/outer", "includes itself"), (tmp_path, "cannot be read"), (" ", "is empty")):
         with pytest.raises(UsageError, match=message):
             train.flags().parse([f"--flagfile={path}"])
 

@@ -121,7 +121,7 @@ def make(path, *names):
     ("path", "message"),
     [
         ("~nobody-here/images", "data.source='folder:~nobody-here/images': .*; expected the path of a folder"),
-        ("x" * 300, "xxx cannot be read .File name too long.; expected folders that you may read"),
+        ("x" * 300, "xxx cannot be read .File name too long.; expected readable folders"),
     ],
 )
 def test_mistaken_paths_are_named(path, message):
@@ -134,7 +134,7 @@ def test_a_folder_that_may_not_be_read_is_named(root, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UsageError, match=r"train cannot be read \(Permission denied\); expected folders that you may"):
+    with pytest.raises(UsageError, match=r"train cannot be read \(Permission denied\); expected readable folders"):
         source(root)
 
 
@@ -158,12 +158,12 @@ def test_a_replaced_file_is_noticed(root, tmp_path):
 @pytest.mark.parametrize(
     ("names", "classes", "message"),
     [
-        (None, "", "is not there; expected a folder of images"),
+        (None, "", "does not exist; expected a folder of images"),
         (["x.png"], "", "x.png is not a folder; expected"),
         ([], "", "no images in .*; expected .jpg, "),
-        (["a/1.png", "b"], "", "class folder .*b holds no images: expected .jpg"),
-        (["a/1.png", "2.png"], "", r"holds both images \(2.png, ...\) and folders of images \(a, ...\)"),
-        (["train/a/1.png", "val/b/1.png"], "", "val holds the class 'b', which .*train does not"),
+        (["a/1.png", "b"], "", "class folder .*b has no images: expected .jpg"),
+        (["a/1.png", "2.png"], "", r"has both images \(2.png, ...\) and folders of images \(a, ...\)"),
+        (["train/a/1.png", "val/b/1.png"], "", "val has the class 'b', which .*train does not"),
         (
             ["a/1.png", "b/1.png"],
             "a\nd\n",
@@ -425,7 +425,7 @@ def test_an_unreadable_image_is_named(root, tmp_path, content):
     good = pathlib.Path(source(root).name(0)).read_bytes()
     (tmp_path / "bad.jpg").write_bytes(good[: len(good) // 2] if content == "half" else content)
     bad = source(tmp_path)
-    with pytest.raises(RunError, match=r"bad.jpg cannot be read \(not an image, or a broken one\): replace or remove"):
+    with pytest.raises(RunError, match=r"bad.jpg cannot be read \(not an image, or a broken one\): replace or delete"):
         next(training_batches(bad, 1, seed=0))
     with pytest.raises(RunError, match=r"bad.jpg cannot be read"):
         bad.examples(np.array([0]))
@@ -458,7 +458,7 @@ def test_unreadable_images_are_replaced_counted_and_listed(root, tmp_path):
         taken = np.bincount(np.concatenate([batch["index"] for batch in epoch]), minlength=30)
         assert taken[[0, 1, 6, 7, 8, 19, 20]].tolist() == [0, 2, 3, 0, 0, 2, 0]
     assert len(said) == 4
-    assert "cannot be read (not an image, or a broken one): a neighbor takes its place (1 so far)." in said[0]
+    assert "cannot be read (not an image, or a broken one): a neighbor replaces it (1 so far)." in said[0]
     listed = (tmp_path / "bad.txt").read_text().splitlines()
     assert {line.split("\t")[0] for line in listed} == {of.name(number) for number in bad}
     again, said = read("bad.txt", processes=2)  # and what is listed is named no more
@@ -622,7 +622,7 @@ def test_a_run_on_a_folder(root, tmp_path):
     training.train(own_images(tmp_path / "moved", steps=2), tmp_path / "parts", devices=jax.devices()[:1], quiet=True)
     next((tmp_path / "moved" / "train").rglob("*.png")).unlink()
     with pytest.raises(
-        UsageError, match=r"a run on other images than .*moved' holds \(30 then, 29 now\): pass another"
+        UsageError, match=r"a run on other images than those of .*moved' \(30 then, 29 now\): pass another"
     ):
         training.train(own_images(tmp_path / "moved"), tmp_path / "parts", devices=jax.devices()[:1], quiet=True)
 
@@ -636,7 +636,7 @@ def test_a_run_replaces_an_unreadable_image(root, tmp_path, capfd):
     run = own_images(tmp_path / "images", data__max_bad=0.1, steps=2, batch_size=16)
     training.train(run, tmp_path / "run", devices=jax.devices()[:1])
     said = capfd.readouterr()
-    assert f"{bad} cannot be read (not an image, or a broken one): a neighbor takes its place" in said.out
+    assert f"{bad} cannot be read (not an image, or a broken one): a neighbor replaces it" in said.out
     assert said.err == ""
     assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(str(bad))
     run.data.max_bad, run.steps = 0.01, 2
@@ -652,9 +652,9 @@ def test_the_config_chooses_the_augmentation(root):
 
 
 def test_a_mistaken_folder_leaves_no_workdir(root, tmp_path):
-    with pytest.raises(UsageError, match="is not there"):
+    with pytest.raises(UsageError, match="does not exist"):
         training.train(own_images(root / "nothing"), tmp_path / "run", devices=jax.devices()[:1], quiet=True)
-    with pytest.raises(UsageError, match=r"data.augmentation='trifeature' is not for data.source='folder:"):
+    with pytest.raises(UsageError, match=r"data.augmentation='trifeature' does not work with data.source='folder:"):
         training.train(small.config(data__source=f"folder:{root}"), tmp_path / "run", quiet=True)
     with pytest.raises(UsageError, match=r"data.source='folder:' names no folder: expected --config.data.source"):
         training.train(small.config(data__source="folder:"), tmp_path / "run", quiet=True)

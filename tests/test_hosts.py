@@ -133,7 +133,7 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     steps = len(metrics_log.read(log)) + 2
     statuses, outputs, errors = finish(start(two, *flags, f"--config.steps={steps}"))
     assert statuses == [0, 0], errors
-    assert f"Going on after step {last}" in outputs[0]
+    assert f"Resuming after step {last}" in outputs[0]
     assert_the_same_as_on_one_device(two, tmp_path / "one", steps)
 
 
@@ -269,7 +269,7 @@ def test_half_of_the_three_is_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("localhost", 2, 0), "coordinator=localhost: expected HOST:PORT of process 0, a port of 1 to 65535"),
+        (("localhost", 2, 0), "coordinator=localhost: expected HOST:PORT of process 0, with a port from 1 to 65535"),
         (("localhost:", 2, 0), "coordinator=localhost:: expected HOST:PORT"),
         ((":1234", 2, 0), "coordinator=:1234: expected HOST:PORT"),
         (("localhost:port", 2, 0), "coordinator=localhost:port: expected HOST:PORT"),
@@ -277,8 +277,8 @@ def test_half_of_the_three_is_refused():
         (("localhost:99999", 2, 0), "coordinator=localhost:99999: expected HOST:PORT"),
         (("::1:1234", 2, 0), "an IPv6 address in "),
         (("localhost:1234", 0, 0), "num_processes=0: expected at least 1"),
-        (("localhost:1234", 2, 2), "process_id=2: expected 0 to 1, num_processes=2"),
-        (("localhost:1234", 2, -1), "process_id=-1: expected 0 to 1, num_processes=2"),
+        (("localhost:1234", 2, 2), "process_id=2: expected 0 to 1, for num_processes=2"),
+        (("localhost:1234", 2, -1), "process_id=-1: expected 0 to 1, for num_processes=2"),
     ],
 )
 def test_a_place_to_meet_that_is_none_is_refused(monkeypatch, given, message):
@@ -292,7 +292,9 @@ def test_process_0_listens_nowhere_but_where_it_is_told(monkeypatch):
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         taken.listen()
-        with pytest.raises(ValueError, match=r"process 0 cannot listen there \(Address already in use\): give another"):
+        with pytest.raises(
+            ValueError, match=r"process 0 cannot listen there \(Address already in use\): choose another"
+        ):
             sharding._bind_address(f"127.0.0.1:{port}")
     assert sharding._bind_address(f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
     assert sharding._bind_address(f"localhost:{port}") in (f"127.0.0.1:{port}", f"[::1]:{port}")
@@ -308,7 +310,7 @@ def test_processes_that_do_not_find_each_other_say_so(monkeypatch):
     never = threading.Event()
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: never.wait())
     monkeypatch.setattr(sharding, "_BY_HAND_WITHIN", 0.1)
-    with pytest.raises(TimeoutError, match=r"each other within 0.1 s, num_processes=2, process_id=1: expected"):
+    with pytest.raises(TimeoutError, match=r"each other within 0.1 s, num_processes=2, process_id=1: start all"):
         sharding.initialize("localhost:1234", 2, 1)
     never.set()
 
@@ -348,7 +350,9 @@ os._exit(0)
     ]
     statuses, outputs, errors = finish(started, 120.0)
     assert statuses == [0, 0], errors
-    expected = "different num_processes were given: 2 to process 0, 3 to process 1; give all of them the same"
+    expected = (
+        "the processes were given different num_processes: 2 to process 0, 3 to process 1; pass the same to all of them"
+    )
     first, listens = outputs[0].strip().splitlines()
     assert first == outputs[1].strip() == expected
     assert re.fullmatch(rf"\['(0{{16}}FFFF0000)?0100007F:{port:04X}'\]", listens)

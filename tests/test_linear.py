@@ -193,7 +193,7 @@ def test_the_best_of_a_sweep_is_chosen_on_training_images(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_directory_is_one_evaluations(run, full):
-    with pytest.raises(UsageError, match=r"holds another evaluation \(linear.lr differ\): pass another --output"):
+    with pytest.raises(UsageError, match=r"belongs to another evaluation \(linear.lr differ\): pass another --output"):
         results(run, full[1], lr=(2.0,))
 
 
@@ -201,11 +201,15 @@ def test_a_directory_is_one_evaluations(run, full):
 def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     config = Workdir(run).read_config()
     config.data.label = "size"
-    with pytest.raises(UsageError, match=r"data.label='size' is no label of .*: expected one of shape, texture, color"):
+    with pytest.raises(
+        UsageError, match=r"data.label='size' is not a label of .*: expected one of shape, texture, color"
+    ):
         pretrained.labeled(pretrained.load(run, config).config, "train")
     config = Workdir(run).read_config()
     config.model.arch = "resnet18"
-    with pytest.raises(UsageError, match=r"the config does not fit .*model.arch='resnet18', there 'resnet8'"):
+    with pytest.raises(
+        UsageError, match=r"the config does not fit .*model.arch='resnet18', but the tensors have 'resnet8'"
+    ):
         pretrained.load(run, config)
     np.savez(tmp_path / "bare.npz", images=np.zeros((20, 32, 32, 3), np.uint8))
     config = Workdir(run).read_config()

@@ -55,7 +55,7 @@ def test_the_default_is_refused_in_seconds_where_it_does_not_fit(mesh, monkeypat
     monkeypatch.setattr(memory, "of_device", lambda mesh: 24 * 10**9)
     begun = time.monotonic()
     with pytest.raises(
-        UsageError, match=r"a step of resnet50 takes at least [\d.]+ GB .* of the 24.0 GB .*trifeature.py"
+        UsageError, match=r"a step of resnet50 needs at least [\d.]+ GB .* which has 24.0 GB: .*trifeature.py"
     ):
         ifm_jax.train(ifm_jax.Config(), tmp_path / "run", devices=jax.devices()[:1])
     assert time.monotonic() - begun < 60  # it compiles for longer than that
@@ -86,7 +86,7 @@ def test_nothing_is_refused_where_the_memory_is_not_known(mesh, monkeypatch):
 
 
 def test_images_and_steps_that_this_machine_cannot_hold(mesh, tmp_path):
-    with pytest.raises(UsageError, match=r"train_size=2147483647: images of 32 px take 6597 GB"):
+    with pytest.raises(UsageError, match=r"train_size=2147483647: images of 32 px need 6597 GB"):
         memory.check(small.config(data__trifeature__train_size=2**31 - 1), mesh)
     with pytest.raises(UsageError, match="epochs=1000000 of 4000 steps are 4000000000 updates: expected at most"):
         memory.check_steps(small.config(epochs=10**6), 4000)

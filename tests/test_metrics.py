@@ -148,7 +148,7 @@ def test_broken_line_in_the_middle_is_named(tmp_path, line):
     lines = write_lines(path, [10, 20])
     content = lines[0] + line + b"\n" + lines[1]
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object .* remove that line"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object .* delete that line"):
         metrics_log.read(path)
     with pytest.raises(ValueError, match="line 2"):
         MetricsLog(path, last_step=20)

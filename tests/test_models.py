@@ -319,7 +319,7 @@ def test_a_run_starts_with_the_statistics_of_the_head_it_takes():
     jax.tree.map(np.testing.assert_array_equal, fitting.params, given.state.params)
     fresh = hcl_state(seed=1, dim=6)
     other, taken = start.started_with(given, fresh, "moco")
-    assert taken[0] == "query encoder without its head (a new one)"
+    assert taken[0] == "query encoder with a new head"
     for part in ("params", "batch_stats"):
         ours, theirs, new = (getattr(of, part) for of in (other, given.state, fresh))
         jax.tree.map(np.testing.assert_array_equal, models.without_head(ours), models.without_head(theirs))

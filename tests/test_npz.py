@@ -54,8 +54,8 @@ HOSTILE = {
     "encrypted": (encrypted(), "images: it is encrypted"),
     "damaged": (GOOD[:200] + bytes(50) + GOOD[250:], "images: "),
     "unknown compression": (patched(GOOD, b"\x08\x00\x00\x00\x21\x00", b"\x63\x00\x00\x00\x21\x00"), "images: "),
-    "objects": (saved(images=np.array([{}, {}], object)), "images: it holds Python objects, expected plain"),
-    "too large": (of_header((2**40, 2**10)), "images: it is truncated: .* are 1125899906842624 bytes"),
+    "objects": (saved(images=np.array([{}, {}], object)), "images: it contains Python objects, expected plain"),
+    "too large": (of_header((2**40, 2**10)), "images: it is truncated: .* needs 1125899906842624 bytes"),
     "negative": (of_header((-1, 8, 8, 3)), r"images: its shape is \(-1, 8, 8, 3\)"),
     "truncated": (of_header((4, 8, 8, 3), content=b"few"), "images: it is truncated"),
     "no header": (of_header("nonsense"), "images: "),
@@ -72,7 +72,7 @@ def test_a_bad_file_is_named(tmp_path, name):
     path.write_bytes(content)
     for read, said in (
         (lambda: open_array(str(path), "train", image_size=8), "bad.npz cannot be read"),
-        (lambda: replay.load_npz(path, "views"), "bad.npz is no .npz of plain arrays"),
+        (lambda: replay.load_npz(path, "views"), "bad.npz is not a .npz of plain arrays"),
     ):
         with pytest.raises(UsageError, match=rf"{said} \({message}.*\)[:;] expected") as caught:
             read()
@@ -127,14 +127,14 @@ def test_good_files_are_as_numpy_reads_them(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"labels": np.array([0, 1, 2, 2**40])}, "labels hold 1099511627776; expected numbers of classes, from 0 to"),
-        ({"labels": np.array([0, 1, 2, 2**63], np.uint64)}, "labels hold 9223372036854775808; expected"),
-        ({"labels": np.array([0, 1, -2, 0])}, "labels hold -2; expected"),
+        ({"labels": np.array([0, 1, 2, 2**40])}, "labels contain 1099511627776; expected class numbers from 0 to"),
+        ({"labels": np.array([0, 1, 2, 2**63], np.uint64)}, "labels contain 9223372036854775808; expected"),
+        ({"labels": np.array([0, 1, -2, 0])}, "labels contain -2; expected"),
         ({"labels": np.array([0, 1, np.nan, 0])}, r"labels are float64 of shape \(4,\); expected 4 integers"),
         ({"labels": np.array(["a", "b", "c", "d"])}, r"labels are <U1 of shape \(4,\); expected 4 integers"),
         ({"labels": np.array(3)}, r"labels are int64 of shape \(\); expected 4 integers"),
-        ({"labels": np.arange(4), "class_names": "one"}, r"class_names is of shape \(\); expected one name for each"),
-        ({"labels": np.arange(4), "class_names": [["a"], ["b"]]}, r"class_names is of shape \(2, 1\)"),
+        ({"labels": np.arange(4), "class_names": "one"}, r"class_names has shape \(\); expected one name for each"),
+        ({"labels": np.arange(4), "class_names": [["a"], ["b"]]}, r"class_names has shape \(2, 1\)"),
         ({"images": np.uint8(3)}, r"images are uint8 of shape \(\); expected uint8 of shape \(N, H, W, 3\)"),
         ({"images": IMAGES[:0], "labels": np.arange(0)}, r"of shape \(0, 8, 8, 3\); expected"),
     ],

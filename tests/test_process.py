@@ -121,7 +121,7 @@ def test_a_full_disk_under_stdout_ends_nothing_and_fails_only_what_has_no_workdi
     assert done
     said = capsys.readouterr().err
     assert (
-        said == "train.py: standard output cannot be written to (No space left on device): what does not fit is lost\n"
+        said == "train.py: cannot write to standard output (No space left on device): the rest of the output is lost\n"
     )
 
 
@@ -205,7 +205,7 @@ def test_a_signal_is_noted_said_by_the_loop_and_the_second_acts(handlers, monkey
         signal.raise_signal(number)  # at once: the same, sent to the process and to its group
         for _ in range(2):
             stop.check()
-        assert progress.lines == [f"{number.name}: saving after this step (once more: leave at once)."]
+        assert progress.lines == [f"{number.name}: saving after this step (a second signal stops at once)."]
         assert acted == []
         monkeypatch.setattr(loop, "_SAME_SIGNAL", -1.0)
         signal.raise_signal(number)
@@ -247,7 +247,7 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path, script, name):
     assert started.stdout.readline() == "importing\n"
     started.send_signal(signal.SIGINT)
     _, said = started.communicate(timeout=30)
-    assert (started.returncode, said) == (130, f"{name}: interrupted; what was saved is intact\n")
+    assert (started.returncode, said) == (130, f"{name}: interrupted; everything saved before is intact\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

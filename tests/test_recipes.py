@@ -192,12 +192,12 @@ def test_a_recipe_that_is_no_file(tmp_path, monkeypatch):
     (tmp_path / "warm.py").write_text(BEGIN + "def get_config():\n    return config\n")
     for given, message in (
         ("folder.py", "folder.py is a directory"),
-        ("wram.py", "wram.py is not there: did you mean warm.py?"),
-        ("configs/ifm_cifar.py", "is not there: did you mean ifm_cifar10?"),
-        ("ifm_cifra10", "is not there: did you mean ifm_cifar10?"),
-        ("nowhere.py", "nowhere.py is not there: expected a recipe, for example configs/trifeature.py"),
-        ("x" * 5000, "is not there"),
-        ("a\0b.py", "is not there"),
+        ("wram.py", "wram.py does not exist: did you mean warm.py?"),
+        ("configs/ifm_cifar.py", "does not exist: did you mean ifm_cifar10?"),
+        ("ifm_cifra10", "does not exist: did you mean ifm_cifar10?"),
+        ("nowhere.py", "nowhere.py does not exist: expected a recipe, for example configs/trifeature.py"),
+        ("x" * 5000, "does not exist"),
+        ("a\0b.py", "does not exist"),
     ):
         with pytest.raises(UsageError) as caught:
             recipes.load(given)

@@ -27,6 +27,7 @@ RTOL = 1e-9
 VISIBLE = 1e-6
 
 BATCH, SIZE, DIM, QUEUE = 8, 64, 128, 24  # three batches fill the queue: five steps wrap
+SMALLEST = 33  # pixels at which the last stage still has four positions
 BASE_LR, EPOCHS, MILESTONES, EPOCH_STEPS = 0.03, 4, (1, 2), 2
 
 
@@ -46,6 +47,7 @@ class Case:
     momentum: float = 0.99
     arch: str = "resnet18"
     width: int = 8  # at which the steps take no longer than their compilation
+    size: int = SIZE
 
     def reference(self, **options) -> Reference:
         """The peer."""
@@ -91,9 +93,9 @@ def shortened():
 # Every value that the issue names is in at least one of them; the full product is benchmarks/parity_sweep.py's.
 CASES = {
     "moco": Case("moco", mlp=False, arch="resnet34"),
-    "ifm": Case("ifm", groups=2, devices=4, schedule="step", weight_decay=0.05, resumed=True, width=64),
+    "ifm": Case("ifm", groups=2, schedule="step", weight_decay=0.05, resumed=True, width=64, size=SMALLEST),
     "ifm_weighted": Case("ifm", epsilon=0.05, alpha=0.5, groups=4, devices=8, schedule="step", arch="resnet34"),
-    "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=2, resumed=True, arch="resnet34"),
+    "ifm_only": Case("ifm_only", epsilon=0.2, groups=2, devices=4, resumed=True, arch="resnet34"),
 }
 
 
@@ -107,7 +109,7 @@ def begin(case, path, **options):
     epoch = 0
     if case.resumed:  # two steps are an epoch; the checkpoint then holds momentum buffers and a moved queue
         epoch = 1
-        reference.run(random_views(EPOCH_STEPS, BATCH, SIZE, world=case.groups, seed=7), BASE_LR)
+        reference.run(random_views(EPOCH_STEPS, BATCH, case.size, world=case.groups, seed=7), BASE_LR)
     reference.save_checkpoint(path, epoch)
     return reference, loading.read(path), epoch
 
@@ -117,7 +119,7 @@ def begin(case, path, **options):
 def test_trajectory(name, tmp_path):
     case = CASES[name]
     reference, start, epoch = begin(case, tmp_path / "start.pth.tar")
-    views = random_views(5, BATCH, SIZE, world=case.groups, seed=1)
+    views = random_views(5, BATCH, case.size, world=case.groups, seed=1)
     rates = [learning_rate(BASE_LR, epoch + i // EPOCH_STEPS, EPOCHS, case.schedule, MILESTONES) for i in range(5)]
     expected = reference.run(views, rates)
     assert len(set(rates)) > 1
@@ -149,7 +151,7 @@ def test_one_step_of_more_than_ten_blocks_in_a_stage(tmp_path):
 
 
 # The comparison sees every wrong variant of the step: two steps of ours, once, against each mutated peer's.
-MUTATED = dataclasses.replace(CASES["ifm"], alpha=0.5, resumed=False)
+MUTATED = dataclasses.replace(CASES["ifm_only"], method="ifm", epsilon=0.1, alpha=0.5, weight_decay=0.05, resumed=False)
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +186,9 @@ def test_cosine_per_step_is_seen(ours, two_steps):
 
 @pytest.mark.slow
 def test_float32_first_step(tmp_path):
-    case = CASES["ifm"]
-    case = dataclasses.replace(case, resumed=False, width=64)
+    case = dataclasses.replace(CASES["ifm"], resumed=False)
     reference, start, _ = begin(case, tmp_path / "start.pth.tar", dtype=torch.float32)
-    views = random_views(1, BATCH, SIZE, world=case.groups, seed=3) | {"lr": np.full(1, BASE_LR)}
+    views = random_views(1, BATCH, case.size, world=case.groups, seed=3) | {"lr": np.full(1, BASE_LR)}
     expected = reference.run(views)
     found = replay.replay(case.config(start), start, views, dtype="float32", devices=jax.devices()[:1])
     assert found["final/queue"].dtype == np.float32
@@ -233,7 +234,7 @@ def test_references_that_do_not_fit_are_listed():
         ({"query": None}, "expected query and key"),
         ({"query": np.zeros((1, 8, 16, 16, 3), np.uint8)}, "uint8"),
         ({"key": np.zeros((2, 8, 16, 16, 3))}, "as many steps"),
-        ({"permutation": np.zeros((1, 8), np.int64)}, "every number from 0 to 7"),
+        ({"permutation": np.zeros((1, 8), np.int64)}, "each row a permutation of 0 to 7"),
         ({"lr": np.zeros(3)}, "lr is"),
     ],
 )
@@ -249,6 +250,17 @@ def test_learning_rate_that_is_not_determined(files):
     start.config.model.bn_groups = 1
     with pytest.raises(UsageError, match="--steps_per_epoch"):
         replay.replay(start.config, dataclasses.replace(start, origin=None), views, devices=jax.devices()[:1])
+
+
+def test_a_given_order_need_not_be_balanced(files):
+    """With a permutation nothing is drawn: the checks go on to the learning rate, which is missing."""
+    start = dataclasses.replace(loading.read(files / "start.pth.tar", step=3), origin=None)
+    start.config.model.bn_groups, start.config.moco.shuffle_bn = 4, "balanced"
+    views = replay.load_npz(files / "views.npz", "views")
+    order = np.arange(8)[None, ::-1]
+    for given, message in (({}, r"moco\.shuffle_bn='balanced'"), ({"permutation": order}, "--steps_per_epoch")):
+        with pytest.raises(UsageError, match=message):
+            replay.replay(start.config, start, views | given, devices=jax.devices()[:1])
 
 
 def test_stripped_start_is_refused(tmp_path):
@@ -276,11 +288,11 @@ def run(*arguments):
     ("arguments", "message"),
     [
         ([], "--start is missing"),
-        (["--start=start.pth.tar", "--views=none.npz"], "none.npz is not there"),
+        (["--start=start.pth.tar", "--views=none.npz"], "none.npz does not exist"),
         (["--start=start.pth.tar", "--views=start.pth.tar"], "expected query and key"),
-        (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "there 16"),
+        (["--start=start.pth.tar", "--views=views.npz", "--config.moco.queue_size=32"], "but the tensors have 16"),
         (["--start=start.pth.tar", "--views=views.npz", "--config.model.bn_groups=3"], "model.bn_groups=3"),
-        (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory is not there"),
+        (["--start=start.pth.tar", "--views=views.npz", "--out=nowhere/out.npz"], "its directory does not exist"),
         (["--start=start.pth.tar", "--views=views.npz", "--dtype=float16"], "float16"),
     ],
 )

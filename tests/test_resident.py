@@ -177,7 +177,7 @@ def test_mistakes(tmp_path, monkeypatch):
         train(small.config(steps_per_call=4), tmp_path)
     with pytest.raises(UsageError, match=r"data.cache='disk': expected device"):
         train(small.config(data__cache="disk"), tmp_path)
-    with pytest.raises(UsageError, match=r"takes 196608.0 GB on each device, 1,000,000,000 images of 256 px"):
+    with pytest.raises(UsageError, match=r"needs 196608.0 GB of each device's"):
         on_device.check_memory(10**9, 256, 80 * 10**9)
     data = DataConfig(augmentation="trifeature", image_size=32)
     data.trifeature.train_size = 8

@@ -122,7 +122,7 @@ def test_what_is_no_report(tmp_path):
     [
         ("scaling", "--axes=depth", "--axes=depth: expected some of batch, pixels, queue, devices"),
         ("report", "--only=speed", "--only=speed: expected some of loss, train_step"),
-        ("report", "--from=missing", "--from=missing: there are no JSON files"),
+        ("report", "--from=missing", "--from=missing: no JSON files"),
     ],
 )
 def test_mistakes_are_said_in_one_line(in_process, monkeypatch, module, flag, message):

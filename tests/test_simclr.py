@@ -102,7 +102,7 @@ def test_what_is_moco_s_alone_says_so(run, tmp_path):
     writing.to_torch(run, tmp_path / "a.pth", "torchvision")
     assert loading.read(tmp_path / "a.pth").config.model.arch == "resnet8"
     views = {name: np.zeros((1, 8, 32, 32, 3)) for name in ("query", "key")}
-    with pytest.raises(UsageError, match="has method=simclr: replay follows the original, expected method=moco"):
+    with pytest.raises(UsageError, match="has method=simclr: replay follows the original: expected method=moco"):
         replay.replay(config(), loading.read(run), views)
     assert describe(loading.read(run))["parts"].startswith("query encoder")
 

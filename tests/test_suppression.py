@@ -97,7 +97,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_the_same_run_twice_is_a_mistake(runs):
-    with pytest.raises(UsageError, match="has the config and the seed of another workdir given: name it once"):
+    with pytest.raises(UsageError, match="has the same config and seed as another given workdir"):
         suppression.grouped([runs / "moco0", runs / "moco0"])
 
 

@@ -146,7 +146,9 @@ def test_no_module_that_a_data_set_names_is_imported(root, tmp_path, monkeypatch
     if way == "by name":
         name = "reptiles"
         monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "data"))
-    with pytest.raises(UsageError, match=r"names the class 'evil_feature.Image', for which code outside") as caught:
+    with pytest.raises(
+        UsageError, match=r"names the class 'evil_feature.Image', which would run code from outside"
+    ) as caught:
         open_tfds(name, "train", image_size=16)
     assert "\n" not in str(caught.value)
     assert "evil_feature" not in sys.modules
@@ -182,7 +184,7 @@ def test_mistakes_are_named(root, tmp_path):
         "nothing_such": "'tfds:nothing_such' cannot be opened .*: expected the name of a data set",
         "cifar10": "'tfds:cifar10' is not prepared: expected it in .*file_format='array_record'",
         str(old): f"is prepared as tfrecord in {old}, .* convert it once, in place, with {convert}",
-        str(tmp_path): "holds no dataset_info.json; expected the folder of a prepared version",
+        str(tmp_path): "has no dataset_info.json; expected the folder of a prepared version",
     }.items():
         with pytest.raises(UsageError, match=message) as caught:
             open_tfds(name, "train", image_size=16)

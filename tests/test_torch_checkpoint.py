@@ -346,7 +346,7 @@ def numbered(network):
 
 
 HEAD = {"projector.0.weight": torch.zeros(3, 3), "predictor.0.weight": torch.zeros(3, 3)}
-ASIDE = r"'backbone\.'; left aside: predictor, projector$"
+ASIDE = r"'backbone\.' was read; ignored: predictor, projector$"
 
 
 @pytest.mark.parametrize(
@@ -362,19 +362,19 @@ ASIDE = r"'backbone\.'; left aside: predictor, projector$"
         (lambda t, n: {"state_dict": under("backbone.", numbered(n)) | HEAD}, "", ASIDE),
         (lambda t, n: {"state_dict": under("backbone.", numbered(n)) | HEAD}, "backbone.", ASIDE),
         (lambda t, n: numbered(n), "", None),
-        (lambda t, n: under("encoder.", t), "", r"begin with 'encoder\.'$"),
+        (lambda t, n: under("encoder.", t), "", r"begin with 'encoder\.' was read$"),
         (lambda t, n: under("encoder.", t), "encoder.", None),
         (lambda t, n: {"model": under("model.", t)}, "model.", None),
         (lambda t, n: {"model": t}, "", None),
         (lambda t, n: {"backbone": t}, "", None),
-        (lambda t, n: {"state_dict": t, "model": t}, "", "under 'state_dict'; left aside: model"),
+        (lambda t, n: {"state_dict": t, "model": t}, "", "entry 'state_dict' was read; ignored: model"),
         # two networks, of which one has a usual name
         (
             lambda t, n: under("backbone.", t) | under("momentum_backbone.", random_like(t)),
             "",
-            r"left aside: momentum_backbone \(--prefix=momentum_backbone\. reads",
+            r"ignored: momentum_backbone \(--prefix=momentum_backbone\. reads",
         ),
-        (lambda t, n: under("student.", random_like(t)) | under("teacher.", t), "teacher.", "left aside: student"),
+        (lambda t, n: under("student.", random_like(t)) | under("teacher.", t), "teacher.", "ignored: student"),
         (lambda t, n: under("model.encoder_q.", t) | {"model.queue_ptr": torch.zeros(1)}, "model.encoder_q.", "model"),
     ],
 )
@@ -410,14 +410,14 @@ def test_a_whole_moco_under_a_prefix(tmp_path):
 def test_networks_of_which_one_is_to_be_named(backbone, tmp_path):
     tensors = backbone[1]
     torch.save(under("student.", tensors) | under("teacher.", tensors), tmp_path / "a.pth")
-    with pytest.raises(UsageError, match=r"2 networks.*begin with 'student\.', 'teacher\.': name one, with --prefix="):
+    with pytest.raises(UsageError, match=r"2 networks.*begin with 'student\.', 'teacher\.': choose one with --prefix="):
         loading.read(tmp_path / "a.pth")
-    with pytest.raises(UsageError, match=r"--prefix=net: none.*: expected one of 'student\.', 'teacher\.'"):
+    with pytest.raises(UsageError, match=r"--prefix=net: no tensor .*: expected one of 'student\.', 'teacher\.'"):
         reading.to_jax(tmp_path / "a.pth", tmp_path / "run", prefix="net")
-    with pytest.raises(UsageError, match=r"is a directory; a prefix is for PyTorch files"):
+    with pytest.raises(UsageError, match=r"is a directory: a prefix applies to PyTorch files only"):
         loading.read(tmp_path, prefix="student.")
     assert pretrained.load(tmp_path / "a.pth", None, "student.").config.model.arch == "resnet18"
-    with pytest.warns(UserWarning, match="left aside: teacher"):
+    with pytest.warns(UserWarning, match="ignored: teacher"):
         loading.load(tmp_path / "a.pth", prefix="student.")
 
 
@@ -450,7 +450,7 @@ def test_types_of_tensors(dtype, suffix, backbone, tmp_path, monkeypatch):
         save_file(tensors, tmp_path / "a.safetensors", metadata={"arch": "resnet34"})
         monkeypatch.setitem(sys.modules, "torch", None)  # its import fails
     found = loading.read(tmp_path / f"a{suffix}")
-    assert "calls itself resnet34" in found.notes[0]
+    assert "says resnet34" in found.notes[0]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kernel = found.state.params["layer4"]["1"]["conv2"]["kernel"]
     expected = tensors["layer4.1.conv2.weight"].to(wide).numpy()
@@ -487,7 +487,7 @@ def test_contradiction_with_the_config(tmp_path):
     moco_file(tmp_path / "a.pth.tar", width=64)
     config = Config()
     config.moco.dim, config.moco.queue_size = 16, 32
-    with pytest.raises(UsageError, match=r"model.arch='resnet50', there 'resnet18'"):
+    with pytest.raises(UsageError, match=r"model.arch='resnet50', but the tensors have 'resnet18'"):
         reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
     config.model.arch = "resnet18"
     reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run", config=config)
@@ -552,7 +552,7 @@ def test_overwrite_replaces_runs_and_nothing_else(tmp_path):
     moco_file(tmp_path / "a.pth.tar")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
-    with pytest.raises(UsageError, match="no run's workdir"):
+    with pytest.raises(UsageError, match="not the workdir of a run"):
         reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "photos", overwrite=True)
     (tmp_path / "run").mkdir()  # an empty directory is no obstacle
     reading.to_jax(tmp_path / "a.pth.tar", tmp_path / "run")
@@ -655,25 +655,25 @@ def run(folder, *arguments):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("code.pth.tar", r"would run code \(posix.mkdir\), and is refused"),
-        ("pickle.pth.tar", "no whole PyTorch checkpoint"),
-        ("truncated.pth.tar", "no whole PyTorch checkpoint"),
-        ("text.pth.tar", "no whole PyTorch checkpoint"),
-        ("empty.pth.tar", "no whole PyTorch checkpoint"),
-        ("vgg.pth", r"holds no ResNet \(tensors: features.0.weight"),
-        ("nested.pth", r"holds no ResNet \(tensors: features.0.weight"),
+        ("code.pth.tar", r"would run code \(posix.mkdir\) and is refused"),
+        ("pickle.pth.tar", "not a complete PyTorch checkpoint"),
+        ("truncated.pth.tar", "not a complete PyTorch checkpoint"),
+        ("text.pth.tar", "not a complete PyTorch checkpoint"),
+        ("empty.pth.tar", "not a complete PyTorch checkpoint"),
+        ("vgg.pth", r"has no ResNet \(tensors: features.0.weight"),
+        ("nested.pth", r"has no ResNet \(tensors: features.0.weight"),
         ("densenet.pth", "1 unexpected: denseblock1.weight"),
-        ("folder.pth.tar", "holds no checkpoints"),
-        ("pipe.pth.tar", "is no regular file"),
-        ("packed.pth", r"is packed \(\d+ bytes in a file of \d+\)"),
-        ("legacy.pth", "no whole PyTorch checkpoint"),
-        ("tar.pth", "no whole PyTorch checkpoint"),
-        ("truncated.safetensors", "no whole .safetensors"),
-        ("header.safetensors", "no whole .safetensors"),
-        ("length.safetensors", "no whole .safetensors"),
-        ("empty.safetensors", "no whole .safetensors"),
+        ("folder.pth.tar", "has no checkpoints"),
+        ("pipe.pth.tar", "is not a regular file"),
+        ("packed.pth", r"is compressed \(\d+ bytes in a file of \d+\)"),
+        ("legacy.pth", "not a complete PyTorch checkpoint"),
+        ("tar.pth", "not a complete PyTorch checkpoint"),
+        ("truncated.safetensors", "not a complete .safetensors"),
+        ("header.safetensors", "not a complete .safetensors"),
+        ("length.safetensors", "not a complete .safetensors"),
+        ("empty.safetensors", "not a complete .safetensors"),
         ("float8.safetensors", r"of a wrong type: bn1.bias \(F8_E4M3, expected floating point"),
-        ("zero.pth", r"holds no ResNet \(tensors: conv1.weight"),
+        ("zero.pth", r"has no ResNet \(tensors: conv1.weight"),
         ("zero_d.pth", r"mis-shaped: bn1.bias \(\), expected \(8,\)"),
         ("huge.pth", r"bn1.bias \(\(1000000000000,\), more numbers than the file holds"),
         ("huge_queue.pth", r"queue \(\(10, 1000000000000\), more numbers than the file holds"),
@@ -681,19 +681,19 @@ def run(folder, *arguments):
         ("quantized.pth", r"bn1.bias \(quantized torch.qint8, expected"),
         ("complex.pth", r"bn1.bias \(complex64, expected"),
         ("meta.pth", r"bn1.bias \(meta, without values, expected"),
-        ("keys.pth", "int 3 in its state dict is no name of a tensor"),
-        ("unprintable.pth", r"'bn1\.\\x1b\[31m\\nbias' in its state dict is no name"),
-        ("nested_dict.pth", "layer9 in its state dict is no tensor"),
+        ("keys.pth", "int 3 in its state dict cannot name a tensor"),
+        ("unprintable.pth", r"'bn1\.\\x1b\[31m\\nbias' in its state dict cannot name"),
+        ("nested_dict.pth", "layer9 in its state dict is not a tensor"),
         ("twice.pth", r"1 tensors twice, with and without 'module\.' \(module.conv1.weight\)"),
-        ("endless.pth", "again in its state dict is no tensor"),
+        ("endless.pth", "again in its state dict is not a tensor"),
         ("counter.pth", r"bn1.num_batches_tracked \(expected one number"),
         ("counter_high.pth", r"bn1.num_batches_tracked \(expected one number from 0 to 2147483647"),
-        ("pointer.pth", r"queue_ptr \(no whole number"),
+        ("pointer.pth", r"queue_ptr \(not a whole number"),
         ("optimizer.pth", r"optimizer \(1 groups, 0 parameters in the first"),
-        ("list.pth", r"holds no state dict \(found: list"),
-        ("number.pth", r"holds no state dict \(found: int"),
-        ("none.pth.tar", "none.pth.tar is not there"),
-        ("occupied", "holds no checkpoints"),
+        ("list.pth", r"has no state dict \(found: list"),
+        ("number.pth", r"has no state dict \(found: int"),
+        ("none.pth.tar", "none.pth.tar does not exist"),
+        ("occupied", "has no checkpoints"),
     ],
 )
 def test_files_that_are_refused(files, name, message):
@@ -712,11 +712,11 @@ def test_files_that_are_refused(files, name, message):
         (["to-jax", "code.pth.tar", "out"], "would run code (posix.mkdir)"),
         (["to-jax", "good.pth.tar", "occupied"], "pass --overwrite"),
         (["to-torch", "good.pth.tar", "code.pth.tar"], "pass --overwrite"),
-        (["to-torch", "good.pth.tar", "out.bin"], "must end in"),
+        (["to-torch", "good.pth.tar", "out.bin"], "expected a name that ends in"),
         (["to-torch", "good.pth.tar", "out.pth", "--for=keras"], "keras"),
-        (["inspect", "pipe.pth.tar"], "is no regular file"),
-        (["inspect", "good.pth.tar", "--prefix=net"], "none of the tensors of good.pth.tar begins with it"),
-        (["to-jax", "good.pth.tar"], "to-jax takes FILE.pth.tar DIR"),
+        (["inspect", "pipe.pth.tar"], "is not a regular file"),
+        (["inspect", "good.pth.tar", "--prefix=net"], "no tensor in good.pth.tar begins with it"),
+        (["to-jax", "good.pth.tar"], "expected to-jax FILE.pth.tar DIR"),
         ([], "expected one of to-jax, to-torch, inspect"),
     ],
 )
@@ -737,7 +737,7 @@ def test_the_three_commands(in_process, tmp_path):
     torch.save(content, tmp_path / "a.pth.tar")
     done = run(tmp_path, "to-jax", "a.pth.tar", "run")
     assert done.returncode == 0, done.stderr
-    assert "encoder_q.layer1.0.conv1.weight holds NaN" in done.stderr
+    assert "encoder_q.layer1.0.conv1.weight contains NaN" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     status, _, said = in_process("convert_checkpoints.py", "to-torch", "run", "b.pth", "--for=torchvision")
     assert status == 0, said

@@ -102,7 +102,7 @@ def test_a_step_exchanges_nothing_but_what_it_must(simulated):
 
     again = tpu_plan.plan(config, simulated, images=640, say=said.append)
     assert again == row
-    assert [line.startswith("Compiled before") for line in said] == [False, False, False, True]
+    assert [line.startswith("Using the stored compilation") for line in said] == [False, False, False, True]
     made = reporting.report("tpu_plan", [row], {})
     tpu_plan.print_report(made)
 
@@ -199,5 +199,5 @@ def test_nothing_is_tried_that_cannot_be_trained():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_it_says_what_to_install():
-    with pytest.raises(UsageError, match=r"pip install 'ifm_jax\[tpu-plan\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '.\[tpu-plan\]'"):
         tpu_plan.require_libtpu()

@@ -130,7 +130,7 @@ def test_the_workdir_of_another_config_is_refused(finished):
 
 def test_an_unwritable_workdir_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"file/run cannot be written to \(Not a directory\)"):
+    with pytest.raises(UsageError, match=r"file/run is not writable \(Not a directory\)"):
         train(small.config(), tmp_path / "file" / "run")
 
 
@@ -237,7 +237,7 @@ def test_init_from(finished, tmp_path, given, capsys):
     config, path, taken = small.config(steps=1, moco__momentum=1.0), finished, "query encoder; key encoder; queue"
     if given == "other head":
         config.moco.dim, config.moco.queue_size = 16, 32
-        taken = "query encoder without its head (a new one); key encoder (a copy of the query encoder); a new queue"
+        taken = "query encoder with a new head; key encoder (a copy of the query encoder); a new queue"
     elif given == "torch":
         path = tmp_path / "only_query.pth.tar"
         without = trained._replace(memory=MoCoMemory(None, None, None, None), opt_state=None)
@@ -250,8 +250,8 @@ def test_init_from(finished, tmp_path, given, capsys):
         tensors = torch.load(tmp_path / "plain.pth", weights_only=True)
         torch.save({"state_dict": {f"backbone.{name}": value for name, value in tensors.items()}}, path)
         taken = (
-            "query encoder without its head (a new one); key encoder (a copy of the query encoder); a new queue; "
-            "read is the network whose tensors begin with 'backbone.'"
+            "query encoder with a new head; key encoder (a copy of the query encoder); a new queue; "
+            "the network whose tensors begin with 'backbone.' was read"
         )
     config.init_from = str(path)
     training.train(config, tmp_path / "new", devices=jax.devices()[:1])
@@ -268,7 +268,7 @@ def test_init_from(finished, tmp_path, given, capsys):
 
 @pytest.mark.slow
 def test_init_from_another_network_is_refused(finished, tmp_path):
-    with pytest.raises(UsageError, match=r"the config does not fit .*\(model.width=8, there 4\)"):
+    with pytest.raises(UsageError, match=r"the config does not fit .*\(model.width=8, but the tensors have 4\)"):
         train(small.config(model__width=8, init_from=str(finished)), tmp_path)
 
 

@@ -38,7 +38,7 @@ def say_stopped(result: "Outcome", workdir: str | os.PathLike[str]) -> int:
         return 0
     text = (
         f"Stopped by {result.stopped_by.name} after step {result.step} of {result.total_steps}, saved in {workdir}. "
-        "The same command goes on from there."
+        "The same command resumes it."
     )
     if result.stopped_by == signal.SIGPIPE:  # the reader has closed standard output
         print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
@@ -51,9 +51,9 @@ def say_stopped(result: "Outcome", workdir: str | os.PathLike[str]) -> int:
 class Hosts(Group):
     """Options of a command that may be one of several processes."""
 
-    coordinator: str = field("", "HOST:PORT of process 0, where a cluster is not recognized.")
-    num_processes: int | None = field(None, "How many processes take part, with --coordinator.", expected="an integer")
-    process_id: int | None = field(None, "Which of them this is, with --coordinator.", expected="an integer")
+    coordinator: str = field("", "HOST:PORT of process 0, if no cluster is detected.")
+    num_processes: int | None = field(None, "Number of processes, with --coordinator.", expected="an integer")
+    process_id: int | None = field(None, "Number of this process, from 0, with --coordinator.", expected="an integer")
 
 
 def join_hosts(hosts: Hosts) -> None:
@@ -129,7 +129,7 @@ def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | Non
         stdout,
         strict=True,
         on_failure=lambda error: _say(
-            name, f"standard output cannot be written to ({error.strerror}): what does not fit is lost", 0
+            name, f"cannot write to standard output ({error.strerror}): the rest of the output is lost", 0
         ),
     )
     try:

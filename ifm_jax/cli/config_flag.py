@@ -45,7 +45,7 @@ class ConfigFlag:
         recipe = self.recipe or self.default
         if recipe is None:
             raise UsageError(
-                f"--config.{next(iter(self.changes), 'field')} changes a recipe: expected --config=FILE.py"
+                f"--config.{next(iter(self.changes), 'field')} changes a recipe: expected --config=FILE.py as well"
             )
         return self._changed(recipes.load(recipe))
 
@@ -104,7 +104,7 @@ def unknown_field(argument: str) -> str:
         near = did_you_mean(name, fields()) or "; --help lists the fields"
         return f"{shortened(argument)}: there is no config field {shown(name)}{near}"
     one = next(each for each in fields() if each.startswith(f"{name}.") and not fields()[each].is_group)
-    return f"{shortened(argument)}: {name} is a group of fields: expected one of them, as --config.{one}"
+    return f"{shortened(argument)}: {name} is a group of fields: expected one of them, such as --config.{one}"
 
 
 def parse(known: Field, renamed: Mapping[Any, Any], text: str, as_given: str) -> Any:
@@ -172,10 +172,10 @@ def describe(flag: ConfigFlag, line: Callable[..., list[str]], kind: Callable[[F
     lines = ["", "Config:"]
     lines += line("config", "A recipe: a Python file with get_config(), or the name of one in configs/.")
     lines += line(
-        "config.FIELD=VALUE", "changes one field of the recipe; a bool also by --config.FIELD and --noconfig.FIELD."
+        "config.FIELD=VALUE", "Changes a field of the recipe; for a bool also --config.FIELD and --noconfig.FIELD."
     )
-    whose = f"Their defaults are those of the recipe {flag.name()}." if recipe else "Their defaults are the original's."
-    lines += ["", f"Fields of the config. {whose}"]
+    whose = f"the defaults of the recipe {flag.name()}" if recipe else "the original's defaults"
+    lines += ["", f"Config fields, with {whose}:"]
     by_group: dict[str, list[str]] = {"": []}
     for name, known in fields().items():
         if known.is_group:

@@ -1,4 +1,4 @@
-"""Converts checkpoints between PyTorch and JAX, and says what one holds: `convert_checkpoints.py`."""
+"""Converts checkpoints between PyTorch and JAX, and describes them: `convert_checkpoints.py`."""
 
 import dataclasses
 import os
@@ -20,16 +20,16 @@ class Options(Group):
 
     for_: str = field(
         "moco",
-        "to-torch: who is to read the file.",
+        "to-torch: format of the file, named after the program that reads it.",
         choices=TARGETS,
         expected=f"one of {', '.join(TARGETS)}",
     )
-    prefix: str = field("", "What the network's names in a PyTorch file begin with, as backbone.")
+    prefix: str = field("", "Prefix of the network's names in a PyTorch file, such as backbone.")
     step: int | None = field(
-        None, "to-jax: updates done, where the file does not say.", least=0, expected="a non-negative integer"
+        None, "to-jax: updates done, if the file does not tell.", least=0, expected="a non-negative integer"
     )
     epoch: int | None = field(
-        None, "to-torch: epochs done, where the run does not say.", least=0, expected="a non-negative integer"
+        None, "to-torch: epochs done, if the run does not tell.", least=0, expected="a non-negative integer"
     )
     overwrite: bool = field(False, "Replace existing output.")
 
@@ -47,9 +47,9 @@ def main(given: Given) -> int:
     """Converts; returns the exit status."""
     name, *paths = given.arguments or [""]
     if name not in _COMMANDS:
-        raise UsageError(f"{name or 'no command'}: expected one of {', '.join(_COMMANDS)}; --help shows them")
+        raise UsageError(f"{name or 'no command'}: expected one of {', '.join(_COMMANDS)}; --help describes them")
     if len(paths) != len(_COMMANDS[name]):
-        raise UsageError(f"{name} takes {' '.join(_COMMANDS[name])}, {len(paths)} arguments were given")
+        raise UsageError(f"{name} with {len(paths)} arguments: expected {name} {' '.join(_COMMANDS[name])}")
     for what, path in zip(_COMMANDS[name], paths, strict=True):
         if not path.strip():
             raise UsageError(f"{name}: {what} {UNSET}")

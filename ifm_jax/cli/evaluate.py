@@ -16,21 +16,21 @@ class Options(Group):
     """The command's flags."""
 
     workdir: str = field("", "Directory of the run to evaluate.")
-    pretrained: str = field("", "A .pth.tar, a checkpoint or a workdir to evaluate instead.")
-    prefix: str = field("", "--pretrained: what the network's names begin with, as backbone.")
-    output: str = field("", "Where results go: the workdir, or runs/NAME for --pretrained=NAME.")
-    fast: bool = field(False, "The fast protocol.")
-    knn: bool = field(False, "k nearest neighbors.")
-    diagnostics: bool = field(False, "Alignment, uniformity, effective rank, similarities.")
+    pretrained: str = field("", "A .pth.tar, a checkpoint or a workdir to evaluate instead of --workdir.")
+    prefix: str = field("", "Prefix of the network's names in the file of --pretrained, such as backbone.")
+    output: str = field("", "Directory for the results; default: the workdir, or runs/NAME for --pretrained=NAME.")
+    fast: bool = field(False, "Use the fast protocol: stored features of a few views.")
+    knn: bool = field(False, "Classify by k nearest neighbors.")
+    diagnostics: bool = field(False, "Compute alignment, uniformity, effective rank and similarities.")
     features: str = field("", "Write features to this .npz or .array_record file.")
     map: str = field("", "Draw the features in two dimensions into this .png file.")
-    map_method: str = field("tsne", "How the map is made.", choices=("tsne", "umap"), expected="one of tsne, umap")
+    map_method: str = field("tsne", "Method of the map.", choices=("tsne", "umap"), expected="one of tsne, umap")
     split: str = field(
-        "test", "Whose features to write or to draw.", choices=("train", "test"), expected="one of train, test"
+        "test", "Images whose features to write or draw.", choices=("train", "test"), expected="one of train, test"
     )
     layer: str = field(
         "backbone",
-        "Which features to write or to draw.",
+        "Layer whose features to write or draw.",
         choices=("backbone", "projection"),
         expected="one of backbone, projection",
     )
@@ -51,7 +51,7 @@ def main(given: Given) -> int:
     given.refuse_arguments()
     options = given.options
     if bool(options.workdir) == bool(options.pretrained):
-        raise UsageError("expected either --workdir, the directory of a training run, or --pretrained, a checkpoint")
+        raise UsageError("expected either --workdir (the directory of a training run) or --pretrained (a checkpoint)")
     path = options.workdir or options.pretrained
     config = given.config.over(lambda: _config_of_run(options.workdir) if options.workdir else Config())
     output = pathlib.Path(options.output or options.workdir or pathlib.Path("runs") / _name(path))

@@ -49,7 +49,7 @@ class Given:
           UsageError: if there are any.
         """
         if self.arguments:
-            raise UsageError(f"{self.arguments[0]!r} is no flag: expected --name=value; --help lists the flags")
+            raise UsageError(f"{self.arguments[0]!r} is not a flag: expected --name=value; --help lists the flags")
 
 
 @dataclasses.dataclass(slots=True)
@@ -228,12 +228,14 @@ def _with_files(arguments: Iterable[str], within: tuple[str, ...] = ()) -> Itera
             raise UsageError(f"--flagfile= {UNSET}")
         path = os.path.abspath(os.path.expanduser(path))
         if path in within:
-            raise UsageError(f"--flagfile={path} names itself: expected a file that does not")
+            raise UsageError(f"--flagfile={path} includes itself: expected a file without that line")
         try:
             lines = [line.strip() for line in pathlib.Path(path).read_text().splitlines()]
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"--flagfile={path} cannot be read ({reason}): expected a flag a line") from None
+            raise UsageError(
+                f"--flagfile={path} cannot be read ({reason}): expected a file with one flag per line"
+            ) from None
         flags = [line for line in lines if line and not line.startswith(("#", "//"))]
         yield from _with_files(flags, (*within, path))
 
@@ -248,7 +250,7 @@ def _reader(known: Field, name: str) -> Read:
 
     def read(text: str | None, _: str) -> Any:
         if text is None:
-            raise UsageError(f"Missing value for flag --{name}: expected --{name}=VALUE")
+            raise UsageError(f"--{name} has no value: expected --{name}=VALUE")
         if not text.strip():
             raise UsageError(f"--{name}= {UNSET}")
         as_given = f"--{name}={config_flag.shortened(text)}"

@@ -1,4 +1,4 @@
-"""Trains on recorded views and compares with a reference: `python -m ifm_jax.replay`."""
+"""Trains on recorded views and compares the results with a reference: `python -m ifm_jax.replay`."""
 
 import dataclasses
 import json
@@ -23,20 +23,25 @@ if TYPE_CHECKING:
 class Options(Group):
     """The command's flags."""
 
-    start: str = field("", "A .pth.tar in the original's format, or a run of our own.")
-    views: str = field("", "Recorded views, .npz.")
-    reference: str = field("", "What to compare with, .npz.")
-    out: str = field("", "Where to write this run's quantities, .npz.")
-    json: str = field("", "Where to write the comparison, JSON.")
+    start: str = field("", "Checkpoint to start from: a .pth.tar in the original's format, or a run of ifm_jax.")
+    views: str = field("", "File of recorded views, .npz.")
+    reference: str = field("", "File of reference quantities to compare with, .npz.")
+    out: str = field("", "Write this run's quantities to this .npz file.")
+    json: str = field("", "Write the comparison to this JSON file.")
     dtype: str = field(
         "float64",
-        "Of parameters and arithmetic.",
+        "Dtype of parameters and arithmetic.",
         choices=("float64", "float32"),
         expected="one of float64, float32",
     )
-    rtol: float = field(1e-9, "Tolerance, relative to a quantity's largest magnitude.")
-    atol: float = field(1e-9, "Tolerance, absolute.")
-    steps_per_epoch: int | None = field(None, "For the schedule.", least=1, expected="a positive integer")
+    rtol: float = field(1e-9, "Tolerance relative to a quantity's largest magnitude.")
+    atol: float = field(1e-9, "Absolute tolerance.")
+    steps_per_epoch: int | None = field(
+        None,
+        "Steps in an epoch, for the learning-rate schedule, if the checkpoint does not tell.",
+        least=1,
+        expected="a positive integer",
+    )
 
 
 def flags(text: str = "") -> Flags:
@@ -54,11 +59,11 @@ def main(given: Given) -> int:
     options = given.options
     for name in ("start", "views"):
         if not getattr(options, name):
-            raise UsageError(f"--{name} is missing; --help shows what it is")
+            raise UsageError(f"--{name} is missing: expected --{name}=FILE; --help describes it")
     for name in ("out", "json"):
         path = getattr(options, name)
         if path and not pathlib.Path(path).absolute().parent.is_dir():
-            raise UsageError(f"--{name}={path}: its directory is not there; make it first")
+            raise UsageError(f"--{name}={path}: its directory does not exist; create it first")
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Says which features runs have learned and which they have suppressed: `python -m ifm_jax.evaluation.suppression`."""
+"""Reports which features runs have learned and suppressed: `python -m ifm_jax.evaluation.suppression`."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def flags(text: str = "") -> Flags:
 def main(given: Given) -> int:
     """Reads out the given runs; returns the exit status."""
     if not given.arguments:
-        raise UsageError("no workdir is named: expected one or more, of training runs")
+        raise UsageError("no workdir given: expected the workdirs of one or more training runs")
     from ifm_jax.evaluation import suppression
 
     suppression.compare(given.arguments, given.options.output)

@@ -1,4 +1,4 @@
-"""Pre-trains an encoder with MoCo-v2 and implicit feature modification: `train.py`."""
+"""Pre-trains an encoder with MoCo-v2 or SimCLR and implicit feature modification: `train.py`."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ from ifm_jax.config import Group, field
 class Options(Group):
     """The command's flags."""
 
-    workdir: str = field("", "Directory of the run; runs/<recipe> if not given.")
+    workdir: str = field("", "Directory of the run; default: runs/<recipe>.")
     hosts: Hosts = field(Hosts, "one of several processes")
 
 

@@ -103,7 +103,7 @@ def open_array(
     images, labels = arrays["images"], arrays["labels"]
     if images is None:
         raise UsageError(
-            f"{said} holds no {'held-out' if split == 'test' else 'training'} images: expected an array "
+            f"{said} has no {'held-out' if split == 'test' else 'training'} images: expected an array "
             f"{' or '.join(_NAMES[split]['images'])}"
         )
     if (
@@ -117,17 +117,17 @@ def open_array(
         )
     if labels is None:
         if classes:
-            raise UsageError(f"data.classes={classes!r}: {said} has no labels to choose by; leave data.classes empty")
+            raise UsageError(f"data.classes={classes!r}: {said} has no labels; leave data.classes empty")
         return ArrayFile(images, image_size, random_crops=random_crops)
     labels = _checked(labels, len(images), f"{said}: its {split} labels")
     names = arrays["class_names"]
     if names is not None and names.size:
         if names.ndim != 1:
-            raise UsageError(f"{said}: class_names is of shape {names.shape}; expected one name for each class")
+            raise UsageError(f"{said}: class_names has shape {names.shape}; expected one name for each class")
         names = tuple(map(str, names))
         if labels.max() >= len(names):
             raise UsageError(
-                f"{said}: a {split} label is {labels.max()}, expected 0 to {len(names) - 1}: class_names has "
+                f"{said}: a {split} label is {labels.max()}; expected 0 to {len(names) - 1}: class_names has "
                 f"{len(names)}"
             )
     else:
@@ -136,7 +136,9 @@ def open_array(
             train_labels = _checked(train_labels, train_labels.size, f"{said}: its training labels")
         count = 0 if train_labels is None else int(train_labels.max()) + 1
         if labels.max() >= count:
-            raise UsageError(f"{said}: a {split} label is {labels.max()}, but the training labels end at {count - 1}")
+            raise UsageError(
+                f"{said}: a {split} label is {labels.max()}; expected 0 to {count - 1}, the training labels"
+            )
         names = tuple(map(str, range(count)))
     kept = chosen(classes, names, f"classes of {path}")
     if classes:
@@ -163,7 +165,7 @@ def _checked(labels: np.ndarray, count: int, said: str) -> np.ndarray:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= _MOST_CLASSES:
         raise UsageError(
-            f"{said} hold {low if low < 0 else high}; expected numbers of classes, from 0 to {_MOST_CLASSES - 1}"
+            f"{said} contain {low if low < 0 else high}; expected class numbers from 0 to {_MOST_CLASSES - 1}"
         )
     return labels.reshape(-1)
 
@@ -177,6 +179,6 @@ def _read(path: pathlib.Path, split: str, said: str) -> dict[str, np.ndarray | N
             arrays = {name: file[name] for name in set(found.values()) if name is not None}
             return {kind: None if name is None else arrays[name] for kind, name in found.items()}
     except FileNotFoundError:
-        raise UsageError(f"{said}: {path} is not there; expected a .npz file with train_images") from None
+        raise UsageError(f"{said}: {path} does not exist; expected a .npz file with train_images") from None
     except NpzError as error:
         raise UsageError(f"{said}: {path} cannot be read ({error}); expected a .npz file with train_images") from None

@@ -35,8 +35,8 @@ class BadImages:
             lines: list[str] = []
         except OSError as error:
             raise UsageError(
-                f"{self._path} cannot be read ({error.strerror}): expected the list of unreadable images; remove it, "
-                "and they are counted anew"
+                f"{self._path} cannot be read ({error.strerror}): expected the list of unreadable images; delete it, "
+                "and the run counts them again"
             ) from None
         self._names = {line.split("\t")[0] for line in lines}
 
@@ -58,14 +58,12 @@ class BadImages:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(f"{name}\t{reason}\n")
         except OSError as error:
-            raise UsageError(
-                f"{self._path} cannot be written ({error.strerror}): pass the --workdir of a directory that can"
-            ) from None
+            raise UsageError(f"{self._path} cannot be written ({error.strerror}): pass a writable --workdir") from None
         if len(self) > self._max_share * self._size:
             raise RunError(
                 f"{len(self)} of {self._size} images cannot be read, more than data.max_bad={self._max_share:g} "
-                f"allows; the last was {name} ({reason}). They are listed in {self._path}: raise data.max_bad, and the "
-                "run goes on from its last checkpoint; or replace or remove them, and data.json of the workdir, which "
-                "would tell"
+                f"allows; the last was {name} ({reason}). They are listed in {self._path}: raise data.max_bad to "
+                "resume the run from its last checkpoint; or replace or delete the images, and delete data.json in the "
+                "workdir, which would reject the new ones"
             )
-        self._say(f"{name} cannot be read ({reason}): a neighbor takes its place ({len(self)} so far).")
+        self._say(f"{name} cannot be read ({reason}): a neighbor replaces it ({len(self)} so far).")

@@ -42,11 +42,11 @@ def read_names(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"data.classes={path!r} cannot be read ({getattr(error, 'strerror', None) or error}): expected a text "
-            "file of class names, one a line"
+            "file of class names, one per line"
         ) from None
     names = {re.split(r"(?:^|\s)#", line)[0].strip() for line in lines} - {""}
     if not names:
-        raise UsageError(f"data.classes={path!r} names no class: expected class names, one a line")
+        raise UsageError(f"data.classes={path!r} names no class: expected class names, one per line")
     return sorted(names)
 
 

@@ -149,8 +149,8 @@ def open_folder(
         return _open_part(path, parts, split, image_size, classes, random_crops)
     except OSError as error:
         raise UsageError(
-            f"data.source='folder:{path}': {error.filename} cannot be read ({error.strerror}); expected folders that "
-            "you may read"
+            f"data.source='folder:{path}': {error.filename} cannot be read ({error.strerror}); expected readable "
+            "folders"
         ) from None
     except RuntimeError as error:  # ~nobody
         raise UsageError(f"data.source='folder:{path}': {error}; expected the path of a folder") from None
@@ -165,8 +165,8 @@ def _parts(path: str) -> dict[str, pathlib.Path]:
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UsageError(
-            f"data.source='folder:{path}': {root} is {'not a folder' if root.exists() else 'not there'}; expected a "
-            "folder of images, or of one folder for each class"
+            f"data.source='folder:{path}': {root} {'is not a folder' if root.exists() else 'does not exist'}; "
+            "expected a folder of images, or of one folder for each class"
         )
     parts = {"train": root}
     if (root / "train").is_dir():
@@ -204,7 +204,7 @@ def _open_part(
     if split == "test":
         if other := sorted(set(_class_folders(trees["test"])) - set(found)):
             raise UsageError(
-                f"{parts[split]} holds the class {other[0]!r}, which {parts['train']} does not: expected the same "
+                f"{parts[split]} has the class {other[0]!r}, which {parts['train']} does not have: expected the same "
                 "classes in both"
             )
         found = _class_folders(trees["test"])
@@ -216,13 +216,16 @@ def _open_part(
         files = trees[split].images_below(name)
         if not files:
             raise UsageError(
-                f"class folder {parts[split] / name} holds no images: expected {', '.join(scan.SUFFIXES)}; remove it "
-                "or name the classes to keep in data.classes"
+                f"class folder {parts[split] / name} has no images: expected {', '.join(scan.SUFFIXES)}; remove it, "
+                "or list the classes to keep in data.classes"
             )
         paths += files
         labels += [label] * len(files)
     if not paths:
-        raise UsageError(f"data.source='folder:{path}': {parts[split]} holds none of the classes of {parts['train']}")
+        raise UsageError(
+            f"data.source='folder:{path}': {parts[split]} has none of the classes of {parts['train']}; expected the "
+            "same classes in both"
+        )
     return Folder(parts[split], paths, image_size, [shown(name) for name in names], labels, random_crops)
 
 
@@ -234,7 +237,7 @@ def _class_folders(tree: scan.Tree) -> list[str]:
         if full is None:
             return []
         raise UsageError(
-            f"{tree.root} holds both images ({loose[0]}, ...) and folders of images ({full}, ...): "
+            f"{tree.root} has both images ({loose[0]}, ...) and folders of images ({full}, ...): "
             "expected one or the other; move the images into a folder of their own"
         )
     return names

@@ -41,8 +41,8 @@ class UnreadableImageError(RunError):
 
     def __init__(self, name: str, reason: str):
         super().__init__(
-            f"{name} cannot be read ({reason}): replace or remove it and start again; a run goes on from its last "
-            "checkpoint, if you remove its data.json too, by which it would notice"
+            f"{name} cannot be read ({reason}): replace or delete it and start again; a run resumes from its last "
+            "checkpoint if you also delete its data.json, which would reject the new images"
         )
         self.name, self.reason = name, reason
 

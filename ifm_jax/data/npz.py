@@ -83,12 +83,12 @@ class Npz(Mapping[str, np.ndarray]):
                 raise NpzError(f"it has format {'.'.join(map(str, version))}, expected 1.0 or 2.0")
             shape, _, dtype = _HEADERS[version](stream)
         if dtype.hasobject:
-            raise NpzError("it holds Python objects, expected plain numbers or text")
+            raise NpzError("it contains Python objects, expected plain numbers or text")
         if any(side < 0 for side in shape):
             raise NpzError(f"its shape is {shape}")
         size = dtype.itemsize * math.prod(shape)
         if size > self._file.getinfo(member).file_size:
-            raise NpzError(f"it is truncated: {shape} of {dtype} are {size} bytes")
+            raise NpzError(f"it is truncated: {shape} of {dtype} needs {size} bytes")
         if size > self._left:
             raise NpzError(
                 f"its {size / 2**30:.1f} GiB do not fit in this machine's {memory() / 2**30:.1f} GiB of memory"

@@ -266,6 +266,6 @@ def check_memory(images: int, side: int, has: int | None) -> None:
     needed = images * side * side * 3
     if has is not None and needed > _SHARE * has:
         raise UsageError(
-            f"data.cache='device' takes {needed / 1e9:.1f} GB on each device, {images:,} images of {side} px, of the "
-            f"{has / 1e9:.1f} GB it has: expected at most {_SHARE:.0%}; a smaller data.cache_size, or data.cache=''"
+            f"data.cache='device' needs {needed / 1e9:.1f} GB of each device's {has / 1e9:.1f} GB, for {images:,} "
+            f"images of {side} px: expected at most {_SHARE:.0%}; use a smaller data.cache_size, or data.cache=''"
         )

@@ -38,7 +38,7 @@ def steps_per_epoch(size: int, batch_size: int, *, remainder: bool = False) -> i
     if remainder and size:
         return -(-size // batch_size)
     if size < batch_size:
-        raise UsageError(f"batch_size={batch_size} is more than the {size} training images: take a smaller one")
+        raise UsageError(f"batch_size={batch_size} is more than the {size} training images: use a smaller one")
     return size // batch_size
 
 

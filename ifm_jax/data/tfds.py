@@ -180,23 +180,21 @@ def open_tfds(
     info, path = builder.info, builder.data_path
     if not (pathlib.Path(path) / "dataset_info.json").exists():
         raise UsageError(
-            f"{said} is not prepared: expected it in {path}; prepare it, where TensorFlow is installed, with python -c "
+            f"{said} is not prepared: expected it in {path}; with TensorFlow installed, prepare it by python -c "
             f"\"import tensorflow_datasets as tfds; tfds.builder('{name}', file_format='array_record')"
-            '.download_and_prepare()", or set TFDS_DATA_DIR to where it is'
+            '.download_and_prepare()", or set TFDS_DATA_DIR to its location'
         )
     formats = sorted(each.value for each in info.available_file_formats())  # a data set converted in place has two
     if "array_record" not in formats:
         raise UsageError(
-            f"{said} is prepared as {' and '.join(formats)} in {path}, which has no random access: expected "
+            f"{said} is prepared as {' and '.join(formats)} in {path}, without random access: expected "
             f"array_record; convert it once, in place, with tfds convert_format --dataset_version_dir={path} "
             "--out_file_format=array_record (it needs tensorflow, apache-beam and mlcroissant)"
         )
     features = dict(info.features.items())
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:
-        raise UsageError(
-            f"{said} has no images: its features are {some(list(features))}; expected one that is an Image"
-        )
+        raise UsageError(f"{said} has no images: its features are {some(list(features))}; expected an Image among them")
     expression = expression or next((each for each in _SPLITS[split] if each in info.splits), "")
     try:
         if not expression:
@@ -218,7 +216,7 @@ def open_tfds(
     )
     if classes:
         if not names:
-            raise UsageError(f"data.classes={classes!r}: {said} has no labels to choose by; leave data.classes empty")
+            raise UsageError(f"data.classes={classes!r}: {said} has no labels; leave data.classes empty")
         label = next(iter(names))
         source.keep(label, chosen(classes, names[label], f"classes of {name}"))
         if not len(source):
@@ -230,7 +228,9 @@ def _tfds(said: str) -> types.ModuleType:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise UsageError(f"{said} needs a package that is missing ({error}): pip install 'ifm_jax[tfds]'") from None
+        raise UsageError(
+            f"{said} needs a missing package ({error}): pip install tensorflow-datasets importlib_resources"
+        ) from None
     return tensorflow_datasets
 
 
@@ -243,7 +243,7 @@ def _builder(tfds: types.ModuleType, name: str, said: str) -> Any:
             return tfds.builder_from_directory(folder)
         if folder.is_dir() and len(folder.parts) > 1:
             raise UsageError(
-                f"{said}: {folder} holds no dataset_info.json; expected the folder of a prepared version, such as "
+                f"{said}: {folder} has no dataset_info.json; expected the folder of a prepared version, such as "
                 "/data/cifar10/3.0.2"
             )
         from absl import logging
@@ -298,6 +298,6 @@ def _check_features(path: pathlib.Path, said: str) -> None:
             for each in classes:
                 if isinstance(each, str) and "." in each and not each.startswith("tensorflow_datasets."):
                     raise UsageError(
-                        f"{said}: {path} names the class {each!r}, for which code outside TensorFlow Datasets would be "
-                        "run; expected classes of tensorflow_datasets, so prepare the data set with those"
+                        f"{said}: {path} names the class {each!r}, which would run code from outside TensorFlow "
+                        "Datasets; expected classes of tensorflow_datasets: prepare the data set with those"
                     )

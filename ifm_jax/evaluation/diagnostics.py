@@ -195,9 +195,9 @@ def _check_pair(first: np.ndarray, second: np.ndarray) -> None:
 
 def _check_rows(embeddings: np.ndarray) -> None:
     if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise UsageError(f"embeddings {embeddings.shape}: expected (N, D) with at least two rows to make a pair")
+        raise UsageError(f"embeddings {embeddings.shape}: expected (N, D) with at least two rows")
 
 
 def _check_finite(x: np.ndarray) -> None:
     if not np.isfinite(np.asarray(x, np.float64)).all():
-        raise RunError("embeddings are not finite: expected finite ones from the encoder; has the run diverged?")
+        raise RunError("embeddings are not finite: expected finite embeddings from the encoder; has the run diverged?")

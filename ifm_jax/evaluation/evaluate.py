@@ -134,7 +134,7 @@ def _readouts(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say
     for label in pretrained.chosen_labels(of.config, train_source):
         classes = len(train_source.label_names[label])
         if train.size * classes > _READOUT_LIMIT:
-            say(f"Logistic regression of {label!r} is left out: {len(train):,} images are too many for it.")
+            say(f"Logistic regression of {label!r} is skipped: {len(train):,} images are too many for it.")
             continue
         found[label] = {
             "top1": readout.linear_readout(train, train_source.labels()[label], test, test_source.labels()[label])

@@ -43,7 +43,7 @@ def write(path: str | os.PathLike[str], features: np.ndarray, source: ViewSource
                 _write_records(temporary, features, names, labels)
     except OSError as error:
         raise UsageError(
-            f"--features={path} cannot be written ({error.strerror or error}): name another file"
+            f"--features={path} cannot be written ({error.strerror or error}): name a writable file"
         ) from None
 
 
@@ -66,7 +66,7 @@ def check_suffix(path: pathlib.Path, suffixes: tuple[str, ...], flag: str) -> No
     if path.suffix not in suffixes:
         raise UsageError(f"{flag}={path}: expected a name that ends in {' or '.join(suffixes)}")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"{flag}={path}: {path.absolute().parent} is not there; name a file in a folder that is")
+        raise UsageError(f"{flag}={path}: {path.absolute().parent} does not exist; name a file in an existing folder")
 
 
 def two_dimensions(features: np.ndarray, method: str = "tsne", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -84,14 +84,16 @@ def two_dimensions(features: np.ndarray, method: str = "tsne", seed: int = 0) ->
       UsageError: if the method's package is missing, or there are fewer than four images.
     """
     if len(features) < 4:
-        raise UsageError(f"{len(features)} images are too few for a map: expected at least four")
+        raise UsageError(f"{len(features)} images are too few for a map: expected at least 4")
     shown = np.sort(np.random.default_rng(seed).permutation(len(features))[:_MAP_IMAGES])
     chosen = features[shown]
     if method == "umap":
         try:
             import umap  # pyrefly: ignore[missing-import] (where it is not installed)
         except ImportError:
-            raise UsageError("--map_method=umap needs umap-learn: pip install 'ifm_jax[umap]', or take tsne") from None
+            raise UsageError(
+                "--map_method=umap needs umap-learn: pip install umap-learn, or use --map_method=tsne"
+            ) from None
         return shown, umap.UMAP(metric="cosine", random_state=seed).fit_transform(chosen)
     from sklearn.manifold import TSNE
 

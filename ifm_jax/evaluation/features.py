@@ -51,7 +51,9 @@ class FrozenEncoder:
           UsageError: if the projection is asked for and there is no head.
         """
         if layer == "projection" and "fc" not in params:
-            raise UsageError("the checkpoint has no projection head: expected one, or the features of the backbone")
+            raise UsageError(
+                "the checkpoint has no projection head: expected a checkpoint with one, or --layer=backbone"
+            )
         if layer == "backbone":
             encoder = dataclasses.replace(encoder, dim=0)
             params, batch_stats = without_head(params), without_head(batch_stats)

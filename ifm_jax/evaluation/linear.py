@@ -174,7 +174,7 @@ def run(
                 if outcome.stopped_by is not None:
                     return outcome
     if frozen.digest() != digest:
-        raise RunError("a tensor of the frozen backbone has changed: the evaluation is void; please report it")
+        raise RunError("a tensor of the frozen backbone has changed: the evaluation is invalid; please report this bug")
     history = [record["heads"] for record in metrics_log.read(workdir.metrics) if "heads" in record]
     return {label: probe.result(label, history) for label in probe.labels}
 
@@ -199,7 +199,7 @@ class _Probe:
         if linear.batch_size % self.frozen.mesh.size:
             raise UsageError(
                 f"linear.batch_size={linear.batch_size} is not a multiple of the {self.frozen.mesh.size} devices: "
-                "change it, or run on fewer devices"
+                "change it, or use fewer devices"
             )
         every, self._test = checkpoint.images("train"), checkpoint.images("test")
         self.labels = chosen_labels(self._config, every)
@@ -209,7 +209,10 @@ class _Probe:
             order = np.random.default_rng(linear.seed).permutation(len(every))
             count = max(1, round(linear.holdout * len(every)))
             if count >= len(every):
-                raise UsageError(f"{len(every)} training images are too few to keep {linear.holdout:g} of them aside")
+                raise UsageError(
+                    f"{len(every)} training images are too few to hold out linear.holdout={linear.holdout:g} of them: "
+                    "use more images, or a single classifier"
+                )
             self._aside, kept = np.sort(order[:count]), np.sort(order[count:])
         self._kept = kept
         self._train = every if self._aside is None else subset(every, kept)
@@ -240,7 +243,7 @@ class _Probe:
             known, now = configs.flatten(known), configs.flatten(identity)
             differing = [name for name in known | now if known.get(name) != now.get(name)]
             raise UsageError(
-                f"{workdir} holds another evaluation ({', '.join(differing)} differ): pass another --output, or "
+                f"{workdir} belongs to another evaluation ({', '.join(differing)} differ): pass another --output, or "
                 "delete it"
             )
         if jax.process_index() == 0:

@@ -153,7 +153,7 @@ def chosen_labels(config: Config, source: Source) -> list[str]:
     """
     if config.data.label and config.data.label not in source.label_names:
         raise UsageError(
-            f"data.label={config.data.label!r} is no label of data.source={config.data.source!r}: expected one of "
+            f"data.label={config.data.label!r} is not a label of data.source={config.data.source!r}: expected one of "
             f"{', '.join(source.label_names)}"
         )
     return [config.data.label] if config.data.label else list(source.label_names)

@@ -116,7 +116,9 @@ def grouped(workdirs: Sequence[str | os.PathLike[str]]) -> dict[str, list[str | 
         for known, members in groups:
             if not configs.differences(alike, known):
                 if any(Workdir(other).read_config().seed == config.seed for other in members):
-                    raise UsageError(f"{workdir} has the config and the seed of another workdir given: name it once")
+                    raise UsageError(
+                        f"{workdir} has the same config and seed as another given workdir: name only one of them"
+                    )
                 members.append(workdir)
                 break
         else:
@@ -239,7 +241,7 @@ def write(results: dict[str, list[Readouts]], directory: str | os.PathLike[str])
         means = [mean(name, rows) for name, rows in results.items()]
         report.draw_readouts(means, directory / "suppression.png", errors=errors)
     except OSError as error:
-        raise UsageError(f"{directory} cannot be written to ({error.strerror}): pass an --output that can") from None
+        raise UsageError(f"{directory} is not writable ({error.strerror}): pass a writable --output") from None
 
 
 def compare(workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> dict[str, list[Readouts]]:

@@ -67,7 +67,9 @@ class BatchNorm(nnx.Module):
 
         batch, channels = x.shape[0], x.shape[-1]
         if batch % self.groups:
-            raise ValueError(f"a batch of {batch} does not split into {self.groups} BatchNorm groups (bn_groups)")
+            raise ValueError(
+                f"a batch of {batch} cannot be split into {self.groups} equal BatchNorm groups (bn_groups)"
+            )
         # With the groups on the leading axis each device reduces only over its own samples.
         grouped = x.reshape(self.groups, batch // self.groups, *x.shape[1:])
         y, mean, var = _normalize(

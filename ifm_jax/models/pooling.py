@@ -32,7 +32,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def _maxima(x: jax.Array) -> jax.Array:
-    low = np.asarray(-np.inf, x.dtype)  # NumPy's: only with a constant does JAX see a maximum and know its gradient
+    low = np.asarray(-np.inf, x.dtype)  # of NumPy: JAX differentiates the maximum only if it sees the constant
     window, strides = (1, _SIDE, _SIDE, 1), (1, _STRIDE, _STRIDE, 1)
     return jax.lax.reduce_window(x, low, jax.lax.max, window, strides, ((0, 0), (_PAD, _PAD), (_PAD, _PAD), (0, 0)))
 

@@ -110,7 +110,9 @@ class BasicBlock(nnx.Module):
         norm: Callable[[int], BatchNorm],
     ):
         if arch.groups != 1 or arch.width_per_group != 64:
-            raise ValueError("a basic block has one group and width_per_group 64; take a bottleneck for others")
+            raise ValueError(
+                "a basic block supports only one group and width_per_group 64: use a bottleneck block for others"
+            )
         self.conv1 = conv(in_features, features, 3, stride=stride)
         self.bn1 = norm(features)
         self.conv2 = conv(features, features, 3)

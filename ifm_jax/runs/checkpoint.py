@@ -107,8 +107,8 @@ class Checkpoints:
         measured = {self._best: found[self._best]} if self._best and found else None
         if not self.directory.is_dir():  # Orbax would recreate it and continue as if the others still existed
             raise RunError(
-                f"the checkpoints of {self.directory} were removed while the run was on: stopped at step {step}, "
-                "nothing is saved any more; the same command goes on from what is there"
+                f"the checkpoints in {self.directory} were removed during the run: stopped at step {step} without "
+                "saving it; the same command resumes from what is left"
             )
         with self._failures(step):
             self._manager.save(step, args=items, metrics=measured)
@@ -127,9 +127,9 @@ class Checkpoints:
             self._failed = True
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}, or the one before it,"
             raise RunError(
-                f"{what} cannot be written to {self.directory} ({type(error).__name__}: {first_line(error)}); "
-                "those written before are intact, and the same command goes on from the last once there is room and "
-                "leave to write"
+                f"{what} cannot be written to {self.directory} ({type(error).__name__}: {first_line(error)}); earlier "
+                "checkpoints are intact, and the same command resumes from the last one once the directory is writable "
+                "and has room"
             ) from error
 
     def wait(self) -> None:
@@ -199,14 +199,12 @@ def read(step_dir: pathlib.Path) -> Stored:
         return Stored(tree, config)
     found = {name: _describe(value) for name, value in _arrays(tree)}
     if known.keys() != found.keys() | {_CONFIG}:
-        raise ValueError(
-            f"it holds other arrays than were saved ({', '.join(sorted(known.keys() ^ found.keys())[:3])})"
-        )
+        raise ValueError(f"it has other arrays than were saved ({', '.join(sorted(known.keys() ^ found.keys())[:3])})")
     for name, value in _arrays(tree):
         expected = known[name]
         for start, stop, crc in expected["crc"] if isinstance(expected["crc"], list) else [(0, None, expected["crc"])]:
             if expected["array"] != found[name] or _crc(value[start:stop] if value.ndim else value) != crc:
-                raise ValueError(f"the checksum of {name} does not agree: its data have changed since they were saved")
+                raise ValueError(f"the checksum of {name} does not match: its data have changed since they were saved")
     return Stored(tree, config)
 
 
@@ -220,7 +218,7 @@ def read_config(step_dir: pathlib.Path) -> dict[str, Any]:
     config = json.loads((step_dir / "config" / "metadata").read_text())
     known = _read_checksums(step_dir)
     if not isinstance(config, dict) or (known is not None and known.get(_CONFIG) != _crc_of_json(config)):
-        raise ValueError("the checksum of its config does not agree: it has changed since it was saved")
+        raise ValueError("the checksum of its config does not match: it has changed since it was saved")
     return config
 
 
@@ -242,7 +240,7 @@ def find_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | None
             try:
                 stored = read(directory / str(step))
                 if int(stored.state["step"]) != step:
-                    raise ValueError(f"it holds step {int(stored.state['step'])}")
+                    raise ValueError(f"it contains step {int(stored.state['step'])}")
                 return (stored if like is None else stored._replace(state=fitted(stored.state, like))), damaged
             except Exception as error:  # a damaged checkpoint can make Orbax raise anything
                 damaged[step] = f"{type(error).__name__}: {first_line(error)}"
@@ -261,7 +259,7 @@ def newest_whole(directory: pathlib.Path, like: Any = None) -> tuple[Stored | No
         newest = max(damaged)
         raise UsageError(
             f"{directory}: none of its checkpoints ({', '.join(map(str, sorted(damaged)))}) can be read "
-            f"({newest}: {damaged[newest]}): put one that can there, or remove the directory to start afresh"
+            f"({newest}: {damaged[newest]}): restore one, or delete the directory to start from scratch"
         )
     return stored, damaged
 
@@ -408,7 +406,7 @@ def nested(tree: Tree, memory: Sequence[str]) -> Tree:
 
 def _check_array(expected: Any, found: Any) -> None:
     if expected.shape != found.shape or expected.dtype != found.dtype:
-        raise ValueError(f"expected {expected.dtype}{list(expected.shape)}, there {found.dtype}{list(found.shape)}")
+        raise ValueError(f"expected {expected.dtype}{list(expected.shape)}, found {found.dtype}{list(found.shape)}")
 
 
 def first_line(error: Exception) -> str:

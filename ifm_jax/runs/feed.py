@@ -105,7 +105,7 @@ class DeviceFeed:
 
     def calls(self, length: Length, session: Session) -> Generator[Call, None, None]:
         """Reads all images and returns the image numbers of the next batches; see `Feed`."""
-        session.say(f"Reading {self._size:,} images of {self._side} px, to be held on the devices")
+        session.say(f"Reading {self._size:,} images of {self._side} px into device memory")
         begun = time.perf_counter()
         pixels, copies = read_all(
             self._source,

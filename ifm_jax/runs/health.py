@@ -58,13 +58,13 @@ class Health:
         ]
         if self.full_step:
             lines.append(
-                f"The queue starts with random vectors, which are easy negatives: the loss is low, and rises until "
-                f"step {self.full_step:,}, when the queue is full of real keys."
+                "The queue starts with random vectors, which are easy negatives: the loss is low at first and rises "
+                f"until step {self.full_step:,}, when all keys in the queue are real."
             )
         if self._queue and self._negatives > self._images:
             lines.append(
                 f"Warning: the queue holds {self._negatives:,} keys, more than the {self._images:,} images: an image's "
-                "own earlier keys are among its negatives. A moco.queue_size below the number of images avoids it."
+                "own earlier keys are among its negatives. A moco.queue_size below the number of images avoids this."
             )
         return lines
 
@@ -84,7 +84,7 @@ class Health:
         self._lowest = min(self._lowest, loss)
         said = []
         if loss > (1 + _RISE) * self._lowest:
-            since = "since the queue is full" if self.full_step else "since the start"
+            since = "since the queue became full" if self.full_step else "since the start"
             said += self._once(
                 "rise",
                 f"Warning: the loss rises, from {self._lowest:.3f} to {loss:.3f} {since} (InfoNCE, means of "
@@ -94,8 +94,8 @@ class Health:
             said += self._once(
                 "chance",
                 f"Warning: contrast accuracy is {accuracy:.2g} % after {record['epoch']:.3g} epochs, about chance: the "
-                "views of an image are not told from those of others. Look at the images and their augmentation; a "
-                "higher optim.lr may help, or a lower one after a collapse.",
+                "encoder does not tell the views of one image from those of others. Check the images and their "
+                "augmentation; a higher optim.lr may help, or a lower one after a collapse.",
             )
         return said
 

@@ -31,7 +31,9 @@ def read(path: str | os.PathLike[str], step: int | None = None, prefix: str = ""
     """
     if pathlib.Path(path).is_dir():
         if prefix:
-            raise UsageError(f"--prefix={prefix}: {path} is a directory; a prefix is for PyTorch files")
+            raise UsageError(
+                f"--prefix={prefix}: {path} is a directory: a prefix applies to PyTorch files only; leave it out"
+            )
         return snapshot.read_run(path)
     from ifm_jax.torch_interop import reading  # only for a PyTorch file
 

@@ -391,7 +391,7 @@ class StopSignals:
             self.signal = signal.SIGPIPE
         if self._received_at is not None and self.signal is not None and not self._said:
             self._said = True
-            self._progress.message(f"{self.signal.name}: saving after this step (once more: leave at once).")
+            self._progress.message(f"{self.signal.name}: saving after this step (a second signal stops at once).")
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         # Only record it: the handler may interrupt a print, and printing is not reentrant.

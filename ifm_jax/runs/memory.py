@@ -77,8 +77,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     drawn = trifeature.train_size * size * size * 3
     if config.data.source == "trifeature" and machine is not None and drawn > machine:
         raise UsageError(
-            f"data.trifeature.train_size={trifeature.train_size}: images of {size} px take {drawn / 1e9:.0f} GB of the "
-            f"{machine / 1e9:.1f} GB that this machine has: expected fewer"
+            f"data.trifeature.train_size={trifeature.train_size}: images of {size} px need {drawn / 1e9:.0f} GB, and "
+            f"this machine has {machine / 1e9:.1f} GB: expected fewer images"
         )
     if config.data.source == "trifeature":  # their number is known before they are drawn
         used = min(config.data.limit or trifeature.train_size, trifeature.train_size)
@@ -89,10 +89,10 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     state, images = estimate(config, mesh)
     if state + images > has:
         raise UsageError(
-            f"batch_size={config.batch_size}, data.image_size={size}: a step of {config.model.arch} takes at least "
+            f"batch_size={config.batch_size}, data.image_size={size}: a step of {config.model.arch} needs at least "
             f"{(state + images) / 1e9:.1f} GB on each device ({state / 1e9:.1f} for weights, optimizer and queue, "
-            f"{images / 1e9:.1f} for {config.batch_size // mesh.size} images) of the {has / 1e9:.1f} GB it has: take a "
-            "smaller batch_size, data.image_size or network, or a recipe made for less: --config=configs/trifeature.py"
+            f"{images / 1e9:.1f} for {config.batch_size // mesh.size} images), which has {has / 1e9:.1f} GB: use a "
+            "smaller batch_size, data.image_size or network, or a smaller recipe: --config=configs/trifeature.py"
         )
 
 
@@ -110,7 +110,7 @@ def check_steps(config: Config, epoch_steps: int) -> None:
     most = _INT32 if machine is None else min(_INT32, machine // _RATES_BYTES)
     if steps > most:
         raise UsageError(
-            f"epochs={config.epochs} of {epoch_steps} steps are {steps} updates: expected at most {most}; take "
+            f"epochs={config.epochs} of {epoch_steps} steps are {steps} updates: expected at most {most}; use "
             "fewer epochs, or a larger batch_size"
         )
 

@@ -69,12 +69,12 @@ class MetricsLog:
         for name, value in plain.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(
-                    f"{name} is {value} at step {plain.get('step')}: {self.path} takes finite numbers only"
+                    f"{name} is {value} at step {plain.get('step')}: {self.path} accepts only finite numbers"
                 )
         if not isinstance(plain.get("step"), int) or plain["step"] <= self._last_step:
             raise ValueError(
                 f"step {plain.get('step')} cannot follow step {self._last_step} in {self.path}: "
-                "each record needs an integer step beyond the one before it"
+                "each record needs an integer step larger than the previous one"
             )
         self._file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
         self._file.flush()
@@ -122,11 +122,11 @@ def _parse(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
                 break
             raise UsageError(
                 f"{path}, line {number}: expected a JSON object with an integer 'step', found {line[:40]!r} ({error}); "
-                "remove that line"
+                "delete that line"
             ) from None
         parsed.append((line + b"\n", record))
     return parsed
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")

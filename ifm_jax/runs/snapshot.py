@@ -124,12 +124,16 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str
     if "projection head" in snapshot.missing:
         # A backbone alone does not reveal its method.
         unknown |= {"method", *(name for names in _HEADS.values() for name in names), "moco.queue_size"}
-    wrong = [f"{name}={given[name]!r}, there {found.get(name)!r}" for name in given if given[name] != found.get(name)]
+    wrong = [
+        f"{name}={given[name]!r}, but the tensors have {found.get(name)!r}"
+        for name in given
+        if given[name] != found.get(name)
+    ]
     wrong = [text for text in wrong if text.split("=")[0] not in unknown]
     if wrong:
         raise UsageError(
-            f"the config does not fit {path} ({'; '.join(wrong)}): correct these fields, or leave them out where they "
-            "can be read off the tensors"
+            f"the config does not fit {path} ({'; '.join(wrong)}): correct these fields, or leave out those that "
+            "follow from the tensors"
         )
 
 
@@ -154,14 +158,14 @@ def read_run(path: str | os.PathLike[str]) -> Snapshot:
         except Exception as error:  # a damaged checkpoint can make Orbax raise anything
             raise UsageError(
                 f"{path}: the checkpoint cannot be read ({type(error).__name__}: {checkpoint.first_line(error)}): "
-                "name another, or the workdir, whose newest whole one is used"
+                "name another one, or the workdir to use its newest whole one"
             ) from None
     else:
         directory = _checkpoints(path)
         workdir = directory.parent
         stored, damaged = checkpoint.newest_whole(directory)
         if stored is None:
-            raise UsageError(f"{directory} holds no whole checkpoint yet: let the run reach its first")
+            raise UsageError(f"{directory} has no complete checkpoint yet: let the run save its first")
         notes = [
             f"the checkpoint of step {step} is damaged ({reason}): step {int(stored.state['step'])} is used instead"
             for step, reason in damaged.items()
@@ -173,7 +177,7 @@ def read_run(path: str | os.PathLike[str]) -> Snapshot:
         state = state._replace(memory=memory(**state.memory))
     except TypeError:
         raise UsageError(
-            f"{path} holds {', '.join(list(stored.state)[:5])}: expected the state of a pre-training run"
+            f"{path} contains {', '.join(list(stored.state)[:5])}: expected the state of a pre-training run"
         ) from None
     origin = _read_origin(Workdir(workdir).converted)
     return Snapshot(config, state, origin, _steps_per_epoch(workdir, origin), tuple(notes))
@@ -186,12 +190,12 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
 def _checkpoints(path: pathlib.Path) -> pathlib.Path:
     """Returns the checkpoint directory to which `path` refers."""
     if not path.exists():
-        raise UsageError(f"{path} is not there: expected the workdir of a run, one of its checkpoints, or a .pth.tar")
+        raise UsageError(f"{path} does not exist: expected the workdir of a run, one of its checkpoints, or a .pth.tar")
     inside = Workdir(path).checkpoints
     directory = inside if inside.is_dir() else path
     if directory.name == inside.name:
         return directory
-    raise UsageError(f"{path} holds no checkpoints: expected the workdir of a run, or one of its checkpoints")
+    raise UsageError(f"{path} has no checkpoints: expected the workdir of a run, or one of its checkpoints")
 
 
 def _read_origin(path: pathlib.Path) -> Origin | None:
@@ -231,9 +235,9 @@ def write(snapshot: Snapshot, directory: str | os.PathLike[str], overwrite: bool
     directory = pathlib.Path(directory).absolute()
     occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     if occupied and not overwrite:
-        raise UsageError(f"{directory} is there already: name another directory, or pass --overwrite")
+        raise UsageError(f"{directory} already exists: name another directory, or pass --overwrite")
     if occupied and not Workdir(directory).checkpoints.is_dir():
-        raise UsageError(f"{directory} is no run's workdir, and is not overwritten: name another directory")
+        raise UsageError(f"{directory} is not the workdir of a run and is not overwritten: name another directory")
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +257,7 @@ def write(snapshot: Snapshot, directory: str | os.PathLike[str], overwrite: bool
             temporary.rename(directory)
     except OSError as error:
         raise UsageError(
-            f"{directory} cannot be written ({error.strerror or error}): name a directory that can"
+            f"{directory} cannot be written ({error.strerror or error}): name a writable directory"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

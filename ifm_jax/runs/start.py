@@ -128,8 +128,8 @@ def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Co
     memory.check_steps(config, steps_per_epoch(size, config.batch_size))
     if workdir.converted.exists() and (missing := loading.read(workdir.path).missing):
         raise UsageError(
-            f"workdir {workdir} holds a converted checkpoint without {', '.join(missing)}: nothing to go on from; "
-            "expected a complete one (query and key encoder, queue)"
+            f"workdir {workdir} has a converted checkpoint without {', '.join(missing)}, from which training cannot "
+            "resume: expected a complete one (query and key encoder, queue); init_from accepts an incomplete one"
         )
     return config, source
 
@@ -159,8 +159,8 @@ def _find(
     while not workdir.config.exists():
         if time.monotonic() > deadline:
             raise UsageError(
-                f"workdir {workdir} is not the one that process 0 has made: expected a directory on storage that all "
-                "processes share"
+                f"workdir {workdir} is not the one that process 0 has created: expected a directory on storage that "
+                "all processes share"
             )
         time.sleep(1.0)
     stored, damaged = checkpoint.newest_whole(workdir.checkpoints, jax.eval_shape(create))
@@ -199,7 +199,7 @@ def started_with(given: Snapshot, fresh: HostState, method: str) -> tuple[HostSt
     heads = [tuple(shapes(only_head(tree)) for tree in (of.params, of.batch_stats)) for of in (state, fresh)]
     head = heads[0] == heads[1]
     if not head:
-        notes = ["query encoder without its head (a new one)"]
+        notes = ["query encoder with a new head"]
     with_head = state if head else fresh
     params, batch_stats = (
         jax.tree.map(
@@ -225,23 +225,23 @@ def _open_workdir(workdir: Workdir, config: Config, source: Source) -> None:
     if known is not None and (differing := configs.differences(config, known)):
         raise UsageError(
             f"workdir {workdir} belongs to a run with another config ({'; '.join(differing)}): "
-            "pass another --workdir, or the config it was started with"
+            "pass another --workdir, or the original config"
         )
     images = {"images": len(source), "fingerprint": source.fingerprint}
     path = workdir.data
-    noted = files.read_json(path, "remove it, and its images are not checked")
+    noted = files.read_json(path, "delete it to skip the check of the images")
     earlier = [images | {"fingerprint": fingerprint} for fingerprint in source.earlier_fingerprints]
     if noted is not None and noted not in (images, *earlier):
         if noted.keys() != images.keys():
             raise UsageError(
-                f"{path} holds {', '.join(noted) or 'nothing'}, expected images and fingerprint: remove it, and its "
-                "images are not checked"
+                f"{path} contains {', '.join(noted) or 'nothing'}, expected images and fingerprint: delete it to "
+                "skip the check of the images"
             )
         counts = f"{noted['images']} then, {images['images']} now"
         raise UsageError(
-            f"workdir {workdir} belongs to a run on other images than data.source={config.data.source!r} holds "
-            f"({counts if noted['images'] != images['images'] else 'as many, others'}): pass another --workdir, or "
-            "the images it was started with"
+            f"workdir {workdir} belongs to a run on other images than those of data.source={config.data.source!r} "
+            f"({counts if noted['images'] != images['images'] else 'as many, but others'}): pass another --workdir, or "
+            "the original images"
         )
     if jax.process_index() > 0:
         return

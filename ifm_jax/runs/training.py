@@ -64,7 +64,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
         length = Length(begin.step, last_step, config.epochs, epoch_steps, config.batch_size)
         if length.done:
             if not quiet and jax.process_index() == 0:
-                print(*begin.said, f"Nothing to do: {workdir} holds step {length.first} of {last_step}.", sep="\n")
+                print(*begin.said, f"Nothing to do: {workdir} is at step {length.first} of {last_step}.", sep="\n")
             return Outcome(length.first, last_step)
         # All inputs of a step are on the devices from the start, placed as the step needs them.
         step = assembly.make_step(config, mesh)
@@ -89,7 +89,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
                 arguments = assembly.step_arguments(config, epoch_steps, mesh)
                 program = _compile(feed.step(step).jit().lower(state, *feed.images, call.batch, *arguments), session)
                 if length.first:
-                    session.say(f"Going on after step {length.first} of {last_step}.")
+                    session.say(f"Resuming after step {length.first} of {last_step}.")
                 outcome, _ = session.run(
                     lambda state, batch: program(state, *feed.images, batch, *arguments),
                     state,
@@ -164,6 +164,6 @@ def _failures_of_the_disk(workdir: pathlib.Path) -> Iterator[None]:
             raise mistake from None
         where = f" {error.filename}" if error.filename else ""
         raise RunError(
-            f"the workdir {workdir} cannot be written to, or the images cannot be read ({error.strerror or error}"
-            f"{where}); what was saved is intact, and the same command goes on from the last checkpoint"
+            f"the workdir {workdir} cannot be written, or the images cannot be read ({error.strerror or error}"
+            f"{where}); everything saved before is intact, and the same command resumes from the last checkpoint"
         ) from error

@@ -120,8 +120,7 @@ class Workdir:
         except OSError as error:
             name = self.flag.lstrip("-")
             raise UsageError(
-                f"{name} {self.path} cannot be written to ({error.strerror}): pass the {self.flag} of a directory that "
-                "can"
+                f"{name} {self.path} is not writable ({error.strerror}): pass a writable {self.flag}"
             ) from None
 
     def remove_leftovers(self) -> None:
@@ -195,5 +194,5 @@ class Workdir:
         """
         config = self.find_config()
         if config is None:
-            raise UsageError(f"{self.config} is not there: expected the workdir of a training run")
+            raise UsageError(f"{self.config} does not exist: expected the workdir of a training run")
         return config

@@ -149,22 +149,25 @@ class _Reader:
         if not any(map(_is_tensor, tensors.values())):
             keys = _abbreviate(list(map(_printable, self._content)), 5) or type(content).__name__
             raise UsageError(
-                f"{self.path} holds no state dict (found: {keys}): expected one, alone or under "
+                f"{self.path} has no state dict (found: {keys}): expected one, alone or under "
                 f"{', '.join(map(repr, _HOLDERS))}"
             )
         if len(found) > 1:
-            self.notes.append(f"read is what it holds under {found[0]!r}; left aside: {', '.join(found[1:])}")
+            self.notes.append(f"only its entry {found[0]!r} was read; ignored: {', '.join(found[1:])}")
         if others := [_printable(name) for name, value in tensors.items() if not _is_tensor(value)]:
             raise UsageError(
-                f"{self.path}: {_abbreviate(others, 4)} in its state dict is no tensor: expected nothing else"
+                f"{self.path}: {_abbreviate(others, 4)} in its state dict is not a tensor: expected only tensors"
             )
         if unnamed := [_printable(name) for name in tensors if not isinstance(name, str) or not name.isprintable()]:
-            raise UsageError(f"{self.path}: {_abbreviate(unnamed, 4)} in its state dict is no name of a tensor")
+            raise UsageError(
+                f"{self.path}: {_abbreviate(unnamed, 4)} in its state dict cannot name a tensor: expected printable "
+                "text"
+            )
         named = {name.removeprefix("module."): value for name, value in tensors.items()}
         if twice := [name for name in tensors if name.startswith("module.") and name[len("module.") :] in tensors]:
             raise UsageError(
-                f"{self.path} holds {len(twice)} tensors twice, with and without 'module.' ({_abbreviate(twice, 4)}): "
-                "expected each once; save the state_dict of one network"
+                f"{self.path} has {len(twice)} tensors twice, with and without 'module.' ({_abbreviate(twice, 4)}): "
+                "expected each once: save the state_dict of one network"
             )
         return named
 
@@ -175,9 +178,9 @@ class _Reader:
         if prefix:
             prefix = f"{prefix.removesuffix('.')}.".removeprefix("module.")
             if not any(name.startswith(prefix) for name in tensors):
-                expected = f"one of {seen}" if seen else "what they begin with"
+                expected = f"one of {seen}" if seen else "the beginning of their names"
                 raise UsageError(
-                    f"--prefix={given}: none of the tensors of {self.path} begins with it "
+                    f"--prefix={given}: no tensor in {self.path} begins with it "
                     f"({_abbreviate(list(tensors), 4)}): expected {expected}"
                 )
         elif "conv1.weight" in tensors or any(name.startswith(("encoder_q.", "encoder_k.")) for name in tensors):
@@ -186,23 +189,23 @@ class _Reader:
             (prefix,) = usual
         elif networks:
             raise UsageError(
-                f"{self.path} holds {len(networks)} networks, its tensors begin with {seen}: name one, with --prefix= "
+                f"{self.path} has {len(networks)} networks, whose tensors begin with {seen}: choose one with --prefix= "
                 "of convert_checkpoints.py or eval_linear.py, or prefix= in Python"
             )
         inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         aside = sorted({name.partition(".")[0] for name in tensors if not name.startswith(prefix)})
         if prefix and (aside or not given):
-            left = f"; left aside: {_abbreviate(aside, 6)}" if aside else ""
+            left = f"; ignored: {_abbreviate(aside, 6)}" if aside else ""
             others = [name for name in networks if not name.startswith(prefix)]
             more = f" (--prefix={others[0]} reads that network instead)" if others else ""
-            self.notes.append(f"read is the network whose tensors begin with {prefix!r}{left}{more}")
+            self.notes.append(f"the network whose tensors begin with {prefix!r} was read{left}{more}")
         if networks.get(prefix):
             inside = _named_by_child(inside)
         first = inside.get("conv1.weight")
         if prefix and isinstance(first, np.ndarray) and first.shape[-1:] == (KERNEL_OF_STEM["small"],):
             self.notes.append(
-                "the first convolution, 3x3, is taken as padded by 1; solo-learn's for CIFAR pads by 2: give such a "
-                "network its images with one more pixel of zeros on every side"
+                "the first convolution, 3x3, is assumed to have padding 1; solo-learn's for CIFAR has 2: pad the "
+                "images of such a network with one more pixel of zeros on every side"
             )
         return inside
 
@@ -213,7 +216,7 @@ class _Reader:
         if self.kind == "moco":
             query, key, rest = self._part("encoder_q."), self._part("encoder_k."), self._others()
         if not query:
-            raise UsageError(f"{self.path} holds no query encoder (encoder_q.*): expected one")
+            raise UsageError(f"{self.path} has no query encoder: expected tensors encoder_q.*")
         config = Config()
         self._read_structure(config, query)
         table = encoder_table(config, head=any(name.startswith("fc.") for name in query))
@@ -255,8 +258,8 @@ class _Reader:
         first = query.get("conv1.weight")
         if not isinstance(first, np.ndarray) or first.ndim != 4:
             raise UsageError(
-                f"{self.path} holds no ResNet (tensors: {_abbreviate(list(query), 4)}): "
-                "expected torchvision's names, conv1.weight, bn1.weight, layer1.0.conv1.weight and on"
+                f"{self.path} has no ResNet (tensors: {_abbreviate(list(query), 4)}): "
+                "expected torchvision's names, conv1.weight, bn1.weight, layer1.0.conv1.weight and so on"
             )
         width = int(first.shape[0])
         stems = [stem for stem, size in KERNEL_OF_STEM.items() if size == first.shape[-1]]
@@ -279,7 +282,7 @@ class _Reader:
         config.model.width = 0 if width == ARCHITECTURES[arch].width else width
         if self._arch in ARCHITECTURES and self._arch != arch:
             self.notes.append(
-                f"the file calls itself {self._arch}; its tensors are those of {arch}, and are taken as that"
+                f"the file says {self._arch}, but its tensors are those of {arch}: they are read as {arch}"
             )
 
         for name, mlp in (("fc.2.weight", True), ("fc.weight", False)):
@@ -321,7 +324,7 @@ class _Reader:
             values = values.astype(np.float32)
         if not np.isfinite(values).all():
             what = "NaN" if np.isnan(values).any() else "infinity"
-            self.notes.append(f"{name} holds {what}: whatever is computed with it will not be finite")
+            self.notes.append(f"{name} contains {what}: results computed with it will not be finite")
         return values
 
     def _queue(self, config: Config, rest: dict[str, Any]) -> tuple[np.ndarray | None, np.int32 | None]:
@@ -335,7 +338,7 @@ class _Reader:
         pointer = rest.get("queue_ptr")
         number = _whole(pointer)
         if number is None or not 0 <= number < min(K, MOST_STEPS):
-            found = "missing" if pointer is None else "no whole number" if number is None else number
+            found = "missing" if pointer is None else "not a whole number" if number is None else number
             self._problems["wrong"].append(f"queue_ptr ({found}, expected one number from 0 to {K - 1})")
             return None, None
         return None if queue is None else queue.T, np.int32(number)
@@ -368,10 +371,14 @@ class _Reader:
             return None
         if any("momentum_buffer" not in state for state in states.values()):
             found = ", ".join(sorted({_printable(name) for state in states.values() for name in state}))
-            self.notes.append(f"the optimizer is not SGD (its state: {found}): left out, momentum starts at 0")
+            self.notes.append(
+                f"the optimizer is not SGD (its state: {found}): its state is ignored, and momentum starts at 0"
+            )
             return None
         if group.get("nesterov") or group.get("dampening"):
-            self.notes.append("the optimizer used Nesterov momentum or dampening; the training step here has neither")
+            self.notes.append(
+                "the optimizer used Nesterov momentum or dampening; the training step of ifm_jax has neither"
+            )
         for name in ("momentum", "weight_decay"):
             if (number := _number(group.get(name, getattr(config.optim, name)))) is None:
                 self._problems["wrong"].append(f"the optimizer's {name} (expected a number)")
@@ -396,8 +403,8 @@ class _Reader:
             return found.pop()
         if epoch:
             self.notes.append(
-                f"the file says epoch {epoch}, but its batch counters do not say how many steps: taken as step 0, "
-                "where the learning rate starts; --step=N says otherwise"
+                f"the file says epoch {epoch}, but its batch counters do not tell the number of steps: assumed step 0, "
+                "where the learning rate starts; --step=N changes this"
             )
         return 0
 
@@ -405,7 +412,7 @@ class _Reader:
         problems = {kind: names for kind, names in self._problems.items() if names}
         if problems:
             listed = "; ".join(f"{len(names)} {kind}: {_abbreviate(names, 8)}" for kind, names in problems.items())
-            raise UsageError(f"{self.path} is no {config.model.arch}, the nearest architecture: {listed}")
+            raise UsageError(f"{self.path} is not a {config.model.arch}, the nearest architecture: {listed}")
 
 
 def _map(function: Callable[[Any], Any], tree: Tree) -> Tree:
@@ -452,7 +459,7 @@ def to_jax(
       UsageError: if the file cannot be read, contradicts the config, or the directory cannot be written.
     """
     if pathlib.Path(source).is_dir():
-        raise UsageError(f"{source} is a directory: to-jax expects a .pth.tar")
+        raise UsageError(f"{source} is a directory: to-jax expected a .pth.tar")
     found = read(source, step, prefix)
     if config is not None:
         snapshot.check_config(config, found, source)

@@ -97,10 +97,10 @@ def replay(
         config.moco.shuffle_bn = True  # nothing is drawn, so that N may be any number
     for of, method in (("the config", config.method), ("the start", start.config.method)):
         if method != "moco":
-            raise UsageError(f"{of} has method={method}: replay follows the original, expected method=moco")
+            raise UsageError(f"{of} has method={method}: replay follows the original: expected method=moco")
     configs.validate(config, devices=mesh.size)
     if start.missing:
-        raise UsageError(f"the start holds no {', '.join(start.missing)}: expected a whole training state")
+        raise UsageError(f"the start has no {', '.join(start.missing)}: expected a complete training state")
     steps, first_step = len(views["query"]), int(start.state.step)
     rates = _learning_rates(config, start, views, steps_per_epoch)
 
@@ -165,12 +165,12 @@ def _learning_rates(
         rates = np.full(steps, optim.learning_rates(opt.lr, steps_per_epoch=1, **schedule)[start.epoch])
     else:
         raise UsageError(
-            f"the learning rate of step {first + 1} is not determined: put lr into the views, or pass --steps_per_epoch"
+            f"the learning rate of step {first + 1} is unknown: put lr into the views, or pass --steps_per_epoch"
         )
     if len(rates) < steps:
         raise UsageError(
-            f"epochs={config.epochs}: the schedule ends {steps - len(rates)} steps before the views do "
-            f"(start at step {first}, {steps_per_epoch} steps an epoch): raise epochs, or put lr into the views"
+            f"epochs={config.epochs}: the schedule ends {steps - len(rates)} steps before the views "
+            f"(start at step {first}, {steps_per_epoch} steps per epoch): raise epochs, or put lr into the views"
         )
     return rates
 
@@ -185,7 +185,7 @@ def _place(
         opt_state = flax.serialization.from_state_dict(opt_state, state.opt_state or {})
     except (KeyError, ValueError, TypeError, AttributeError):
         raise UsageError(
-            "the start's optimizer state is not that of the config's optim.name: expected the same"
+            "the start's optimizer state does not belong to the config's optim.name: expected the same optimizer"
         ) from None
     whole = TrainState(state.step, state.params, state.batch_stats, opt_state, state.memory)
     return jax.tree.map(lambda x: jax.device_put(_cast(np.asarray(x), dtype), placement), whole)
@@ -245,9 +245,9 @@ def load_npz(path: str | os.PathLike[str], what: str) -> dict[str, np.ndarray]:
         with Npz(path) as file:
             return dict(file)
     except FileNotFoundError:
-        raise UsageError(f"{path} is not there: expected {what}") from None
+        raise UsageError(f"{path} does not exist: expected {what}") from None
     except NpzError as error:
-        raise UsageError(f"{path} is no .npz of plain arrays ({error}): expected {what}") from None
+        raise UsageError(f"{path} is not a .npz of plain arrays ({error}): expected {what}") from None
 
 
 def check_views(views: dict[str, np.ndarray], path: str | os.PathLike[str] = "views") -> None:
@@ -258,7 +258,7 @@ def check_views(views: dict[str, np.ndarray], path: str | os.PathLike[str] = "vi
     """
     for name in ("query", "key"):
         if name not in views:
-            raise UsageError(f"{path} holds {', '.join(views) or 'nothing'}: expected query and key")
+            raise UsageError(f"{path} contains {', '.join(views) or 'nothing'}: expected query and key")
         shape = views[name].shape
         if views[name].ndim != 5 or shape[-1] != 3 or 0 in shape or not np.issubdtype(views[name].dtype, np.floating):
             raise UsageError(
@@ -272,7 +272,7 @@ def check_views(views: dict[str, np.ndarray], path: str | os.PathLike[str] = "vi
         or not np.issubdtype(views["permutation"].dtype, np.integer)
         or (np.sort(views["permutation"], axis=1) != np.arange(N)).any()
     ):
-        raise UsageError(f"{path}: permutation is no integer {steps, N} with every number from 0 to {N - 1} in a row")
+        raise UsageError(f"{path}: permutation: expected integers {steps, N}, each row a permutation of 0 to {N - 1}")
     if "lr" in views and views["lr"].shape != (steps,):
         raise UsageError(f"{path}: lr is {views['lr'].shape}, expected {(steps,)}")
 

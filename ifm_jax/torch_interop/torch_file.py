@@ -48,9 +48,9 @@ def read(path: str | os.PathLike[str]) -> Any:
     path = pathlib.Path(path)
     try:
         if not path.exists():
-            raise UsageError(f"{path} is not there: expected a .pth.tar or the workdir of a run")
+            raise UsageError(f"{path} does not exist: expected a .pth.tar or the workdir of a run")
         if not path.is_file():  # opening a pipe would wait for someone to write into it
-            raise UsageError(f"{path} is no regular file: expected a .pth.tar or the workdir of a run")
+            raise UsageError(f"{path} is not a regular file: expected a .pth.tar or the workdir of a run")
         size = path.stat().st_size
         with open(path, "rb") as file:
             begin = file.read(9)
@@ -66,7 +66,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
     try:
         import safetensors
     except ImportError:
-        raise UsageError(f"{path}: reading .safetensors takes its library: pip install safetensors") from None
+        raise UsageError(f"{path}: reading .safetensors requires its library: pip install safetensors") from None
     tensors: dict[str, Any] = {}
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -80,8 +80,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # SafetensorError, or any error from a malformed header
         raise UsageError(
-            f"{path} is no whole .safetensors ({' '.join(str(error).split())[:100]}): download or copy it again if it "
-            "should be one"
+            f"{path} is not a complete .safetensors file ({' '.join(str(error).split())[:100]}): download or copy it "
+            "again if it should be one"
         ) from None
     return metadata | {"state_dict": tensors}
 
@@ -104,12 +104,12 @@ def _load(path: pathlib.Path, size: int) -> Any:
     except Exception as error:  # a malformed pickle can fail in any way
         if forbidden := re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", str(error)):
             raise UsageError(
-                f"{path}: loading it would run code ({forbidden[1]}), and is refused: expected tensors, numbers and "
-                "strings only; where you trust it, load it in PyTorch and save its state_dict alone"
+                f"{path}: loading it would run code ({forbidden[1]}) and is refused: expected only tensors, numbers "
+                "and strings; if you trust it, load it in PyTorch and save only its state_dict"
             ) from None
         raise UsageError(
-            f"{path} is no whole PyTorch checkpoint ({type(error).__name__}): expected a file written by torch.save; "
-            "download or copy it again if it should be one"
+            f"{path} is not a complete PyTorch checkpoint ({type(error).__name__}): expected a file written by "
+            "torch.save; download or copy it again if it should be one"
         ) from None
 
 
@@ -122,7 +122,7 @@ def import_torch():
     try:
         import torch
     except ImportError:
-        raise UsageError("reading and writing PyTorch checkpoints takes PyTorch: pip install torch") from None
+        raise UsageError("reading and writing PyTorch checkpoints requires PyTorch: pip install torch") from None
     return torch
 
 
@@ -133,8 +133,8 @@ def _check_sizes(path: pathlib.Path, size: int) -> None:
     claimed = sum(part.file_size for part in parts)
     if claimed > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
         raise UsageError(
-            f"{path} is packed ({claimed} bytes in a file of {size}), which torch.save never does, and is refused: "
-            "where you trust it, load it in PyTorch and save it again"
+            f"{path} is compressed ({claimed} bytes in a file of {size}), which torch.save never does, and is refused: "
+            "if you trust it, load it in PyTorch and save it again"
         )
 
 
@@ -178,4 +178,4 @@ def _array(tensor: Any, size: int) -> np.ndarray | Unusable:
             tensor = tensor.float()
         return tensor.resolve_conj().resolve_neg().numpy()
     except (RuntimeError, TypeError, AttributeError):  # other kinds of tensors
-        return Unusable(f"a kind of {tensor.dtype} that is no array")
+        return Unusable(f"a kind of {tensor.dtype} that is not an array")

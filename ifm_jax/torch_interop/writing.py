@@ -88,26 +88,26 @@ def to_torch(
     if target not in TARGETS:
         raise UsageError(f"--for={target}: expected one of {', '.join(TARGETS)}")
     if not path.name.endswith((".pth", ".pth.tar", ".pt", ".safetensors")):
-        raise UsageError(f"{path}: the name must end in .pth, .pth.tar, .pt or .safetensors")
+        raise UsageError(f"{path}: expected a name that ends in .pth, .pth.tar, .pt or .safetensors")
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already: name another file, or pass --overwrite")
+        raise UsageError(f"{path} already exists: name another file, or pass --overwrite")
     found = loading.read(source, prefix=prefix)
     notes = list(found.notes)
     if target == "moco" and found.config.method != "moco":
         raise UsageError(
-            f"--for=moco: {source} is a run with method={found.config.method}, whose state MoCo's format has no place "
-            "for; expected --for=torchvision, which holds the backbone"
+            f"--for=moco: {source} is a run with method={found.config.method}, whose state does not fit MoCo's format: "
+            "expected --for=torchvision, which writes the backbone"
         )
     architecture = architecture_of(found.config)
     if found.config.model.stem != "imagenet" or architecture.width != 64 or len(architecture.depths) != 4:
         notes.append(
-            f"{describe_architecture(found.config)} is none of torchvision's networks: the names are its, but its own "
-            "classes have other shapes"
+            f"{describe_architecture(found.config)} is not one of torchvision's networks: the names are torchvision's, "
+            "but its classes have other shapes"
         )
     tensors = _torchvision_tensors(found) if target == "torchvision" else _moco_tensors(found, notes)
     if path.suffix == ".safetensors":
         if target == "moco" and has_momentum(found):
-            notes.append("safetensors holds tensors under a name each: the momentum buffers are not among them")
+            notes.append("safetensors stores only named tensors: the momentum buffers are left out")
         _write(path, lambda file: _save_safetensors(tensors, found.config.model.arch, file))
         return dataclasses.replace(found, notes=tuple(notes))
     torch = torch_file.import_torch()
@@ -115,7 +115,7 @@ def to_torch(
     if target == "moco":
         if epoch is None and (epoch := found.epoch) is None:
             epoch = 0
-            notes.append("nothing says how many epochs are done: written as epoch 0; --epoch=N says otherwise")
+            notes.append("the number of epochs done is unknown: written as epoch 0; --epoch=N changes this")
         content = {
             "epoch": epoch,
             "arch": found.config.model.arch,
@@ -129,8 +129,8 @@ def to_torch(
 def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, np.ndarray]:
     if missing := [part for part in found.missing if part != "optimizer state"]:
         notes.append(
-            f"no {', '.join(missing)} there: written is what there is; the original's training code does not load it, "
-            "its linear evaluation does"
+            f"the run has no {', '.join(missing)}: the other parts are written; the original's linear evaluation loads "
+            "the file, its training code does not"
         )
     named = state_dict(found)
     if found.origin and found.origin.kind == "torchvision":
@@ -158,7 +158,7 @@ def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
     parameters = [e for e in encoder_table(config, head="fc" in state.params) if e.collection == "params"]
     buffers: dict[int, dict[str, Any]] = {}
     if config.optim.name != "sgd":
-        notes.append(f"the optimizer is {config.optim.name}, the original's SGD: its state is left out")
+        notes.append(f"the optimizer is {config.optim.name}, but the original's is SGD: its state is left out")
     elif state.opt_state is not None:
         trace = momentum_of(state)
         values = [np.asarray(get(trace, entry.path)) for entry in parameters]
@@ -190,7 +190,7 @@ def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.P
     try:
         import safetensors.numpy
     except ImportError:
-        raise UsageError("writing .safetensors takes its library: pip install safetensors") from None
+        raise UsageError("writing .safetensors requires its library: pip install safetensors") from None
     tensors = {name: np.array(values, order="C") for name, values in tensors.items()}
     try:
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt", "arch": arch})
@@ -209,4 +209,4 @@ def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
             temporary.chmod(mode)  # safetensors creates a new file that only its owner can read
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"{path} cannot be written ({reason}): name a file that can") from None
+        raise UsageError(f"{path} cannot be written ({reason}): name a writable file") from None
