@@ -257,10 +257,10 @@ def test_a_given_order_need_not_be_balanced(files):
     start = dataclasses.replace(loading.read(files / "start.pth.tar", step=3), origin=None)
     start.config.model.bn_groups, start.config.moco.shuffle_bn = 4, "balanced"
     views = replay.load_npz(files / "views.npz", "views")
-    order = np.arange(8)[None, ::-1]
-    for given, message in (({}, r"moco\.shuffle_bn='balanced'"), ({"permutation": order}, "--steps_per_epoch")):
+    without = {name: value for name, value in views.items() if name != "permutation"}
+    for given, message in ((without, r"moco\.shuffle_bn='balanced'"), (views, "--steps_per_epoch")):
         with pytest.raises(UsageError, match=message):
-            replay.replay(start.config, start, views | given, devices=jax.devices()[:1])
+            replay.replay(start.config, start, given, devices=jax.devices()[:1])
 
 
 def test_stripped_start_is_refused(tmp_path):
