@@ -255,6 +255,17 @@ def test_learning_rate_that_is_not_determined(files):
         replay.replay(start.config, dataclasses.replace(start, origin=None), views, devices=jax.devices()[:1])
 
 
+def test_a_given_order_need_not_be_balanced(files):
+    """With a permutation nothing is drawn: the checks go on to the learning rate, which is missing."""
+    start = dataclasses.replace(loading.read(files / "start.pth.tar", step=3), origin=None)
+    start.config.model.bn_groups, start.config.moco.shuffle_bn = 4, "balanced"
+    views = replay.load_npz(files / "views.npz", "views")
+    without = {name: value for name, value in views.items() if name != "permutation"}
+    for given, message in ((without, r"moco\.shuffle_bn='balanced'"), (views, "--steps_per_epoch")):
+        with pytest.raises(UsageError, match=message):
+            replay.replay(start.config, start, given, devices=jax.devices()[:1])
+
+
 def test_stripped_start_is_refused(tmp_path):
     reference = Reference(dim=16, width=8, queue_size=16)
     state = {f"module.encoder_q.{name}": value for name, value in reference.model.encoder_q.state_dict().items()}
