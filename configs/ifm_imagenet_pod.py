@@ -9,9 +9,11 @@ on every host of the slice (docs/pods.md, launch/). Evaluate with
 UNTESTED AT SCALE: compiled for its topology, never run. LARS, its base rate (0.3 for 256 images, scaled linearly to
 4.8), weight decay 1e-6 and ten epochs of warm-up come from MoCo-v3's code for ResNet-50 at this batch
 (github.com/facebookresearch/moco-v3, CONFIG.md and the defaults of main_moco.py), which has another loss and no queue.
-There are 64 BatchNorm groups of 64 images, one per chip, and m = 0.99, for a sixteenth of the updates. The rest is as
-in MoCo-v2 and IFM. For another batch size set --config.batch_size, --config.model.bn_groups (64 images each), and
---config.optim.lr=0.3 * batch_size / 256.
+There are 64 BatchNorm groups of 64 images, one per chip, and m = 0.99, for a sixteenth of the updates. The shuffle is
+balanced: a chip receives 64 key images instead of all 4096 (docs/pods.md). The rest is as in MoCo-v2 and IFM. For
+another batch size set --config.batch_size, --config.model.bn_groups (64 images each), and
+--config.optim.lr=0.3 * batch_size / 256; with more than 64 groups of 64 images also --config.moco.shuffle_bn=true,
+because a balanced shuffle needs a batch size that is a multiple of the number of groups squared.
 
 Hardware: 64 chips of TPU v5e (8x8), or any slice whose number of chips divides 4096 and whose memory suffices:
 
@@ -36,6 +38,7 @@ def get_config() -> Config:
     config.moco.queue_size = 65536  # 16 batches
     config.moco.momentum = 0.99
     config.moco.temperature = 0.2
+    config.moco.shuffle_bn = "balanced"
     config.ifm.method = "ifm"
     config.ifm.epsilon = 0.1
 

@@ -47,9 +47,15 @@ def resolve(config: Config, stored: Config | None = None) -> Config:
     return config
 
 
-def make_encoder(config: Config) -> Encoder:
-    """Returns the encoder of a resolved config."""
+def make_encoder(config: Config, mesh: jax.sharding.Mesh | None = None) -> Encoder:
+    """Returns the encoder of a resolved config.
+
+    Args:
+      config: resolved config.
+      mesh: mesh of the devices on which it is trained; None: it is not, or arrays stay where they are.
+    """
     model, (dim, head) = config.model, configs.head(config)
+    several = mesh if mesh is not None and mesh.size > 1 else None
     return Encoder(
         arch=model.arch,
         dim=dim,
@@ -60,6 +66,7 @@ def make_encoder(config: Config) -> Encoder:
         running_stats=model.running_stats,
         compute_dtype=model.compute_dtype,
         param_dtype="float64" if model.compute_dtype == "float64" else "float32",
+        reduce_over=several if config.optim.reduce_dtype == "float32" else None,
     )
 
 
@@ -118,7 +125,7 @@ def make_method(config: Config, mesh: jax.sharding.Mesh | None = None) -> Method
         beta=config.hard.beta,
         tau_plus=config.hard.tau_plus,
     )
-    encoder = make_encoder(config)
+    encoder = make_encoder(config, mesh)
     if config.method == "simclr":
         return SimCLR(encoder, objective, mesh)
     moco = config.moco

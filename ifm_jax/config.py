@@ -156,8 +156,10 @@ class MoCoConfig(Group):
     momentum: float = field(0.999, "m, the momentum of the key encoder's moving average (--moco-m)", least=0, most=1)
     temperature: float = field(0.2, "tau, the temperature of the logits (--moco-t)", above=0, hint="MoCo-v2: 0.2")
     mlp: bool = field(True, "projection head with two layers, as in MoCo-v2, instead of one (--mlp)")
-    shuffle_bn: bool = field(
-        True, "shuffle the key images, so that BatchNorm statistics do not reveal which key belongs to a query"
+    shuffle_bn: methods.ShuffleBN = field(
+        True,
+        "shuffle the key images, so that BatchNorm statistics do not reveal which key belongs to a query: true "
+        "(uniformly) or balanced (each BatchNorm group sends equally many images to each, which exchanges less)",
     )
     queue_sharded: bool = field(
         False,
@@ -239,6 +241,11 @@ class OptimConfig(Group):
     )
     warmup_epochs: float = field(0.0, "epochs of linear warm-up", least=0)
     per_step: bool = field(False, "update the learning rate every step instead of every epoch")
+    reduce_dtype: str = field(
+        "compute",
+        "dtype in which gradients are summed over the devices: compute (that of model.compute_dtype) or float32",
+        choices=("compute", "float32"),
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -457,6 +464,7 @@ class Field:
       kind: type of the value or of each value in a tuple: bool, int, float or str; for a group its class.
       many: whether the value is a tuple.
       optional: whether None is allowed.
+      words: texts that are allowed beside values of the type, "balanced" beside true and false.
       default: value in `Config()`; None for a group.
       declared: meaning and bounds.
       free_on_resume: whether it may change on resuming, by itself or with its group.
@@ -466,6 +474,7 @@ class Field:
     kind: type
     many: bool
     optional: bool
+    words: tuple[str, ...]
     default: Any
     declared: Declared
     free_on_resume: bool
@@ -484,6 +493,8 @@ class Field:
             return f"one of {', '.join(choice or '(empty)' for choice in declared.choices)}"
         one = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(self.kind, "a group")
         text = one if not self.many else {int: "whole numbers", float: "numbers"}[self.kind]
+        if self.words:
+            text = f"{text.replace(' or ', ', ')} or {', '.join(self.words)}"
         least, above, most, below = declared.least, declared.above, declared.most, declared.below
         if least is not None and most is not None:
             text += f" from {least:g} to {most:g}"
@@ -532,6 +543,8 @@ class Field:
             self._check_bounds(one, shown_as)
 
     def _is_of_kind(self, value: Any) -> bool:
+        if isinstance(value, str) and value in self.words:
+            return True
         if self.kind is float:
             return isinstance(value, int | float) and not isinstance(value, bool)
         return isinstance(value, self.kind) and not (self.kind is int and isinstance(value, bool))
@@ -603,11 +616,12 @@ def _fields(group: type[Group], prefix: str, free: bool) -> Iterator[Field]:
         declared, kind = each.metadata["declared"], annotations[each.name]
         kind = str if typing.get_origin(kind) is typing.Literal else kind  # the type of its choices
         parts = [part for part in typing.get_args(kind) if part not in (Ellipsis, types.NoneType)]
+        words = tuple(word for part in parts for word in typing.get_args(part))  # of a Literal
         many, optional = typing.get_origin(kind) is tuple, types.NoneType in typing.get_args(kind)
         free_too = free or declared.free_on_resume
         default = None if each.default is dataclasses.MISSING else each.default
         name = prefix + each.name
-        yield Field(name, parts[0] if parts else kind, many, optional, default, declared, free_too)
+        yield Field(name, parts[0] if parts else kind, many, optional, words, default, declared, free_too)
         if isinstance(kind, type) and issubclass(kind, Group):
             yield from _fields(kind, f"{name}.", free_too)
 
@@ -786,6 +800,14 @@ def validate(config: Config, devices: int = 1) -> None:
         raise UsageError(
             f"moco.queue_size={moco.queue_size} is not a multiple of batch_size={config.batch_size}: "
             f"use {max(moco.queue_size // config.batch_size, 1) * config.batch_size}"
+        )
+    if config.method == "moco" and moco.shuffle_bn == "balanced":
+        check(
+            config.batch_size % groups**2 == 0,
+            "moco.shuffle_bn",
+            moco.shuffle_bn,
+            f"a batch_size that is a multiple of {groups**2}, the square of model.bn_groups={groups}, not "
+            f"{config.batch_size}; or moco.shuffle_bn=true",
         )
     if config.batch_size % devices:
         raise UsageError(

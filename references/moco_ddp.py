@@ -22,7 +22,7 @@ class DistributedMoCo(ReferenceMoCo):
     """One rank's part of the step up to the logits, communication included; its forward is what DDP wraps."""
 
     def __init__(self, options: argparse.Namespace):
-        super().__init__(options.arch, options.dim, options.queue_size, options.mlp)
+        super().__init__(options.arch, options.dim, options.queue_size, options.mlp, options.width)
         self.options = options
 
     def forward(self, im_q: torch.Tensor, im_k: torch.Tensor, permutation: torch.Tensor):

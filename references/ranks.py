@@ -20,6 +20,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--world", type=int, default=2)
     made.add_argument("--arch", default="resnet18")
     made.add_argument("--dim", type=int, default=128)
+    made.add_argument("--width", type=int, default=64, help="channels of the first stage")
     for name, value in {"lr": 0.03, "weight-decay": 1e-4, "sgd-momentum": 0.9}.items():
         made.add_argument(f"--{name}", type=float, default=value)
     return made

@@ -279,7 +279,7 @@ class Gather(torch.autograd.Function):
 def train(rank: int, store: str, options: argparse.Namespace):
     """One process; the gradient's mean and the broadcast of buffers are DistributedDataParallel's own."""
     ranks.join(rank, store, options)
-    model = encoder(options.arch, options.dim, options.head).double()
+    model = encoder(options.arch, options.dim, options.head, options.width).double()
     if rank == 0:  # The others keep their own draw, until DDP's constructor makes all of them rank 0's.
         model.load_state_dict(torch.load(options.start, weights_only=True))
     ddp = DistributedDataParallel(model).train()

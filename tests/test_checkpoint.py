@@ -31,10 +31,18 @@ def collected_quickly():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def light():
+    with small.light():
+        yield
+
+
 @pytest.fixture(scope="module")
 def state():
-    """A state of step 0 on the host."""
-    return jax.device_get(jax.jit(assembly.state_creator(small.config()))())
+    """A state of step 0 on the host, its numbers drawn."""
+    draw = np.random.default_rng(0)
+    like = jax.eval_shape(assembly.state_creator(small.config()))
+    return at(jax.tree.map(lambda x: draw.normal(size=x.shape).astype(x.dtype), like), 0)
 
 
 def at(state, step):
@@ -82,7 +90,7 @@ class Few(NamedTuple):
 
 @pytest.mark.slow
 def test_every_flipped_bit_is_noticed_or_does_no_harm(tmp_path):
-    """200 single bits, spread over the files and their bytes: the one before, or the very same arrays and config."""
+    """100 single bits, spread over the files and their bytes: the one before, or the very same arrays and config."""
     draw = np.random.default_rng(0)
     few = Few(np.int32(0), {name: draw.normal(size=size).astype(np.float32) for name, size in (("a", 3), ("b", 2000))})
     config = {"optim": {"lr": 0.1, "milestones": [120, 160]}}
@@ -91,7 +99,7 @@ def test_every_flipped_bit_is_noticed_or_does_no_harm(tmp_path):
             checkpoints.save(at(few, step), config)
     files = [file for file in sorted((tmp_path / "run" / "2").rglob("*")) if file.is_file()]
     noticed = 0
-    for number in range(200):
+    for number in range(100):
         # Half of the flips in a file whatever its size, half in a byte whatever its file.
         sizes = [file.stat().st_size for file in files]
         file = files[number % len(files) if number % 2 else draw.choice(len(files), p=np.divide(sizes, sum(sizes)))]
@@ -104,7 +112,7 @@ def test_every_flipped_bit_is_noticed_or_does_no_harm(tmp_path):
         small.assert_same(found.state, at(few, 1 if damaged else 2))
         assert found.config == config
         file.write_bytes(content)
-    assert noticed >= 80  # the rest are in what nobody reads, such as where the arrays lay
+    assert noticed >= 40  # the rest are in what nobody reads, such as where the arrays lay
 
 
 def test_a_flipped_bit_in_the_config_is_noticed(state, tmp_path):

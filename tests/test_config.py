@@ -79,6 +79,17 @@ def test_the_defaults_are_the_original_s():
         ({"model__compute_dtype": "float16"}, "model.compute_dtype='float16'"),
         ({"model__running_stats": "last"}, "model.running_stats='last'"),
         ({"ifm__objective": "simclr"}, "ifm.objective='simclr'"),
+        ({"moco__shuffle_bn": "random"}, "moco.shuffle_bn='random': expected true, false or balanced$"),
+        ({"moco__shuffle_bn": 1}, "moco.shuffle_bn=1: expected true, false or balanced"),
+        (
+            {"moco__shuffle_bn": "balanced", "model__bn_groups": 32},
+            "moco.shuffle_bn='balanced': expected a batch_size that is a multiple of 1024, the square of "
+            "model.bn_groups=32, not 256; or moco.shuffle_bn=true",
+        ),
+        (
+            {"optim__reduce_dtype": "bfloat16"},
+            "optim.reduce_dtype='bfloat16' is unknown: expected one of",
+        ),
         ({"method": "byol"}, "method='byol' is unknown: expected one of moco, simclr"),
         ({"hard__beta": -0.5}, r"hard.beta=-0.5: expected a number of at least 0"),
         ({"hard__tau_plus": 1.0}, r"hard.tau_plus=1.0: expected a number of at least 0, below 1|hard.tau_plus=1.0"),
@@ -129,6 +140,17 @@ def test_round_trip():
     assert again == config
     assert isinstance(again.optim.milestones, tuple)
     assert configs.differences(again, config) == []
+
+
+@pytest.mark.parametrize("value", [True, False, "balanced"])
+def test_shuffle_bn_is_a_switch_with_a_third_value(value):
+    config = changed(moco__shuffle_bn=value, batch_size=64)
+    configs.validate(config)
+    again = configs.from_json(json.dumps(configs.to_dict(config)))
+    assert again.moco.shuffle_bn is value or again.moco.shuffle_bn == value == "balanced"
+    configs.validate(changed(moco__shuffle_bn=value, method="simclr", batch_size=6, model__bn_groups=3))
+    with pytest.raises(UsageError, match=r"moco.shuffle_bn='true': expected true, false or balanced"):
+        configs.from_dict({"moco.shuffle_bn": "true"})
 
 
 def test_unknown_field_is_refused_and_a_missing_one_keeps_its_default():

@@ -596,11 +596,23 @@ def test_one_image_of_many_is_found_bad_only_if_all_around_it_are(tmp_path):
 # A run.
 
 
+make_augmentation = assembly.make_augmentation
+
+
+@pytest.fixture
+def one_block():
+    """The smallest network, with the augmentation of photographs."""
+    with small.light(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "make_augmentation", make_augmentation)
+        yield
+
+
 def own_images(root, **fields):
     return small.config(data__source=f"folder:{root}", data__augmentation="moco_v2", **fields)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_block")
 def test_a_run_on_a_folder(root, tmp_path):
     """Trains, stops, goes on bit for bit; its classes can be read out."""
     from ifm_jax.evaluation import suppression
@@ -628,6 +640,7 @@ def test_a_run_on_a_folder(root, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_block")
 def test_a_run_replaces_an_unreadable_image(root, tmp_path, capfd):
     """And says so itself, once: the libraries that decode say nothing."""
     shutil.copytree(root / "train", tmp_path / "images")

@@ -57,7 +57,8 @@ def test_a_run_begins_with_its_chance_level(tmp_path, capsys, monkeypatch, metho
     seen = {}
     monkeypatch.setattr(loop, "draw_curves", lambda *_, chance=None: seen.update(chance=chance))
     config = small.config(method=method, simclr__dim=8, steps=2)
-    training.train(config, tmp_path, devices=jax.devices()[:1])
+    with small.light(curves=True):
+        training.train(config, tmp_path, devices=jax.devices()[:1])
     out = capsys.readouterr().out
     assert f"Chance level: InfoNCE {math.log(1 + negatives):.2f} " in out
     assert ("until step 4, when" in out) == (method == "moco")

@@ -7,6 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 
 from ifm_jax.augment import normalize
@@ -20,6 +21,20 @@ from ifm_jax.runs.workdir import Workdir
 from tests import small
 
 LABELS = ("shape", "texture", "color")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def light():
+    with small.light(curves=True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(request, monkeypatch):
+    """Drawn once, by the evaluation that all have in common."""
+    if "full" in request.fixturenames:
+        request.getfixturevalue("full")
+    monkeypatch.setattr(loop.Recorder, "draw", lambda self: None)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +248,9 @@ def test_all_at_once(run, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(
             module, "extract", lambda frozen, source: extracted.append(len(source)) or extract(frozen, source)
         )
-    assert evaluate.evaluate(tmp_path / "run", Workdir(run).read_config(), tmp_path / "run", wanted, **options) is None
+    config = Workdir(run).read_config()
+    with threadpoolctl.threadpool_limits(1):  # the map's threads would wait for each other more than they compute
+        assert evaluate.evaluate(tmp_path / "run", config, tmp_path / "run", wanted, **options) is None
     assert sorted(extracted) == [37, 60]  # each split once
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(found) == {"knn", "diagnostics"}

@@ -47,8 +47,14 @@ def make(
     size=K,
     objective=PLAIN,
     whole=False,
+    reduce=False,
 ):
-    """Returns a step: with `whole`, of a network of two stages and with the augmentation of Trifeature."""
+    """Returns a step.
+
+    With `whole`, it has a network of two stages and the augmentation of Trifeature; with `reduce`, layers whose
+    gradients are summed over the devices in the parameters' dtype.
+    """
+    mesh = sharding.make_mesh(jax.devices()[:devices]) if mesh else None
     encoder = models.Encoder(
         "small" if whole else "tiny",
         dim=8,
@@ -56,8 +62,8 @@ def make(
         bn_groups=groups,
         compute_dtype=dtype,
         param_dtype=dtype,
+        reduce_over=mesh if reduce else None,
     )
-    mesh = sharding.make_mesh(jax.devices()[:devices]) if mesh else None
     if method == "moco":
         method = MoCo(encoder, objective, size, momentum=0.9, shuffle=shuffle, queue_sharded=queue_sharded, mesh=mesh)
     else:
@@ -127,6 +133,7 @@ def assert_agree(many, last_many, one, last, devices):
         ("moco", 2, False, (8,)),
         ("moco", 1, True, (8,)),
         ("moco", 1, False, (2,)),
+        ("moco", 4, "balanced", (2, 4, 8)),
         ("simclr", 8, True, (2, 8)),
         ("simclr", 1, True, (4,)),
     ],
@@ -140,6 +147,14 @@ def test_the_number_of_devices_changes_nothing(method, groups, shuffle, numbers)
     for devices in numbers:
         many, last_many = run(make(devices, **options))
         assert_agree(many, last_many, one, last, devices)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+def test_where_gradients_are_summed_changes_nothing():
+    """In the layers, also where BatchNorm's groups are spread over several devices."""
+    many, last_many = run(make(8, groups=2, reduce=True))
+    assert_agree(many, last_many, *on_one_device(groups=2, shuffle=True, whole=False), 8)
 
 
 @pytest.mark.slow

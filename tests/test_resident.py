@@ -17,6 +17,12 @@ from tests import small
 resized_crops = jax.jit(augment.resized_crops, static_argnums=2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def light():
+    with small.light():
+        yield
+
+
 @pytest.fixture(scope="module")
 def pictures():
     """Smooth pictures of several sizes."""
@@ -156,11 +162,12 @@ def host(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_one_step_a_call_is_the_same_step(tmp_path):
+@pytest.mark.usefixtures("x64")
+def test_one_step_a_call_is_the_same_step(tmp_path, host):
     """Bit for bit, also where a run goes on that has read its images from the host."""
-    whole = train(small.config(), tmp_path / "host")
-    train(small.config(steps=3), tmp_path / "both")
-    assert train(small.config(data__cache="device"), tmp_path / "both") == whole
+    double = {"model__compute_dtype": "float64"}
+    train(small.config(**double, steps=3), tmp_path)
+    assert train(small.config(**double, data__cache="device"), tmp_path) == host
 
 
 @pytest.mark.slow

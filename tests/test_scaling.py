@@ -8,7 +8,16 @@ import pytest
 from benchmarks import report, reporting, scaling, train_step
 from benchmarks.train_step import Case
 from ifm_jax.errors import UsageError
+from ifm_jax.models import resnet
 from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_block():
+    """A network that compiles in less time than the others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.ARCHITECTURES, "resnet8", resnet.Architecture(False, (1,), width=16))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +47,15 @@ def test_a_row_for_each_size(made):
 
 @pytest.mark.slow
 def test_what_two_devices_do_and_exchange(made):
-    """Images before augmentation, permutation and keys gathered, the gradient reduced; half the work; no times."""
+    """Images before augmentation and keys gathered, the gradient reduced; half the work; no times."""
     alone, shared = (row for row in made["results"] if row["axis"] == "devices")
     assert alone["collectives"] == []
     assert alone["simulated"]
     assert "ms" not in alone | shared
     found = {(one["kind"], one["dtype"]): (one["count"], one["bytes"]) for one in shared["collectives"]}
     assert found["all-gather", "u8"] == (1, 8 * 16 * 16 * 3)
-    assert found["all-gather", "f32"] == (2, 2 * 8 * train_step.DIM * 4)
-    assert found["all-gather", "s32"][1] == 8 * 4
+    assert found["all-gather", "f32"] == (1, 8 * train_step.DIM * 4)
+    assert ("all-gather", "s32") not in found
     case = Case("resnet8", 16, 8, "small_stride2", queue_size=64)
     step = train_step.make_step(case, "ifm")
     state = jax.eval_shape(lambda: train_step.make_state(case, step))

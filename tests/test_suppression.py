@@ -19,6 +19,12 @@ from ifm_jax.torch_interop import writing
 from tests import small
 
 
+@pytest.fixture(autouse=True, scope="module")
+def light():
+    with small.light():
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run that is evaluated twice while it trains, and copies that pass for another method and another seed."""

@@ -13,7 +13,7 @@ from references.moco import MUTATIONS, Reference, ReferenceMoCo, learning_rate, 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.torch
-MODEL = {"arch": "resnet18", "dim": 16, "queue_size": 16, "mlp": True}
+MODEL = {"arch": "resnet18", "width": 8, "dim": 16, "queue_size": 16, "mlp": True}
 TRAINING = {"epsilon": 0.1, "alpha": 0.5, "temperature": 0.2, "momentum": 0.99, "weight_decay": 1e-2}
 LR = (0.03, 0.03, 0.02, 0.02)
 STEPS, BATCH, SIZE = 4, 8, 32  # 32 keys through a queue of 16: it wraps twice.
@@ -129,7 +129,7 @@ def test_epsilon_zero_is_moco(two_steps):
 
 
 def test_single_linear_head():
-    names = set(ReferenceMoCo("resnet18", dim=16, queue_size=16, mlp=False).state_dict())
+    names = set(ReferenceMoCo("resnet18", width=8, dim=16, queue_size=16, mlp=False).state_dict())
     assert {"encoder_q.fc.weight", "encoder_q.fc.bias", "encoder_k.fc.weight", "encoder_k.fc.bias"} <= names
 
 

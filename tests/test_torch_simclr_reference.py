@@ -16,7 +16,7 @@ from tests.test_torch_reference import errors, one_thread, relative_error  # noq
 pytestmark = pytest.mark.torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODEL = {"arch": "resnet18", "dim": 16, "head": "hcl"}
+MODEL = {"arch": "resnet18", "width": 8, "dim": 16, "head": "hcl"}
 LOSS = {"objective": "ifm", "temperature": 0.5, "epsilon": 0.1, "alpha": 0.5, "beta": 0.5, "tau_plus": 0.02}
 LR = (0.03, 0.02)
 BATCH = 8

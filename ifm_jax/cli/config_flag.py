@@ -130,6 +130,8 @@ def parse_unchecked(known: Field, text: str, as_given: str) -> Any:
     try:
         if known.optional and text.lower() == "none":
             return None
+        if text.lower() in known.words:
+            return text.lower()
         if not known.many:
             return _parse_one(known.kind, text)
         inner = text.strip()

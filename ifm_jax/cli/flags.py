@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from ifm_jax import config as configs
@@ -77,7 +77,7 @@ class Flags:
             add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
         )
         self._names: dict[str, None] = {}  # an ordered set
-        self._switches: set[str] = set()
+        self._switches: dict[str, Collection[str]] = {}  # and the words that may follow each
         self._help: list[str] = []
         for known in configs.fields(options).values():
             if known.is_group:
@@ -90,9 +90,19 @@ class Flags:
             self.add("config", config_flag.read_recipe)
             for name, known, renamed in config_flag.names():
                 read = config_flag.reader(name, known, renamed)
-                self.add(f"config.{name}", read, dest=f"config.{known.name}", switch=known.kind is bool)
+                switch = known.kind is bool
+                self.add(f"config.{name}", read, dest=f"config.{known.name}", switch=switch, words=known.words)
 
-    def add(self, name: str, read: Read, *, dest: str = "", switch: bool = False, meaning: str = "") -> None:
+    def add(
+        self,
+        name: str,
+        read: Read,
+        *,
+        dest: str = "",
+        switch: bool = False,
+        words: tuple[str, ...] = (),
+        meaning: str = "",
+    ) -> None:
         """Adds a flag.
 
         Args:
@@ -100,12 +110,13 @@ class Flags:
           read: converts its text, or None if there is none, and the spelling of the flag to the value.
           dest: key under which the value is kept; empty: the name.
           switch: whether it means `true` without a value and has a `--noname`.
+          words: values of a switch beside true and false.
           meaning: text for the help; empty: it is described elsewhere.
         """
         self._parser.add_argument(f"--{name}", action=_Read, read=read, dest=dest or name)
         self._names[name] = None
         if switch:
-            self._switches.add(name)
+            self._switches[name] = {*BOOLEANS, *words}
             self._parser.add_argument(f"--no{name}", action="store_const", const=False, dest=dest or name)
         if meaning:
             self._help += _described(name, meaning)
@@ -156,7 +167,7 @@ class Flags:
                 if name in self._switches and "=" not in argument:
                     # A field consumes the next argument only if that can be its value, so that it does not swallow a
                     # path.
-                    follows = name.startswith("config.") and pending and pending[0].lower() in BOOLEANS
+                    follows = name.startswith("config.") and pending and pending[0].lower() in self._switches[name]
                     argument += f"={pending.pop(0) if follows else 'true'}"
             yield argument
 

@@ -2,8 +2,21 @@
 
 from ifm_jax.methods.method import OBJECTIVES, Kind, Method, Objective, Outcome, Views
 from ifm_jax.methods.moco import MoCo, MoCoMemory
+from ifm_jax.methods.shuffle import ShuffleBN
 from ifm_jax.methods.simclr import SimCLR
 
 METHODS: dict[str, type[MoCo] | type[SimCLR]] = {"moco": MoCo, "simclr": SimCLR}
 
-__all__ = ["METHODS", "OBJECTIVES", "Kind", "Method", "MoCo", "MoCoMemory", "Objective", "Outcome", "SimCLR", "Views"]
+__all__ = [
+    "METHODS",
+    "OBJECTIVES",
+    "Kind",
+    "Method",
+    "MoCo",
+    "MoCoMemory",
+    "Objective",
+    "Outcome",
+    "ShuffleBN",
+    "SimCLR",
+    "Views",
+]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ifm_jax import sharding
 from ifm_jax.augment import example_rngs
 from ifm_jax.methods import losses
+from ifm_jax.methods.shuffle import Order
 from ifm_jax.models import Encoder
 
 Tree = dict[str, Any]
@@ -63,20 +64,20 @@ class Views:
         """N, the number of images in the global batch."""
         return self.images[0].shape[0]
 
-    def __call__(self, number: int, order: jax.Array | None = None) -> jax.Array:
+    def __call__(self, number: int, order: Order | None = None) -> jax.Array:
         """Returns a view of every image, `(N, h, w, 3)`, split over the devices.
 
         Args:
           number: number of the view, 0 or 1.
-          order: int32 `(N,)`; row i of the result is the view of image `order[i]`. None: the given order.
+          order: row i of the result is the view of image `order.index[i]`. None: the given order.
         """
         images = self.images[number]
         if order is None:
             place = jnp.arange(self.count, dtype=jnp.int32)
         else:
-            place = order
-            # Shuffle images while they are smallest; without the constraint every device would make all views.
-            images = sharding.split_rows(images[order], self.mesh)
+            place = order.index
+            # Shuffle images while they are smallest; unless they are split, every device would make all views.
+            images = order.take(images, self.mesh)
         return sharding.split_rows(self.augment(example_rngs(self.rngs[number], place), images), self.mesh)
 
 

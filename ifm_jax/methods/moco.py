@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from ifm_jax import sharding
 from ifm_jax.methods import losses, queue
 from ifm_jax.methods.method import Leaf, Objective, Outcome, Part, Tree, Views
+from ifm_jax.methods.shuffle import Order, ShuffleBN, balanced_order, uniform_order
 from ifm_jax.models import Encoder
 
 
@@ -43,7 +44,8 @@ class MoCo:
       objective: computes the loss from the comparison.
       queue_size: K, a multiple of the batch size.
       momentum: m of the key encoder's moving average.
-      shuffle: compute keys in a random order of the batch, so that a key's BatchNorm group differs from its query's.
+      shuffle: compute keys in a random order of the batch, so that a key's BatchNorm group differs from its query's:
+        True, a uniform one; "balanced", see `shuffle.BalancedOrder`. With one group nothing is shuffled by the latter.
       queue_sharded: each device holds a part of the queue and compares all queries with it.
       mesh: mesh of the devices; None: arrays stay where they are.
     """
@@ -52,7 +54,7 @@ class MoCo:
     objective: Objective
     queue_size: int = 65536
     momentum: float = 0.999
-    shuffle: bool = True
+    shuffle: ShuffleBN = True
     queue_sharded: bool = False
     mesh: jax.sharding.Mesh | None = None
 
@@ -80,17 +82,12 @@ class MoCo:
         key_params = jax.tree.map(lambda k, q: m * k + (1 - m) * q, memory.key_params, now)
 
         # 2. Keys of the shuffled views, back in sample order, no gradient.
-        order = None
-        if self.shuffle:
-            order = views.permutation
-            if order is None:
-                order = jax.random.permutation(rng, jnp.arange(views.count, dtype=jnp.int32))
-            order = order.astype(jnp.int32)
+        order = self._order(views, rng)
         keys, key_batch_stats = self.encoder(key_params, memory.key_batch_stats, views(1, order), train=True)
-        if order is not None:
-            keys = sharding.split_rows(keys[jnp.argsort(order)], self.mesh)
         keys = jax.lax.stop_gradient(keys)
-        all_keys = sharding.on_every_device(keys, self.mesh)  # every device writes its own queue
+        # Every device writes its own queue, so that all keys are on each.
+        all_keys = sharding.on_every_device(keys, self.mesh) if order is None else order.undo(keys, self.mesh)
+        keys = sharding.split_rows(all_keys, self.mesh)
 
         # 3. Loss against the queue as it was before this step's keys.
         queries, batch_stats = self.encoder(params, batch_stats, views(0), train=True)
@@ -105,6 +102,17 @@ class MoCo:
         # 4. The newest keys replace the oldest.
         ring = queue.enqueue(memory.queue, memory.queue_ptr, all_keys, by_row=self.queue_sharded)
         return loss, Outcome(batch_stats, MoCoMemory(key_params, key_batch_stats, *ring), metrics)
+
+    def _order(self, views: Views, rng: jax.Array) -> Order | None:
+        """Returns the order in which keys are computed: the given one, or a random one; None: that of the queries."""
+        groups = self.encoder.bn_groups
+        if not self.shuffle:
+            return None
+        if views.permutation is not None:
+            return Order(views.permutation.astype(jnp.int32))
+        if self.shuffle == "balanced":
+            return balanced_order(rng, views.count, groups, self.mesh) if groups > 1 else None
+        return uniform_order(rng, views.count, self.mesh)
 
     def negatives(self, batch_size: int) -> int:
         """Returns K."""

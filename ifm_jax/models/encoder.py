@@ -42,6 +42,7 @@ class Encoder:
       running_stats: which statistics the running averages follow, "first_group" or "mean".
       compute_dtype: dtype of convolutions and products.
       param_dtype: dtype of parameters and running averages.
+      reduce_over: mesh of the devices over which gradients are summed in `param_dtype`; None: in `compute_dtype`.
       mlp: only an argument: whether the head is "mlp" or "linear", the spelling from before there were more heads.
     """
 
@@ -54,6 +55,7 @@ class Encoder:
     running_stats: RunningStats = "first_group"
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
+    reduce_over: jax.sharding.Mesh | None = None
     mlp: dataclasses.InitVar[bool | None] = None
 
     def __post_init__(self, mlp: bool | None):
@@ -72,6 +74,7 @@ class Encoder:
             running_stats=self.running_stats,
             dtype=jnp.dtype(self.compute_dtype),
             param_dtype=jnp.dtype(self.param_dtype),
+            reduce_over=self.reduce_over,
             rngs=rngs,
         )
 

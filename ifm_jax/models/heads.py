@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ifm_jax.models.batch_norm import BatchNorm
+from ifm_jax.models.layers import Linear
 
 Head = Literal["linear", "mlp", "hcl"]
 HEADS: tuple[str, ...] = get_args(Head)
@@ -20,8 +21,9 @@ def linear(
     use_bias: bool = True,
     dtype: jnp.dtype | None,
     param_dtype: jnp.dtype,
+    reduce_over: jax.sharding.Mesh | None = None,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """Returns a linear layer initialized like PyTorch's: weight and bias uniform in +-1/sqrt(in_features)."""
 
     def init(rng: jax.Array, shape: Sequence[int], dtype: Any, out_sharding: Any = None) -> jax.Array:
@@ -29,7 +31,7 @@ def linear(
         bound = in_features**-0.5
         return jax.random.uniform(rng, shape, dtype, -bound, bound)
 
-    return nnx.Linear(
+    return Linear(
         in_features,
         out_features,
         use_bias=use_bias,
@@ -37,6 +39,7 @@ def linear(
         bias_init=init,
         dtype=dtype,
         param_dtype=param_dtype,
+        reduce_over=reduce_over,
         rngs=rngs,
     )
 
@@ -56,10 +59,12 @@ class MLPHead(nnx.Module):
         *,
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
+        reduce_over: jax.sharding.Mesh | None = None,
         rngs: nnx.Rngs,
     ):
-        self.hidden = linear(in_features, in_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.output = linear(in_features, out_features, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "reduce_over": reduce_over, "rngs": rngs}
+        self.hidden = linear(in_features, in_features, **options)
+        self.output = linear(in_features, out_features, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `(N, in_features)` to `(N, out_features)`."""
@@ -86,9 +91,10 @@ class HCLHead(nnx.Module):
         norm: Callable[[int], BatchNorm],
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
+        reduce_over: jax.sharding.Mesh | None = None,
         rngs: nnx.Rngs,
     ):
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"dtype": dtype, "param_dtype": param_dtype, "reduce_over": reduce_over, "rngs": rngs}
         self.hidden = linear(in_features, self.hidden_features, use_bias=False, **options)
         self.norm = norm(self.hidden_features)
         self.output = linear(self.hidden_features, out_features, **options)
@@ -100,7 +106,7 @@ class HCLHead(nnx.Module):
 
 def create(
     head: Head, in_features: int, out_features: int, *, norm: Callable[[int], BatchNorm], **options: Any
-) -> nnx.Linear | MLPHead | HCLHead:
+) -> Linear | MLPHead | HCLHead:
     """Builds a head by name.
 
     Args:
@@ -108,7 +114,7 @@ def create(
       in_features: number of features of the backbone.
       out_features: length of an embedding.
       norm: makes a `BatchNorm` for a number of features.
-      **options: dtype, param_dtype and rngs of the layers.
+      **options: dtype, param_dtype, reduce_over and rngs of the layers.
 
     Raises:
       ValueError: if the name is unknown.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ifm_jax.models import convolution, heads
+from ifm_jax.models import convolution, heads, layers
 from ifm_jax.models.activation import block_relu
 from ifm_jax.models.batch_norm import BatchNorm, RunningStats
 from ifm_jax.models.pooling import max_pool
@@ -65,10 +65,10 @@ _kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def _conv(
     in_features: int, out_features: int, kernel: int, *, stride: int = 1, groups: int = 1, **options: Any
-) -> nnx.Conv:
+) -> layers.Conv:
     """Returns a convolution without bias, padded by (kernel - 1) / 2 on every side like PyTorch's."""
     pad = (kernel - 1) // 2
-    return nnx.Conv(
+    return layers.Conv(
         in_features,
         out_features,
         kernel_size=(kernel, kernel),
@@ -85,7 +85,7 @@ def _conv(
 class Downsample(nnx.Module):
     """The shortcut where a block changes resolution or channels: 1x1 convolution and normalization."""
 
-    def __init__(self, conv: nnx.Conv, norm: BatchNorm):
+    def __init__(self, conv: layers.Conv, norm: BatchNorm):
         self.conv = conv
         self.norm = norm
 
@@ -106,7 +106,7 @@ class BasicBlock(nnx.Module):
         *,
         stride: int,
         arch: Architecture,
-        conv: Callable[..., nnx.Conv],
+        conv: Callable[..., layers.Conv],
         norm: Callable[[int], BatchNorm],
     ):
         if arch.groups != 1 or arch.width_per_group != 64:
@@ -141,7 +141,7 @@ class Bottleneck(nnx.Module):
         *,
         stride: int,
         arch: Architecture,
-        conv: Callable[..., nnx.Conv],
+        conv: Callable[..., layers.Conv],
         norm: Callable[[int], BatchNorm],
     ):
         width = features * arch.width_per_group // 64 * arch.groups
@@ -180,6 +180,8 @@ class ResNet(nnx.Module):
       dtype: dtype of convolutions and products (None: the promoted dtype of images and parameters); normalization
         statistics are always float32 or better.
       param_dtype: dtype of parameters and running averages.
+      reduce_over: mesh of the devices over which gradients are summed in `param_dtype` (see `layers`); None: in
+        `dtype`, if there are several.
       rngs: an `nnx.Rngs` with a `params` stream.
     """
 
@@ -195,9 +197,10 @@ class ResNet(nnx.Module):
         running_stats: RunningStats = "first_group",
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
+        reduce_over: jax.sharding.Mesh | None = None,
         rngs: nnx.Rngs,
     ):
-        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options = {"dtype": dtype, "param_dtype": param_dtype, "reduce_over": reduce_over, "rngs": rngs}
         conv = functools.partial(_conv, **options)
         norm = functools.partial(BatchNorm, groups=bn_groups, running_stats=running_stats, param_dtype=param_dtype)
         block = Bottleneck if arch.bottleneck else BasicBlock

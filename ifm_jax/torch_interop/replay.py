@@ -93,6 +93,8 @@ def replay(
     config.batch_size = views["query"].shape[1]
     config.model.compute_dtype = dtype
     config.moco.queue_sharded = False
+    if "permutation" in views and config.moco.shuffle_bn == "balanced":
+        config.moco.shuffle_bn = True  # nothing is drawn, so that N may be any number
     for of, method in (("the config", config.method), ("the start", start.config.method)):
         if method != "moco":
             raise UsageError(f"{of} has method={method}: replay follows the original: expected method=moco")
