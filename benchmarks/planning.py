@@ -1,7 +1,4 @@
-"""What `tpu_plan` and `gpu_plan` have in common: the step to compile, what it found before, the time of a recipe.
-
-JAX must be kept from the devices before this is imported: the step is compiled for devices that are not there.
-"""
+"""Code shared by `tpu_plan` and `gpu_plan`: the step to compile, stored compilations, the time of a recipe, tables."""
 
 import dataclasses
 import gzip
@@ -35,7 +32,7 @@ IMAGENET = 1_281_167  # training images of ImageNet (ILSVRC 2012)
 
 
 def prepare(config: Config, devices: int) -> Config:
-    """Returns the config as a plan takes it: for an accelerator, on images that need not be there.
+    """Returns the config of a plan: for an accelerator, with images that need not exist.
 
     Raises:
       UsageError: for a config that could not be trained on so many devices.
@@ -73,10 +70,10 @@ def lower(
     """Returns the training step of a prepared config for these devices, not yet compiled.
 
     Args:
-      config: prepared.
-      devices: to compile for.
-      epoch_steps: updates in an epoch.
-      given_views: without augmentation, on float32 views.
+      config: prepared config.
+      devices: devices to compile for.
+      epoch_steps: number of updates in an epoch.
+      given_views: leave the augmentation out and take float32 views.
     """
     step = assembly.make_step(config, sharding.make_mesh(devices))
     size = config.data.image_size
@@ -95,19 +92,19 @@ def lower(
 def kept(
     folder: str, lowered: jax.stages.Lowered, key: Sequence[str], make: Callable[[], tuple[dict, str]], say: Callable
 ) -> tuple[dict, str]:
-    """Returns what a compilation found and the compiled text: of an earlier one, or of `make()`, which is kept.
+    """Returns the results of a compilation and the compiled text: stored ones, or those of `make()`, which are stored.
 
     Args:
-      folder: in `$IFM_JAX_CACHE`.
-      lowered: the program.
-      key: what the compilation depends on besides: the device, the compiler's version.
-      make: compiles.
-      say: told what takes long.
+      folder: folder in `$IFM_JAX_CACHE`.
+      lowered: program to compile.
+      key: further inputs of the compilation: the device, the compiler's version.
+      make: compiles the program.
+      say: gets a line about each step that takes long.
 
     Returns:
-      As from `make`, with `compile_seconds` added.
+      The result of `make`, with `compile_seconds` added.
     """
-    # With the names of files and functions, which tell the sources of traffic; not with the numbers of lines.
+    # The key includes the names of files and functions, which determine the sources of traffic, but no line numbers.
     program = re.sub(r'":\d+:\d+( to :\d+(:\d+)?)?', '"', lowered.as_text(debug_info=True))
     name = hashlib.sha256("\n".join((program, *key)).encode()).hexdigest()[:24]
     found_in, text_in = (files.cache_directory(folder, name + end) for end in (".json", ".hlo.gz"))
@@ -124,7 +121,7 @@ def kept(
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> float:
-    """Returns the most bytes that are in a device's memory: state, batch, what is computed in between, the program."""
+    """Returns the largest number of bytes in a device's memory: state, batch, temporary arrays, the program."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes
@@ -136,12 +133,12 @@ def memory_needed(compiled: jax.stages.Compiled) -> float:
 
 
 def kernel_seconds(kernels: Sequence[Kernel], bandwidth: float, peak: Callable[[Kernel], float]) -> float:
-    """Returns the time of kernels one after the other, each at the speed of memory or of arithmetic, the slower.
+    """Returns the time of kernels that run one after another, each limited by the slower of memory and arithmetic.
 
     Args:
-      kernels: of a step.
-      bandwidth: of the memory, bytes a second.
-      peak: floating-point operations a second, for a kernel.
+      kernels: kernels of a step.
+      bandwidth: bandwidth of the memory in bytes per second.
+      peak: returns the floating-point operations per second that a kernel can reach.
     """
     return math.fsum(max(kernel.bytes / bandwidth, kernel.operations / peak(kernel)) for kernel in kernels)
 
@@ -150,9 +147,9 @@ def durations(seconds: Mapping[str, float], batch_size: int, steps: int) -> dict
     """Returns `images_per_second_NAME` and `hours_NAME` for each time of a step by NAME.
 
     Args:
-      seconds: times of a step.
-      batch_size: global.
-      steps: of the whole recipe.
+      seconds: times of a step in seconds.
+      batch_size: global batch size.
+      steps: number of steps of the whole recipe.
     """
     found = {}
     for name, step in seconds.items():

@@ -1,9 +1,9 @@
-"""A program in XLA's text form (HLO): its instructions, what each reads and writes, and where in the source it is from.
+"""Reads a program in XLA's text form (HLO): its instructions, their operands and results, and their source code.
 
     program = programs.parse(compiled.as_text())
 
-This reads text because that is all there is of a program for a GPU that is absent: XLA's own counts are missing there,
-and on a TPU they are not memory traffic (they count operands that never leave the chip).
+The text is the only complete description of a program that was compiled for an absent GPU: XLA's own counts are missing
+there. On a TPU they are not memory traffic, since they include operands that never leave the chip.
 """
 
 import dataclasses
@@ -68,12 +68,12 @@ class Instruction:
     Attributes:
       name: unique in its computation.
       opcode: fusion, custom-call, dot, parameter ...
-      results: the arrays it makes; those of a tuple in order, nested ones flattened.
-      operands: names of the instructions whose results it takes.
-      attributes: the rest of the line.
+      results: arrays that it writes; those of a tuple in order, nested ones flattened.
+      operands: names of the instructions whose results it reads.
+      attributes: rest of the line.
       op_name: JAX's path to the operation, such as `jit(step)/transpose(jvp())/dot_general`; "" if unknown.
-      frames: calls on the way to the operation, the innermost first; () if unknown.
-      root: whether its result is that of the computation.
+      frames: calls that led to the operation, the innermost first; () if unknown.
+      root: whether its result is the computation's.
     """
 
     name: str

@@ -56,6 +56,7 @@ class ProxyEncoder(Encoder):
             head="mlp",
             bn_groups=self.bn_groups,
             dtype=jnp.dtype(self.compute_dtype),
+            reduce_over=self.reduce_over,
             rngs=rngs,
         )
 

@@ -1,11 +1,11 @@
-"""The memory traffic of a compiled program: what each of its kernels moves, and for which part of the training step.
+"""Counts the memory traffic of a compiled program: bytes per kernel, and the part of the training step it belongs to.
 
-A kernel is an instruction at the top level of an optimized program: a fusion, a convolution of a library, a copy. It
-reads its operands from memory and writes its results there, each once; what happens inside stays on the chip. An
-operand of which a fusion takes slices counts with those slices; a result that replaces a part of an operand counts with
-that part. Arrays in a TPU's on-chip memory move nothing. Loops count as often as they run, if the program says so.
+A kernel is an instruction at the top level of an optimized program: a fusion, a library's convolution, a copy. It reads
+each operand from memory once and writes each result once; everything else in it stays on the chip. If a fusion reads
+only slices of an operand, the slices count; if a result replaces a part of an operand, the part counts. Arrays in a
+TPU's on-chip memory do not count. The body of a loop counts as often as it runs, if the program gives the number.
 
-What is not in it: caches, which save a part of the reads, and what a library's convolution moves beyond its operands.
+The counts ignore caches, which save some of the reads, and what a library's convolution moves beyond its operands.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from benchmarks import programs
 from benchmarks.programs import Array, Frame, Instruction, Program
 
-# Parts of a training step. A fusion that belongs to several counts as the first of them.
+# Parts of a training step. A fusion that belongs to several of them counts as the first.
 SOURCES = (
     "convolutions",
     "pooling",
@@ -34,25 +34,25 @@ SOURCES = (
     "other",
 )
 
-LARGE = 20_000_000  # bytes of an array of which the reports speak by itself
+LARGE = 20_000_000  # bytes from which reports list an array
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Something that the device runs by itself.
+    """One launch of a device, or several of the same instruction in a loop.
 
     Attributes:
-      name: in the program.
+      name: name in the program.
       opcode: fusion, copy, or the name of a library's function.
-      source: one of `SOURCES`.
+      source: part of the step, one of `SOURCES`.
       reads: bytes read from memory, in all runs.
       writes: bytes written to memory, in all runs.
       operations: floating-point operations of its convolutions and matrix products, in all runs.
-      dtype: of what is multiplied; "" if nothing is.
-      exact: whether products are asked for in full float32.
+      dtype: dtype of the factors of its products; "" if it has none.
+      exact: whether the program requests products in full float32.
       cycles: the compiler's estimate, in all runs; 0 if it gives none.
-      runs: in a step.
-      results: what it makes.
+      runs: number of runs in a step.
+      results: arrays that it writes.
       transposes: bytes of the arrays whose dimensions it reorders in memory.
     """
 
@@ -359,6 +359,8 @@ def _is(file: str, *functions: str) -> Callable[[Frame], bool]:
 _FRAMES: tuple[tuple[Callable[[Frame], bool], str], ...] = (
     (_is("models/convolution.py"), "convolutions"),
     (_is("linear.py", "Conv."), "convolutions"),
+    (_is("models/layers.py", "Conv."), "convolutions"),
+    (_is("models/layers.py", "Linear."), "head"),
     (_is("models/batch_norm.py"), "BatchNorm"),
     (_is("models/pooling.py"), "pooling"),
     (_is("models/activation.py"), "ReLU and adds"),
@@ -368,11 +370,12 @@ _FRAMES: tuple[tuple[Callable[[Frame], bool], str], ...] = (
     (_is("models/encoder.py"), "loss"),  # normalization of embeddings
     (_is("methods/losses.py"), "loss"),
     (_is("methods/queue.py"), "queue"),
+    (_is("methods/shuffle.py"), "augmentation"),
     (_is("augment.py"), "augmentation"),
     (_is("methods/method.py", "Views"), "augmentation"),
     (_is("methods/method.py"), "loss"),
     (_is("methods/moco.py", "MoCo.loss.<locals>"), "momentum"),
-    (_is("methods/moco.py"), "augmentation"),  # the shuffle and the way back
+    (_is("methods/moco.py"), "augmentation"),  # the way back from the shuffle
     (_is("methods/simclr.py"), "augmentation"),  # both views of an image side by side
     (_is("optim.py"), "optimizer"),
     (lambda frame: "/optax/" in frame.file, "optimizer"),

@@ -64,6 +64,19 @@ def test_collectives_are_read_from_a_program():
     assert permuted == pytest.approx(200 / 50e9)
 
 
+def test_an_exchange_of_all_with_all_counts_with_the_whole_array():
+    """Of four devices, each with a part of it; also in the forms in which a program may write it."""
+    groups = "channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"
+    forms = (
+        f"%a = u8[4,25]{{1,0}} all-to-all(%p), {groups}",
+        f"%a = ({', '.join(['u8[1,25]{1,0}'] * 4)}) all-to-all(%p, %q, %r, %s), {groups}",
+        f"%a = ((u8[4,25]{{1,0}}), u8[4,25]{{1,0}}) all-to-all-start(%p), {groups}",
+    )
+    for form in forms:
+        (found,) = collectives.read(form, devices=8)
+        assert (found.kind, found.devices, found.count, found.bytes) == ("all-to-all", 4, 1, 400)
+
+
 @pytest.fixture
 def simulated(monkeypatch, tmp_path):
     """Eight simulated devices in the place of a slice, the CPU's compiler in that of libtpu; an empty cache."""
