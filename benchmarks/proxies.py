@@ -1,12 +1,13 @@
-"""Small training steps whose compiled programs stand for the large ones: a table that a change must not make worse.
+"""Compares the memory traffic of small compiled training steps with a committed table.
 
     python -m benchmarks.proxies [--renew] [--only=cpu,h100,v5e] [--json=FILE]
 
-A ResNet of two bottlenecks with ResNet-50's stem is compiled with MoCo on eight devices, and with SimCLR on one and on
-given views: for the CPU, and, where its compiler is installed, for the H100. `benchmarks.traffic` counts bytes and
-kernels by the part of the step that they are for, `benchmarks.collectives` what the devices exchange. The table of an
-earlier state, `tests/data/traffic.json`, holds these counts; the test suite compares (`tests/test_traffic.py`), and so
-does this command. `--renew` writes the table anew: after a change that is worth what it costs, and with a new JAX.
+A ResNet of two bottlenecks with ResNet-50's stem is compiled with MoCo on eight devices, and with SimCLR on one device
+and given views; for the CPU, and for the H100 if its compiler is installed. `benchmarks.traffic` counts bytes and
+kernels by part of the step, `benchmarks.collectives` the exchanges between devices. The table in
+`tests/data/traffic.json` has these counts of an earlier state. This command and the test suite
+(`tests/test_traffic.py`) compare with it. `--renew` writes it again: after a change that is worth its cost, and with a
+new version of JAX.
 
 `--only=v5e` compiles four bottlenecks at full width, 224 px and 32 images, for one chip of a TPU v5e: bytes, and the
 cycles that the compiler estimates. It takes minutes, needs `pip install -e '.[tpu-plan]'`, and is not in the table.
@@ -227,6 +228,8 @@ def main(arguments: list[str]) -> int:
         kept = {name: row for name, row in table["programs"].items() if same}
         TABLE.write_text(json.dumps({"jax": jax.__version__, "programs": kept | own}, indent=1) + "\n")
         print(f"Written: {TABLE}")
+        if stale := sorted(kept.keys() - own.keys()):
+            print(f"Not renewed, since their compiler is not installed or they were not asked for: {', '.join(stale)}")
     table, bad = read_table(), []
     rows = []
     for name, row in found.items():
