@@ -59,22 +59,24 @@ def assert_the_same_as_on_one_device(two, one, steps):
     assert max(found.values()) <= 1e-10, found
 
 
+def assert_saved_alike(two, one):
+    """What two processes have saved together is what one has, and one process can read it."""
+    states = [loading.read(path).state for path in (one, two)]
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(a).max())
+
+
 @pytest.mark.hosts
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", ["moco", "simclr"])
-def test_two_processes_of_two_devices_are_one_process(tmp_path, method):
-    """The short form of benchmarks/topologies.py."""
-    flags = (f"--config.method={method}", "--config.simclr.dim=8", "--config.steps=3")
+def test_two_processes_of_two_devices_are_one_process(tmp_path):
+    """SimCLR; MoCo in the next test, and the long form in benchmarks/topologies.py."""
+    flags = ("--config.method=simclr", "--config.simclr.dim=8", "--config.steps=3")
     statuses, outputs, errors = finish(start(tmp_path / "two", *SMALL, DOUBLE, *flags))
     assert statuses == [0, 0], errors
     assert "4 cpu devices" in outputs[0]
     assert "step" not in outputs[1]  # only the first process speaks
     assert_the_same_as_on_one_device(tmp_path / "two", tmp_path / "one", 3)
-
-    # What two processes have saved together is what one has, and one process can read it.
-    states = [loading.read(tmp_path / name).state for name in ("one", "two")]
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(a).max())
+    assert_saved_alike(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.hosts
@@ -83,7 +85,12 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     """On a folder of images: a SIGTERM to one stops both; one killed or failed, the other ends; and on it goes."""
     topologies.make_images(tmp_path / "images", 64)
     shutil.copytree(tmp_path / "images", tmp_path / "images_1")  # of process 1, which has a disk of its own
-    flags = [*SMALL, DOUBLE, f"--config.data.source=folder:{tmp_path / 'images'}", "--config.data.augmentation=moco_v2"]
+    flags = [
+        *SMALL,
+        DOUBLE,
+        f"--config.data.source=folder:{tmp_path / 'images'}",
+        "--config.data.augmentation=moco_cifar",
+    ]
     flags += ["--config.epochs=1000", "--config.checkpoint_every=2"]
     two = tmp_path / "two"
     log = two / "metrics.jsonl"
@@ -134,7 +141,9 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
     statuses, outputs, errors = finish(start(two, *flags, f"--config.steps={steps}"))
     assert statuses == [0, 0], errors
     assert f"Resuming after step {last}" in outputs[0]
+    assert "4 cpu devices" in outputs[0]
     assert_the_same_as_on_one_device(two, tmp_path / "one", steps)
+    assert_saved_alike(two, tmp_path / "one")
 
 
 class Votes:

@@ -308,7 +308,7 @@ def test_mistakes_end_with_status_2(files, in_process, arguments, message):
 
 
 @pytest.mark.slow
-def test_command_compares_and_reports(files, tmp_path):
+def test_command_compares_and_reports(files, tmp_path, in_process):
     common = [f"--start={files}/start.pth.tar", f"--views={files}/views.npz", "--config.model.bn_groups=1"]
     np.savez(tmp_path / "pointer.npz", queue_ptr=np.array([8]))
     first = run(*common, f"--reference={tmp_path}/pointer.npz", f"--out={tmp_path}/out.npz")
@@ -319,12 +319,14 @@ def test_command_compares_and_reports(files, tmp_path):
     reference = replay.load_npz(tmp_path / "out.npz", "a reference")
     reference["final/encoder_q.conv1.weight"][0, 0, 0, 0] += 1e-3
     np.savez(tmp_path / "other.npz", **reference)
-    second = run(*common, f"--reference={tmp_path}/other.npz", f"--json={tmp_path}/report.json")
-    assert second.returncode == 1, second.stderr
-    assert "DIFFERS" in second.stdout
-    assert "1 of " in second.stdout
+    options = [f"--reference={tmp_path}/other.npz", f"--json={tmp_path}/report.json"]
+    status, printed, said = in_process("ifm_jax/replay.py", *common, *options)
+    assert status == 1, said
+    assert "DIFFERS" in printed
+    assert "1 of " in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["holds"]
     wrong = [row["name"] for row in report["quantities"] if not row["holds"]]
     assert wrong == ["final/encoder_q.conv1.weight"]
-    assert {row["max_abs"] for row in report["quantities"] if row["holds"]} == {0.0}
+    # Of another process, with another number of devices and so of threads.
+    assert max(row["max_rel"] for row in report["quantities"] if row["holds"]) < 1e-12
