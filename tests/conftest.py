@@ -46,6 +46,16 @@ def one_thread():
 
 
 @pytest.fixture
+def own_names():
+    """Compiled programs come with the names of this code's functions, not with those of an earlier state's."""
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture
 def in_process(monkeypatch, capsys, tmp_path):
     """Runs a script as `python SCRIPT ...` would, in this process: `(exit status, stdout, stderr)`."""
     from absl import flags

@@ -276,16 +276,6 @@ def test_the_table_is_of_the_pinned_jax():
     assert {str(proxy) for proxy in proxies.PROXIES if proxy.platform == "cpu"} <= set(table["programs"])
 
 
-@pytest.fixture
-def own_names():
-    """Compiled programs come with the names of this code's functions, not with those of an earlier state's."""
-    name = "jax_compilation_cache_include_metadata_in_key"
-    before = getattr(jax.config, name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("proxy", proxies.PROXIES, ids=str)
 def test_a_step_moves_no_more_than_before(proxy, own_names):
