@@ -2,16 +2,16 @@
 
 The results are the same; the forms differ in time or in memory traffic:
 
-- Convolutions of some shapes (`models/convolution.py`): on a CPU as matrix products, one a tap, instead of XLA's plain
-  loop: up to 120 times faster.
+- Convolutions of some shapes (`models/convolution.py`): on a CPU as matrix products, one for each tap, instead of XLA's
+  plain loop: up to 120 times faster.
 - Blur (`augment.py`): on a TPU as products with banded matrices instead of shifted sums: half of its cycles on a v5e.
   On a CPU they take two to four times as long, on a GPU the same time.
 - The last ReLU of a residual block (`models/activation.py`): on a GPU with the gradient's mask from its result instead
-  of the sum before it: 4.7 % fewer bytes a step on an H100.
+  of the sum before it: 4.7 % fewer bytes per step on an H100.
 - BatchNorm with a ReLU (`models/batch_norm.py`): on a GPU the gradient computes the ReLU's mask in both of its passes;
-  otherwise the first one writes the masked gradient for the second: 127.9 instead of 131.1 GB a step on an H100.
+  otherwise the first one writes the masked gradient for the second: 127.9 instead of 131.1 GB per step on an H100.
 - The gradient of max-pooling (`models/pooling.py`): on a GPU by the number of the first maximum instead of a second
-  search: the stem moves 5.2 instead of 7.9 GB a step on an H100. On a TPU it moves five times as much.
+  search: the stem moves 5.2 instead of 7.9 GB per step on an H100. On a TPU it moves five times as much.
 
 (Bytes and cycles are those of compiled programs: ResNet-50, 224 px, 256 images, bfloat16.)
 
