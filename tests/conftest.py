@@ -1,5 +1,6 @@
 """Shared set-up: eight simulated devices, strict numerics, one compilation cache for the whole suite."""
 
+import gc
 import logging
 import os
 import pathlib
@@ -96,3 +97,17 @@ def _same_start():
     """A run in float64 turns 64-bit types on for its process; the next test starts without."""
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten_programs():
+    """Compiled programs and traces of one file are of no use to the next; kept, they slow the garbage collector."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()

@@ -10,7 +10,7 @@ import pytest
 from ifm_jax import assembly
 from ifm_jax.config import Config
 from ifm_jax.models import resnet
-from ifm_jax.runs import loop
+from ifm_jax.runs import loop, memory
 
 
 def config(**fields) -> Config:
@@ -53,7 +53,15 @@ def light(curves: bool = False):
         patch.setattr(assembly, "make_augmentation", lambda config: noise)
         if not curves:
             patch.setattr(loop.Recorder, "draw", lambda self: None)
+        _forget_estimates()
         yield
+    _forget_estimates()
+
+
+def _forget_estimates() -> None:
+    """What networks need is remembered under their names."""
+    for remembered in (memory._variables, memory._bytes_per_image):
+        remembered.cache_clear()
 
 
 def without_speed(records: list[dict]) -> list[dict]:

@@ -89,7 +89,7 @@ def test_stopped_then_killed_then_finished_it_is_the_run_of_one_process(tmp_path
         *SMALL,
         DOUBLE,
         f"--config.data.source=folder:{tmp_path / 'images'}",
-        "--config.data.augmentation=moco_cifar",
+        "--config.data.augmentation=moco_v2",
     ]
     flags += ["--config.epochs=1000", "--config.checkpoint_every=2"]
     two = tmp_path / "two"

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from ifm_jax import models, optim, pretrain
@@ -266,9 +267,14 @@ def test_features_equal_torchvisions(arch, one_thread, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     with jax.enable_x64(True):
         ours = loading.load(tmp_path / "network.pth", dtype="float64")
+        graphdef, values = nnx.split(ours)
+
+        def call(values, images):
+            return nnx.merge(graphdef, values)(images)
+
         # Optimized: what the library lacks in float64 is a plain loop.
-        compiled = jax.jit(lambda x: ours(x), compiler_options={"xla_backend_optimization_level": 1})
-        found = compiled(jnp.asarray(images, jnp.float64))
+        compiled = jax.jit(call, compiler_options={"xla_backend_optimization_level": 1})
+        found = compiled(values, jnp.asarray(images, jnp.float64))
     assert found.shape == (number, expected.shape[1])
     error = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
     print(f"{arch}: {error:.0e}")
