@@ -141,8 +141,11 @@ def test_bfloat16_gradient_is_as_near_as_autodiff_s(values, ratio):
 
     for shift in (None, np.full(C, 0.9 * ratio)):
         ours = gradients(x, 2, scale, bias, weights, jnp.bfloat16, shift)
-        for found, theirs, expected in zip(ours, before, exact, strict=True):
-            assert distance(found, expected) <= max(1.02 * distance(theirs, expected), 1.7e-3), (shift, found.shape)
+        of_x, *of_parameters = (distance(found, expected) for found, expected in zip(ours, exact, strict=True))
+        print(f"mean/std {ratio}, shifted {shift is not None}: x {of_x:.1e}, scale, bias {of_parameters}")
+        assert of_x <= 1.02 * distance(before[0], exact[0])
+        # These are float32: without a shift the variance's error shows, far below the gradient of x.
+        assert max(of_parameters) <= 1.7e-3
 
 
 def test_one_group_is_plain_batch_norm(values):

@@ -108,8 +108,8 @@ def test_resumed_on_another_number_of_devices(tmp_path):
     """On more than before, then on fewer."""
     double = {"model__compute_dtype": "float64", "steps": 6}
     train(small.config(**double), tmp_path / "whole", devices=1)
-    train(small.config(**double | {"steps": 2}), tmp_path / "parts", devices=1)
-    train(small.config(**double | {"steps": 4}), tmp_path / "parts", devices=4)
+    train(small.config(**double | {"steps": 2}), tmp_path / "parts", devices=8)
+    train(small.config(**double | {"steps": 4}), tmp_path / "parts", devices=2)
     train(small.config(**double), tmp_path / "parts", devices=1)
     whole, parts = (metrics_log.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
     assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]
@@ -179,9 +179,9 @@ def test_auto_dtype_is_settled_by_the_machine_then_by_the_run():
 def test_the_step_compiles_once(tmp_path):
     """Nothing is compiled while the loop runs: neither the step again, nor anything beside it, nor a second evaluation.
 
-    Two epochs of four steps, each with an evaluation before its last line.
+    Three epochs of four steps, each with an evaluation before its last line.
     """
-    config = small.config(checkpoint_every=4, eval__every=1, eval__neighbors=5)
+    config = small.config(epochs=3, checkpoint_every=4, eval__every=1, eval__neighbors=5)
     events = []
 
     def note(name, *_, **__):
@@ -202,7 +202,7 @@ def test_the_step_compiles_once(tmp_path):
 
 @pytest.mark.slow
 def test_runs_over_seeds_and_rates_compile_once(tmp_path):
-    """Two seeds and learning rates of a recipe: whatever the first run has compiled serves the other."""
+    """Three seeds and learning rates of a recipe: whatever the first run has compiled serves the others."""
     least, misses = jax.config.jax_persistent_cache_min_compile_time_secs, []
 
     def note(event, **_):
@@ -212,7 +212,7 @@ def test_runs_over_seeds_and_rates_compile_once(tmp_path):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.monitoring.register_event_listener(note)
     try:
-        for number, (seed, lr) in enumerate(((0, 0.03), (1, 0.1))):
+        for number, (seed, lr) in enumerate(((0, 0.03), (1, 0.1), (2, 0.3))):
             train(small.config(steps=1, seed=seed, optim__lr=lr), tmp_path / str(number))
             if number == 0:
                 misses.clear()
@@ -220,8 +220,8 @@ def test_runs_over_seeds_and_rates_compile_once(tmp_path):
         jax.monitoring.unregister_event_listener(note)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     assert misses == []
-    losses = {metrics_log.read(tmp_path / str(number) / "metrics.jsonl")[0]["loss"] for number in range(2)}
-    assert len(losses) == 2  # of the first step, before a rate has acted
+    losses = {metrics_log.read(tmp_path / str(number) / "metrics.jsonl")[0]["loss"] for number in range(3)}
+    assert len(losses) == 3  # of the first step, before a rate has acted
 
 
 @pytest.mark.slow
