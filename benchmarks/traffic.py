@@ -193,10 +193,6 @@ def _made_by_start(instruction: Instruction) -> tuple[Array, ...]:
     return arrays[taken : 2 * taken] or arrays
 
 
-def _bytes(arrays: Iterable[Array]) -> float:
-    return sum(_in_memory(array) for array in arrays)
-
-
 _SLICES = ("slice", "dynamic-slice", "gather")
 _SAME = ("copy", "convert", "reshape", "transpose", "pad", "concatenate", "slice")  # make the same values
 
