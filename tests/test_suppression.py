@@ -9,8 +9,9 @@ import pytest
 
 from ifm_jax import assembly
 from ifm_jax import config as configs
+from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
-from ifm_jax.evaluation import evaluate, suppression
+from ifm_jax.evaluation import evaluate, pretrained, suppression
 from ifm_jax.evaluation.online import OnlineEvaluation
 from ifm_jax.evaluation.suppression import Readouts
 from ifm_jax.runs import metrics_log, training
@@ -90,6 +91,19 @@ def test_methods_are_compared_over_seeds(runs, tmp_path, capsys):
     assert line in (tmp_path / "report" / "suppression.md").read_text().splitlines()
     assert line in capsys.readouterr().out
     assert (tmp_path / "report" / "suppression.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_a_run_of_simclr_is_evaluated(tmp_path):
+    """The fields of its network come from its checkpoint, whatever method the evaluation's config names."""
+    config = small.config(method="simclr", simclr__dim=8, simclr__head="hcl", model__bn_groups=1)
+    training.train(config, tmp_path / "run", devices=jax.devices()[:1], quiet=True)
+    found = suppression.read_out_workdir(tmp_path / "run")
+    assert (found.name, found.step) == ("IFM (eps 0.1) on SimCLR, T = 0.5", 8)
+    loaded = pretrained.load(tmp_path / "run", Config()).config
+    assert (loaded.method, loaded.simclr.dim, loaded.simclr.head) == ("simclr", 8, "hcl")
+    with pytest.raises(UsageError, match=r"simclr\.dim"):
+        pretrained.load(tmp_path / "run", small.config(method="simclr", simclr__dim=16))
 
 
 def test_differences_are_paired_by_seed():

@@ -103,11 +103,13 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
     """
     found = loading.read(path, prefix=prefix)
     config = configs.from_dict(configs.to_dict(found.config if config is None else config))
-    given, default, own = (snapshot.structure(each) for each in (config, Config(), found.config))
-    for name in given:
-        if given[name] == default[name] != own[name]:
-            holder, _, field = name.partition(".")
-            setattr(getattr(config, holder), field, own[name])
+    plain = Config()
+    if config.method == plain.method:
+        config.method = found.config.method
+    own = snapshot.structure(found.config)
+    for name, given in snapshot.structure(config).items():
+        if name in own and given == configs.get_field(plain, name):
+            configs.set_field(config, name, own[name])
     snapshot.check_config(config, found, path)
     configs.validate(config)
     config = assembly.resolve(config, found.config if found.config.model.compute_dtype != "auto" else None)
