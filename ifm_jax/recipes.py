@@ -12,7 +12,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ifm_jax.config import Config, check_fields, shown
 from ifm_jax.errors import UsageError
@@ -44,28 +44,51 @@ def load(recipe: str | os.PathLike[str]) -> Config:
       UsageError: if there is no such recipe, it cannot be run, or its result is no config, in one line that begins with
         `--config=`.
     """
-    (path, by_name), flag = _find(recipe), f"--config={recipe}"
-    try:
-        with _named(path) if by_name else _at(path) as module:
-            get_config = getattr(module, "get_config", None)
-            if not callable(get_config):
-                missing = "has no function get_config(): expected one that returns an ifm_jax.config.Config"
-                raise UsageError(f"{flag} {missing}")
-            if _needs_arguments(get_config):
-                raise UsageError(f"{flag}: get_config() takes arguments: expected a function without arguments")
-            config = get_config()
-    except UsageError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"{flag}{_line(error, path)}: {_reason(error)}") from None
-    if not isinstance(config, Config):
-        missing = ": does it end with `return config`?" if config is None else ", expected an ifm_jax.config.Config"
-        raise UsageError(f"{flag}: get_config() returned {shown(config)}{missing}")
+    config = load_from(recipe, "get_config", Config)
     try:
         check_fields(config)
     except UsageError as error:
-        raise UsageError(f"{flag}: {error}") from None
+        raise UsageError(f"--config={recipe}: {error}") from None
     return config
+
+
+Made = TypeVar("Made")
+
+
+def load_from(path: str | os.PathLike[str], function: str, kind: type[Made]) -> Made:
+    """Returns what a function in a file of `configs/`, or in one like these, makes.
+
+    Args:
+      path: path or name of the file, as for `load`; the name of a study is `studies/ifm`.
+      function: name of the function, which takes no arguments.
+      kind: expected type of its result.
+
+    Raises:
+      UsageError: see `load`.
+    """
+    (found, by_name), flag = _find(path), f"--config={path}"
+    expected = f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        with _named(found) if by_name else _at(found) as module:
+            make = getattr(module, function, None)
+            if not callable(make):
+                other = next((each for each in ("get_config", "get_study") if hasattr(module, each)), None)
+                hint = f"; it has {other}()" if other else ""
+                raise UsageError(f"{flag} has no function {function}(): expected one that returns an {expected}{hint}")
+            if _needs_arguments(make):
+                raise UsageError(f"{flag}: {function}() takes arguments: expected a function without arguments")
+            made = make()
+    except UsageError as error:
+        text = str(error)
+        raise UsageError(text if text.startswith("--config=") else f"{flag}: {text}") from None
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{flag}{_line(error, found)}: {_reason(error, function, expected)}") from None
+    if not isinstance(made, kind):
+        missing = (
+            f": does it end with `return {kind.__name__.lower()}`?" if made is None else f", expected an {expected}"
+        )
+        raise UsageError(f"{flag}: {function}() returned {shown(made)}{missing}")
+    return made
 
 
 @contextlib.contextmanager
@@ -75,7 +98,8 @@ def _named(path: pathlib.Path) -> Iterator[types.ModuleType]:
         loader = importlib.machinery.SourceFileLoader(_PACKAGE, str(DIRECTORY / "__init__.py"))
         sys.modules[_PACKAGE] = _new_module(_PACKAGE, loader)
         loader.exec_module(sys.modules[_PACKAGE])
-    yield importlib.import_module(f"{_PACKAGE}.{path.stem}")
+    parts = path.relative_to(DIRECTORY).with_suffix("").parts
+    yield importlib.import_module(".".join((_PACKAGE, *parts)))
 
 
 @contextlib.contextmanager
@@ -116,7 +140,7 @@ def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
         if given.is_file():
             return given.absolute(), False  # a recipe finds its neighbors by its __file__
         named = DIRECTORY / f"{given}.py"
-        if given.name == str(given) and named.is_file():
+        if not given.is_absolute() and ".." not in given.parts and named.is_file():
             return named, True
         is_there = given.exists()
     except (OSError, ValueError):  # a name that no file can have
@@ -158,10 +182,10 @@ def _line(error: BaseException, path: pathlib.Path) -> str:
     return f", line {lines[-1]}" if lines and lines[-1] else ""
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, function: str, expected: str) -> str:
     """Returns the message of a recipe's error in one line."""
     if isinstance(error, SystemExit):
-        return "it ends the process: expected get_config() to return an ifm_jax.config.Config"
+        return f"it ends the process: expected {function}() to return an {expected}"
     if isinstance(error, OSError) and error.strerror:
         return f"it cannot be read ({error.strerror})"
     text = error.msg if isinstance(error, SyntaxError) else str(error)

@@ -1,0 +1,1 @@
+"""Studies of the package; `ifm-jax study --config=studies/NAME` runs one."""
