@@ -29,6 +29,7 @@ _FLAGS = ("coordinator", "num_processes", "process_id")
 _LAUNCHERS = ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _ABORTED_FOR_A_PEER = b"JAX distributed service detected fatal errors"  # message of JAX's runtime before it aborts
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # from glibc's malloc.h
 _PR_SET_PDEATHSIG = 1  # from Linux's sys/prctl.h
 
 
@@ -81,6 +82,33 @@ def one_of_several(arguments: list[str]) -> bool:
     # A single TPU machine lists only itself; so does a process that compiles for absent TPUs.
     alone = "," not in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return given or any(name in os.environ and not (alone and name.startswith("TPU")) for name in _LAUNCHERS)
+
+
+def keep_memory() -> None:
+    """Makes glibc keep freed memory if there is no accelerator.
+
+    A compiled program allocates all its temporary memory anew in every step. glibc returns blocks of this size to the
+    kernel each time, and the kernel clears them page by page: 20,000 page faults and a tenth to a fifth of a small step
+    (docs/benchmarks.md). Call this before JAX starts its threads, which would have their own arenas.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    if has_accelerator():
+        return  # here threads that decode images would block each other
+    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(parameter, value)
+
+
+def has_accelerator() -> bool:
+    """Returns whether JAX has a plugin for an accelerator here; starting JAX to see would take its memory."""
+    import importlib.metadata
+    import importlib.util
+
+    return bool(importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"))
 
 
 def interrupted(*_) -> None:

@@ -62,9 +62,8 @@ def in_process(monkeypatch, capsys, tmp_path):
     from absl import flags
 
     from ifm_jax import process
-    from ifm_jax.cli import command
 
-    monkeypatch.setattr(command, "_keep_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_memory", lambda: None)
     monkeypatch.setattr(process, "begin", lambda hosts=False: None)  # it is this process that would be supervised
     monkeypatch.chdir(tmp_path)
     level = logging.getLogger("absl").level

@@ -35,7 +35,7 @@ def python(code, *arguments, **options):
 @pytest.fixture
 def run(monkeypatch):
     """Runs a `main` as a script does, with this stdout: the exit status."""
-    monkeypatch.setattr(command, "_keep_memory", lambda: None)
+    monkeypatch.setattr(process, "keep_memory", lambda: None)
     monkeypatch.setattr(command, "_workdir", None)
 
     def run_(main, stdout=None):

@@ -2,10 +2,8 @@
 
 import atexit
 import contextlib
-import ctypes
 import dataclasses
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import pathlib
@@ -28,8 +26,6 @@ from ifm_jax.errors import RunError, UsageError, name_too_long
 
 if TYPE_CHECKING:
     from ifm_jax.runs.loop import Outcome
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # from glibc's malloc.h
 
 
 def say_stopped(result: "Outcome", workdir: str | os.PathLike[str]) -> int:
@@ -76,23 +72,6 @@ def join_hosts(hosts: Hosts) -> None:
         raise RunError(f"the processes of the run did not find each other: {_first_line(error)}") from None
 
 
-def _keep_memory() -> None:
-    """Makes glibc keep freed memory if there is no accelerator.
-
-    A compiled program allocates all its temporary memory anew in every step. glibc returns blocks of this size to the
-    kernel each time, and the kernel clears them page by page: 20,000 page faults and a tenth to a fifth of a small step
-    (docs/benchmarks.md). Call this before JAX starts its threads, which would have their own arenas.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    if importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"):
-        return  # here threads that decode images would block each other
-    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1)):
-        mallopt(parameter, value)
-
-
 def workdir(path: str | os.PathLike[str]) -> None:
     """Sets the directory of this process's results, where `run` also writes tracebacks of our own mistakes."""
     global _workdir
@@ -120,7 +99,7 @@ def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | Non
     name = os.path.basename(argv[0])
     # Library warnings are for developers; problems of the user are raised.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    _keep_memory()
+    process.keep_memory()
     process.prepare_streams()
     if signal.getsignal(signal.SIGINT) is process.interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -58,31 +58,40 @@ def read_out(name: str, config: Config, frozen: FrozenEncoder, step: int) -> Rea
     return Readouts(name, step, accuracy, config.seed)
 
 
-def read_out_untrained(config: Config) -> Readouts:
-    """Reads out the network that the config's runs start from."""
+def read_out_untrained(config: Config, devices: list[jax.Device] | None = None) -> Readouts:
+    """Reads out the network that the config's runs start from.
+
+    Args:
+      config: config of the runs.
+      devices: devices to compute on; None: the first of this process.
+    """
     config = assembly.resolve(config)
     assembly.configure_jax(config.model.compute_dtype)
     start = jax.jit(assembly.state_creator(config))()
-    frozen = FrozenEncoder(assembly.make_encoder(config), start.params, start.batch_stats, mesh=_one_device())
+    frozen = FrozenEncoder(
+        assembly.make_encoder(config),
+        start.params,
+        start.batch_stats,
+        mesh=sharding.make_mesh(devices or jax.local_devices()[:1]),
+    )
     return read_out("untrained", config, frozen, 0)
 
 
-def read_out_workdir(workdir: str | os.PathLike[str], name: str | None = None) -> Readouts:
+def read_out_workdir(
+    workdir: str | os.PathLike[str], name: str | None = None, devices: list[jax.Device] | None = None
+) -> Readouts:
     """Reads out the newest checkpoint of a run.
 
     Args:
       workdir: working directory of the run.
       name: name of the result; None: derived from the method in its config.
+      devices: devices to compute on; None: the first of this process.
 
     Raises:
       UsageError: if there is no run or no checkpoint there, or its images have no labels.
     """
     of = pretrained.load(workdir, Workdir(workdir).read_config())
-    return read_out(name or method_name(of.config), of.config, of.frozen(jax.local_devices()[:1]), of.step)
-
-
-def _one_device() -> jax.sharding.Mesh:
-    return sharding.make_mesh(jax.local_devices()[:1])
+    return read_out(name or method_name(of.config), of.config, of.frozen(devices or jax.local_devices()[:1]), of.step)
 
 
 def method_name(config: Config) -> str:

@@ -42,7 +42,7 @@ class Comparison:
         return f"{self.a} - {self.b}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """One run of a study.
 

@@ -1,0 +1,81 @@
+"""Runs a study: settings x seeds, compared in pairs.
+
+    ifm-jax study --config=configs/studies/ifm.py --workdir=DIR [--jobs=N]
+    ifm-jax study --workdir=DIR --report               tables and pictures anew, from results.json
+
+Finished runs are not repeated and stopped ones go on, so the same command resumes a study, and one with more seeds adds
+to it.
+"""
+
+import dataclasses
+
+from ifm_jax import recipes
+from ifm_jax.cli import command
+from ifm_jax.cli.flags import Flags, Given
+from ifm_jax.config import Group, field
+from ifm_jax.errors import UsageError
+
+
+@dataclasses.dataclass(slots=True)
+class Options(Group):
+    """The command's flags."""
+
+    config: str = field("", "File with the study, or a study of the package, such as studies/ifm.")
+    workdir: str = field("", "Directory of the study.")
+    jobs: int = field(
+        0,
+        "Runs at a time, each on its own processor; 0: as many as processors, or 4 on an accelerator.",
+        least=0,
+        expected="a whole number of at least 0",
+    )
+    report: bool = field(False, "Run nothing: draw tables and pictures anew from results.json.")
+
+
+def flags(text: str = "") -> Flags:
+    """Returns the flags of the command.
+
+    Args:
+      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
+    """
+    return Flags(Options, text or __doc__)
+
+
+def main(given: Given) -> int:
+    """Runs the study or reports it; returns the exit status."""
+    given.refuse_arguments()
+    options = given.options
+    if not options.workdir:
+        raise UsageError("no --workdir given: expected the directory of the study")
+    if not options.config and not options.report:
+        raise UsageError("no --config given: expected a study, for example configs/studies/ifm.py")
+    command.workdir(options.workdir)
+    from ifm_jax.studies import runner, study
+
+    if options.report:
+        from ifm_jax.studies import report
+
+        report.write(runner.read_results(options.workdir), options.workdir)
+        return 0
+    name = recipes.name_of(options.config)
+    try:
+        results = runner.run(study.load(options.config), name, options.workdir, jobs=options.jobs)
+    except runner.Stopped as stopped:
+        print(
+            f"Stopped by {stopped.signal.name}: {stopped.done} of {stopped.total} runs done, those under way saved in "
+        )
+        print(f"{options.workdir}. The same command resumes the study.")
+        return 128 + stopped.signal
+    from ifm_jax.studies import report
+
+    report.print_report(results)
+    report.write(results, options.workdir)
+    return 0
+
+
+def run(text: str = "") -> None:
+    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
+    command.run(main, flags(text))
+
+
+if __name__ == "__main__":
+    run()
