@@ -75,7 +75,7 @@ def compare(rows: Rows, comparisons: Sequence[Comparison]) -> list[dict[str, Any
       ValueError: if an arm has two runs of the same seed.
     """
     sources = list(dict.fromkeys(row["source"] for row in rows))
-    found = []
+    found: list[dict[str, Any]] = []
     for comparison in comparisons:
         for source in sources:
             if comparison.sources and source not in comparison.sources:
@@ -83,7 +83,7 @@ def compare(rows: Rows, comparisons: Sequence[Comparison]) -> list[dict[str, Any
             for label in comparison.labels:
                 pairs = differences(rows, source, comparison.a, comparison.b, label)
                 if pairs:
-                    entry = {
+                    entry: dict[str, Any] = {
                         "name": comparison.name,
                         "source": source,
                         "a": comparison.a,
@@ -132,7 +132,9 @@ def _paired(pairs: np.ndarray) -> dict[str, Any]:
         freedom = len(pairs) - 1
         reach = float(scipy.stats.t.ppf(0.975, freedom)) * stderr
         ci95 = [mean - reach, mean + reach]
-        p = 2 * float(scipy.stats.t.sf(abs(mean) / stderr, freedom)) if stderr else float(mean == 0)
+        p = 1.0 if mean == 0 else 0.0
+        if stderr > 0:
+            p = 2 * float(scipy.stats.t.sf(abs(mean) / stderr, freedom))
     decided = positive + negative
     return {
         "pairs": len(pairs),
