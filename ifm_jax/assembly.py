@@ -82,7 +82,7 @@ def make_augmentation(config: Config):
     if name != "trifeature":
         of_mocos = {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation, "moco_cifar": MoCoCIFARAugmentation}
         return of_mocos[name](dtype=dtype)
-    if config.data.source != "trifeature":
+    if not configs.drawn_source(config.data):
         raise UsageError(
             f"data.augmentation='trifeature' does not work with data.source={config.data.source!r}: expected moco_v2 "
             "or moco_v1, as in configs/ifm_own_images.py"

@@ -20,7 +20,7 @@ from ifm_jax.data.opencv import MOST_PIXELS, cv2
 from ifm_jax.errors import RunError
 
 if TYPE_CHECKING:
-    from ifm_jax.data.trifeature import Trifeature
+    from ifm_jax.drawing import Drawn
 
 # A large JPEG is decoded at a half, a quarter or an eighth, in a third of the time, if that leaves at least this many
 # pixels per pixel of the view. The result is as close to PIL's as when the whole is decoded and then shrunk.
@@ -214,7 +214,7 @@ class Cropped(PixelImages):
       random_crops: crops that `views` cuts.
     """
 
-    def __init__(self, source: "Trifeature", random_crops: crops.RandomCrops):
+    def __init__(self, source: "Drawn", random_crops: crops.RandomCrops):
         super().__init__(source.image_size, random_crops, source.label_names)
         self.source = source
 
