@@ -3,11 +3,14 @@
 import io
 import json
 
+import matplotlib.colors
+import matplotlib.image
 import numpy as np
 import pytest
 import rich.console
 import scipy.stats
 
+from ifm_jax.runs.curves import BLUE
 from ifm_jax.studies import pictures, report, statistics
 from ifm_jax.studies.study import Comparison
 
@@ -269,6 +272,10 @@ def test_pictures_are_written_where_there_is_something_to_draw(tmp_path):
     for name in drawn:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
+        pixels = matplotlib.image.imread(tmp_path / name)[..., :3]
+        above = pixels[: len(pixels) // 2].reshape(-1, 3)  # the legend is below
+        near = np.abs(above - matplotlib.colors.to_rgb(BLUE)) < 0.16  # as some marks are pale
+        assert near.all(axis=-1).any(), f"{name} shows no data"
     # Written again with a single arm: nothing varies, and nothing can be compared.
     report.write(make_results([row for row in results["rows"] if row["arm"] == "InfoNCE"]), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss_error.png", "results.md"]

@@ -182,6 +182,8 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
         Line2D([], [], label="exploratory", **style | {"color": GREY, "markerfacecolor": "white"}),
         Line2D([], [], label="one pair of runs", marker="o", color=SKY, linestyle="", markersize=3.5, alpha=0.7),
     ]
+    if all(entry["pairs"] == 1 for entry in entries):
+        del marks[2]
     if not any(entry["confirmatory"] for entry in entries):
         del marks[0]
     elif all(entry["confirmatory"] for entry in entries):
@@ -192,7 +194,7 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
 
 
 def _by_name(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the entries with all those of one name together: names in the order of `statistics.confirmatory_first`."""
+    """Returns the entries with all those of one name together, in the order of `statistics.confirmatory_first`."""
     ordered = statistics.confirmatory_first(comparisons)
     names = dict.fromkeys(entry["name"] for entry in ordered)
     return [entry for name in names for entry in ordered if entry["name"] == name]
@@ -293,10 +295,13 @@ def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[
     axis = panel[0].axis
     chosen = sorted(panel, key=_priority)[: len(_LINES)]
     varied = {name for name in (*AXES, "alpha") if len({row.get(name) for row in rows}) > 1}
+    ticks = sorted({x for series in chosen for x in series.points})
+    log = axis == "temperature"
     texts = []
     for series, line in zip(chosen, _LINES, strict=False):
         xs = list(series.points)
-        for label, (color, marker) in labels.items():
+        for number, (label, (color, marker)) in enumerate(labels.items()):
+            aside = 0.012 * (number - (len(labels) - 1) / 2)  # or error bars would lie on each other
             points = [
                 [value for row in runs if (value := row["readout"].get(label)) is not None]
                 for runs in series.points.values()
@@ -305,7 +310,10 @@ def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[
             if not known:
                 continue
             axes.errorbar(
-                [x for x, _, _ in known],
+                [
+                    x * (ticks[-1] / ticks[0]) ** aside if log else x + aside * (ticks[-1] - ticks[0])
+                    for x, _, _ in known
+                ],
                 [mean for _, mean, _ in known],
                 [math.nan if stderr is None else stderr for _, _, stderr in known],
                 color=color,
@@ -317,8 +325,7 @@ def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[
                 capsize=2.5,
             )
         texts.append(Line2D([], [], color=INK, linestyle=line, linewidth=1.8, label=_series_text(series, varied)))
-    ticks = sorted({x for series in chosen for x in series.points})
-    if axis == "temperature" and ticks[0] > 0:
+    if log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
