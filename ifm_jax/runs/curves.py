@@ -155,8 +155,9 @@ def _draw_evaluations(axis: Axes, strip: Axes, evaluated: Sequence[Mapping[str, 
     from matplotlib.lines import Line2D
 
     last = evaluated[-1]
-    few = {"marker": "o", "markersize": 4} if len(evaluated) <= 30 else {}
-    handles, peak, compared = [], 0.0, False
+    few: dict[str, Any] = {"marker": "o", "markersize": 4} if len(evaluated) <= 30 else {}
+    handles: list[Line2D] = []
+    peak, compared = 0.0, False
     for label, color in zip(labels, _LABEL_COLORS, strict=False):
         after = f"/{label}" if label else ""
         for kind, style in (("linear", "-"), ("knn", (0, (4, 2)))):
@@ -165,8 +166,9 @@ def _draw_evaluations(axis: Axes, strip: Axes, evaluated: Sequence[Mapping[str, 
                 continue
             thin = kind == "knn"
             width, face = (1.2, "white") if thin else (1.8, color)
-            look = {"color": color, "linestyle": style, "linewidth": width, "markerfacecolor": face, **few}
-            (line,) = axis.plot(*zip(*known, strict=True), **look)
+            (line,) = axis.plot(
+                *zip(*known, strict=True), color=color, linestyle=style, linewidth=width, markerfacecolor=face, **few
+            )
             gain = last.get(f"{'knn_' if thin else ''}gain{after}")
             text = f"{known[-1][1]:.1f} %" + ("" if gain is None else f" ({gain:+.1f})")
             line.set_label(f"neighbors  {text}" if thin else f"{_short(label or 'linear')}  {text}")
@@ -217,7 +219,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     counts = np.concatenate([[0], np.cumsum(known)])
     center = np.arange(len(values))
     # Symmetric near the ends, or a slope would bend there; but never down to a single noisy value.
-    reach = np.clip(np.minimum(center, len(values) - 1 - center), window // 4, window)
+    reach = np.clip(np.minimum(center, len(values) - 1 - center), max(window // 4, 1), window)
     low, high = np.maximum(center - reach, 0), np.minimum(center + reach + 1, len(values))
     number = counts[high] - counts[low]
     return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), math.nan)

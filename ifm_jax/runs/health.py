@@ -100,7 +100,7 @@ class Health:
             self._of_features(record)
 
     def _of_features(self, record: Mapping[str, Any]) -> list[str]:
-        said = []
+        said: list[str] = []
         for label in record.get("erased", ()):
             now, gain = (record.get(f"{name}/{label}", record.get(name)) for name in ("linear", "gain"))
             if now is not None and gain is not None:
