@@ -12,6 +12,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import reprlib
 import types
 import typing
@@ -25,7 +26,9 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float32", "float64")
 AUGMENTATIONS = ("trifeature", "moco_v1", "moco_v2", "moco_cifar")
 # Sources whose images the program draws; the fields of each are a group of its name in `data`.
 DRAWN_SOURCES = ("trifeature", "digits")
-SOURCES = "trifeature, digits, folder:PATH, tfds:NAME or array:FILE.npz"  # for errors
+SOURCES = "trifeature, digits, folder:PATH, tfds:NAME, array:FILE.npz or randbit:BITS:SOURCE"  # for errors
+_RANDBIT = re.compile(r"randbit:(\d{1,9}):(.*)", re.DOTALL)
+MOST_BITS = 32
 
 # Limits of the arithmetic: counters, indices and sizes are int32 on the devices, numbers float32.
 _INT32 = 2**31 - 1
@@ -324,8 +327,8 @@ class DataConfig(Group):
 
     source: str = field(
         "trifeature",
-        "images: trifeature, digits, folder:PATH, tfds:NAME (or tfds:PATH) or array:FILE.npz "
-        "(--dataset, --dataset_root)",
+        "images: trifeature, digits, folder:PATH, tfds:NAME (or tfds:PATH), array:FILE.npz; or randbit:BITS:SOURCE, "
+        "these with BITS random channels (--dataset, --dataset_root)",
         free_on_resume=True,
     )
     classes: str = field(
@@ -849,26 +852,43 @@ def validate(config: Config, devices: int = 1) -> None:
 
 def _validate_data(data: DataConfig, check: Callable[[Any, str, Any, str], None]) -> None:
     """Checks the data source's own fields."""
-    kind, _, rest = data.source.partition(":")
-    if data.source == "folder:":
+    bits, source = random_bits(data)
+    kind, _, rest = source.partition(":")
+    if source == "folder:":
         raise UsageError("data.source='folder:' names no folder: expected --config.data.source=folder:PATH with images")
     drawn = drawn_source(data)
     if not drawn and (kind not in ("folder", "tfds", "array") or not rest):
         raise UsageError(f"data.source={data.source!r}: expected {SOURCES}")
+    check(bits <= MOST_BITS, "data.source", data.source, f"at most {MOST_BITS} bits in randbit:BITS:SOURCE")
     for name in ("train_split", "test_split"):
         check(
             kind == "tfds" or not getattr(data, name), f"data.{name}", getattr(data, name), "empty, except with tfds:"
         )
     if drawn:
         scales = drawn.scale_min, drawn.scale_max
-        check(not data.classes, "data.classes", data.classes, f"empty with {data.source}")
-        check(32 <= data.image_size <= 224, "data.image_size", data.image_size, f"32 to 224 with {data.source}")
-        check(scales[0] <= scales[1], f"data.{data.source}.scale_min, scale_max", scales, "scale_min <= scale_max")
+        check(not data.classes, "data.classes", data.classes, f"empty with {source}")
+        check(32 <= data.image_size <= 224, "data.image_size", data.image_size, f"32 to 224 with {source}")
+        check(scales[0] <= scales[1], f"data.{source}.scale_min, scale_max", scales, "scale_min <= scale_max")
+
+
+def random_bits(data: DataConfig) -> tuple[int, str]:
+    """Returns the number of random bits of each image, and the source of the images without them.
+
+    `(4, "digits")` for `randbit:4:digits`, `(0, "digits")` for `digits`.
+    """
+    found = _RANDBIT.fullmatch(data.source)
+    return (int(found[1]), found[2]) if found else (0, data.source)
+
+
+def channels(data: DataConfig) -> int:
+    """Returns the channels of an image: red, green, blue and the random bits."""
+    return 3 + random_bits(data)[0]
 
 
 def drawn_source(data: DataConfig) -> TrifeatureConfig | DigitsConfig | None:
-    """Returns the fields of the source that the config names if the program draws its images; None: it reads them."""
-    return getattr(data, data.source) if data.source in DRAWN_SOURCES else None
+    """Returns the fields of the source of the images if the program draws them; None: it reads them."""
+    source = random_bits(data)[1]
+    return getattr(data, source) if source in DRAWN_SOURCES else None
 
 
 def bn_groups(config: Config) -> int:

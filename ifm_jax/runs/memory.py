@@ -74,7 +74,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     Raises:
       UsageError: if the least memory it needs is more than there is.
     """
-    size, source, machine = config.data.image_size, config.data.source, of_machine()
+    size, source, machine = config.data.image_size, configs.random_bits(config.data)[1], of_machine()
     if drawn := configs.drawn_source(config.data):  # their number is known before they are drawn
         needs = drawn.train_size * size * size * 3
         if machine is not None and needs > machine:
@@ -153,7 +153,7 @@ def _variables(encoder: Encoder):
 def _bytes_per_image(encoder: Encoder, size: int) -> float:
     """Returns the bytes of the inputs and outputs of all convolutions, each counted once, for one image."""
     batch = 2 * encoder.bn_groups
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.dtype(encoder.param_dtype))
+    images = jax.ShapeDtypeStruct((batch, size, size, encoder.in_channels), jnp.dtype(encoder.param_dtype))
     traced = jax.make_jaxpr(lambda *args: encoder(*args, train=True)[0])(*_variables(encoder), images)
     held = {id(var): var.aval for var in _convolved(traced.jaxpr)}
     return sum(aval.size * aval.dtype.itemsize for aval in held.values()) / batch
