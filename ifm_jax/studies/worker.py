@@ -4,14 +4,15 @@ The order, one JSON object in a line, comes on standard input, which stays open:
 has been killed, and the run stops and saves.
 """
 
+_given = {}
 if __name__ == "__main__":  # before JAX is imported, which counts the processors
     import json
     import os
     import sys
 
-    _order = json.loads(sys.stdin.readline())
-    if _order["processors"]:
-        os.sched_setaffinity(0, _order["processors"])
+    _given = json.loads(sys.stdin.readline())
+    if _given["processors"]:
+        os.sched_setaffinity(0, _given["processors"])
 
 import dataclasses
 import datetime
@@ -221,4 +222,4 @@ def _main(order: Order) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Order(**_order)))
+    sys.exit(_main(Order(**_given)))
