@@ -85,7 +85,7 @@ def make_augmentation(config: Config):
     if config.data.source != "trifeature":
         raise UsageError(
             f"data.augmentation='trifeature' does not work with data.source={config.data.source!r}: expected moco_v2 "
-            "or moco_v1, as in configs/ifm_own_images.py"
+            "or moco_v1, as in the recipe ifm_own_images"
         )
     strength = config.data.augment
     return TrifeatureAugmentation(

@@ -1,4 +1,20 @@
-"""Evaluates a frozen backbone on labeled images: `eval_linear.py`."""
+"""Evaluates a frozen backbone on labeled images.
+
+    ifm-jax eval --workdir=DIR                      a run, with the original's linear-evaluation protocol
+    ifm-jax eval --pretrained=FILE.pth.tar ...      a PyTorch checkpoint, or an Orbax checkpoint (a folder)
+    ... --pretrained=FILE --prefix=backbone.        another library's checkpoint, whose names have that prefix
+    ... --config.linear.lr=1,3,10,30                several classifiers at once; reports the best
+    ... --fast                                      minutes instead of hours: stored features of a few views
+    ... --knn                                       k nearest neighbors (Wu et al. 2018), without training
+    ... --diagnostics                               alignment, uniformity, effective rank, similarities
+    ... --features=FILE.npz [--split=train] [--layer=projection]     writes the features, with labels and names
+    ... --map=FILE.png                              draws the features in two dimensions, colored by label
+
+With --workdir, the evaluation uses the run's own config, and --config.field=value changes a field of it. With
+--pretrained, the network follows from the file's tensors; --config=NAME or --config.data.source=... selects the images.
+Results go into results.json in the workdir or in --output. The same command resumes a stopped evaluation. In a clone,
+python eval_linear.py is the same.
+"""
 
 import dataclasses
 import pathlib
@@ -37,13 +53,9 @@ class Options(Group):
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__, ConfigFlag())
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__, ConfigFlag())
 
 
 def main(given: Given) -> int:
@@ -84,6 +96,6 @@ def _name(path: str) -> str:
     return pathlib.Path(path).resolve().name.removesuffix(".tar").removesuffix(".pth")
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

@@ -1,4 +1,11 @@
-"""Pre-trains an encoder with MoCo-v2 or SimCLR and implicit feature modification: `train.py`."""
+"""Pre-trains an encoder with MoCo-v2 or SimCLR and implicit feature modification.
+
+    ifm-jax train                                       the embedded default, into runs/trifeature
+    ifm-jax train --config=NAME --workdir=DIR           a recipe, one of `ifm-jax config --list` or a file of yours
+    ifm-jax train --config.ifm.epsilon=0.2 ...          with a field changed
+
+The same command resumes the run in the workdir. In a clone, python train.py is the same.
+"""
 
 import dataclasses
 import pathlib
@@ -19,13 +26,9 @@ class Options(Group):
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__, ConfigFlag(recipes.DEFAULT))
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__, ConfigFlag(recipes.DEFAULT))
 
 
 def main(given: Given) -> int:
@@ -41,6 +44,6 @@ def main(given: Given) -> int:
     return command.say_stopped(result, workdir)
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

@@ -92,7 +92,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"batch_size={config.batch_size}, data.image_size={size}: a step of {config.model.arch} needs at least "
             f"{(state + images) / 1e9:.1f} GB on each device ({state / 1e9:.1f} for weights, optimizer and queue, "
             f"{images / 1e9:.1f} for {config.batch_size // mesh.size} images), which has {has / 1e9:.1f} GB: use a "
-            "smaller batch_size, data.image_size or network, or a smaller recipe: --config=configs/trifeature.py"
+            "smaller batch_size, data.image_size or network, or a smaller recipe: --config=trifeature"
         )
 
 

@@ -1,0 +1,112 @@
+"""Prints the fields of a config: name, type, value and meaning; and recommends a config for your images.
+
+    ifm-jax config                                  every field, with the original's defaults
+    ifm-jax config --config=NAME                    a recipe; marks what differs from the defaults
+    ifm-jax config --config=NAME --config.epochs=9  with a field changed
+    ifm-jax config --list                           the recipes, one a line
+    ifm-jax config --suggest --images=N             a recipe for N images: batch size, queue, learning rate, epochs
+    ... --suggest --images=N --memory=GB            for an accelerator with that much memory
+
+In a terminal the fields are a table. In a pipe each is a line of five columns, separated by tabs: name, type, value, the
+default if the value differs from it, and meaning.
+"""
+
+import dataclasses
+import sys
+
+from ifm_jax import config as configs
+from ifm_jax import recipes
+from ifm_jax.cli import command
+from ifm_jax.cli.config_flag import ConfigFlag, as_text
+from ifm_jax.cli.flags import Flags, Given, type_name
+from ifm_jax.config import Config, Field, Group, field
+from ifm_jax.errors import UsageError
+
+
+@dataclasses.dataclass(slots=True)
+class Options(Group):
+    """The command's flags."""
+
+    list: bool = field(False, "List the recipes.")
+    suggest: bool = field(False, "Recommend a config for a number of images.")
+    images: int | None = field(None, "Number of training images, with --suggest.", expected="an integer")
+    memory: float = field(16.0, "Memory of the accelerator in GB, with --suggest.", above=0)
+
+
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__, ConfigFlag())
+
+
+def main(given: Given) -> int:
+    """Prints fields, recipes or a recommendation; returns the exit status."""
+    given.refuse_arguments()
+    options = given.options
+    if options.images is not None and not options.suggest:
+        raise UsageError(f"--images={options.images} has no effect: expected --suggest as well")
+    if options.list:
+        _print_recipes()
+    elif options.suggest:
+        _print_suggestion(options, given.config)
+    else:
+        _print_fields(given.config)
+    return 0
+
+
+def _print_recipes() -> None:
+    described = recipes.described()
+    width = max(map(len, described))
+    print(*(f"{name:<{width}}  {text}" for name, text in described.items()), sep="\n")
+
+
+def _print_fields(flag: ConfigFlag) -> None:
+    """Prints every field of the config that the flags describe."""
+    config = flag.over(Config)
+    rows = [
+        (known, as_text(configs.get_field(config, name)), as_text(known.default))
+        for name, known in configs.fields().items()
+        if not known.is_group
+    ]
+    if sys.stdout.isatty():
+        _print_table(flag, rows)
+    else:
+        for known, value, default in rows:
+            differs = default if value != default else ""
+            print(known.name, type_name(known), value, differs, known.declared.meaning, sep="\t")
+    try:
+        configs.validate(config)
+    except UsageError as error:
+        print(f"As it is, this config cannot be run: {error}", file=sys.stderr)
+
+
+def _print_table(flag: ConfigFlag, rows: list[tuple[Field, str, str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    differing = sum(value != default for _, value, default in rows)
+    title = f"{flag.name()}: {recipes.described().get(flag.name(), '')}".removesuffix(": ") if flag.recipe else "Config"
+    title += f" ({differing} of {len(rows)} fields differ from the defaults)"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold")
+    for heading in ("field", "type", "value", "meaning"):
+        table.add_column(heading, overflow="fold")
+    for known, value, default in rows:
+        differs = value != default
+        shown = Text(value, "bold")
+        if differs:
+            shown.append(f"\n(default {default})", "not bold dim")
+        # The meaning tells the choices too.
+        kind = "list" if known.many else known.kind.__name__
+        style = "bold" if differs else ""
+        table.add_row(Text(known.name, style), Text(kind, "dim"), shown if differs else value, known.declared.meaning)
+    Console().print(table)
+
+
+def _print_suggestion(options: Options, flag: ConfigFlag) -> None:
+    raise NotImplementedError
+
+
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags(), with_jax=False)
