@@ -154,7 +154,14 @@ class MoCoConfig(Group):
 
     dim: int = field(128, "embedding dimension (--moco-dim)", least=1, limit=65536)
     queue_size: int = field(
-        65536, "K, the number of keys in the queue; a multiple of the batch size (--moco-k)", least=1
+        65536,
+        "K, the number of keys in the queue; a multiple of the batch size, at most the number of images (--moco-k)",
+        least=1,
+    )
+    queue_beyond_images: bool = field(
+        False,
+        "accept a queue of more keys than images, in which every image meets its own older keys as negatives",
+        free_on_resume=True,
     )
     momentum: float = field(0.999, "m, the momentum of the key encoder's moving average (--moco-m)", least=0, most=1)
     temperature: float = field(0.2, "tau, the temperature of the logits (--moco-t)", above=0, hint="MoCo-v2: 0.2")
@@ -439,6 +446,11 @@ class Config(Group):
     )
     seed: int = field(0, "seed of everything random", least=0, limit=_SEED)
     log_every: int = field(10, "steps between two lines of metrics.jsonl", least=1, free_on_resume=True)
+    verbose: bool = field(
+        False,
+        "where the output is no terminal, print each line of metrics.jsonl, not one an epoch",
+        free_on_resume=True,
+    )
     checkpoint_every: int = field(
         1000, "steps between two checkpoints; the last step is always saved", least=1, free_on_resume=True
     )

@@ -158,9 +158,11 @@ def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
     except (OSError, ValueError):  # a name that no file can have
         is_there = False
     if is_there:
-        raise UsageError(f"--config={recipe} is a directory: expected a recipe, for example configs/trifeature.py")
+        raise UsageError(
+            f"--config={recipe} is a directory: expected a recipe, for example trifeature (ifm-jax config --list)"
+        )
     near = _near(given)
-    hint = f": did you mean {near}?" if near else ": expected a recipe, for example configs/trifeature.py"
+    hint = f": did you mean {near}?" if near else ": expected a recipe, for example trifeature (ifm-jax config --list)"
     raise UsageError(f"--config={recipe} does not exist{hint}")
 
 

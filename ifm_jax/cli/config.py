@@ -7,8 +7,8 @@
     ifm-jax config --suggest --images=N             a recipe for N images: batch size, queue, learning rate, epochs
     ... --suggest --images=N --memory=GB            for an accelerator with that much memory
 
-In a terminal the fields are a table. In a pipe each is a line of five columns, separated by tabs: name, type, value, the
-default if the value differs from it, and meaning.
+On a terminal the fields are a table. In a pipe each is a line of five columns, separated by tabs: name, type, value,
+the default if the value differs from it, and meaning.
 """
 
 import dataclasses
@@ -104,7 +104,32 @@ def _print_table(flag: ConfigFlag, rows: list[tuple[Field, str, str]]) -> None:
 
 
 def _print_suggestion(options: Options, flag: ConfigFlag) -> None:
-    raise NotImplementedError
+    """Prints what is recommended, why, and the command."""
+    if options.images is None:
+        raise UsageError("--suggest needs the number of your images: expected --images=N as well")
+    if flag.given:
+        raise UsageError("--suggest chooses the recipe: expected no --config; change fields of the command it prints")
+    import jax
+
+    from ifm_jax.runs import suggestion  # imports Flax and traces the network: a few seconds
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, so no accelerator need be taken
+    found = suggestion.suggest(options.images, options.memory * 1e9)
+    shown = {"recipe": found.recipe}
+    shown |= {
+        name: as_text(configs.get_field(found.config, name))
+        for name in found.reasons
+        if name not in ("recipe", "memory")
+    }
+    shown["memory"] = f"{found.bytes / 1e9:.1f} GB"
+    print(f"For {options.images:,} images and an accelerator with {options.memory:g} GB (rules of thumb, not tuned):\n")
+    for name, reason in found.reasons.items():
+        print(f"  {name:<15}  {shown[name]:<14}  {reason}")
+    changes = "".join(f" --config.{name}={as_text(value)}" for name, value in found.changes.items())
+    print(
+        f"\n    ifm-jax train --config={found.recipe} --config.data.source=folder:PATH{changes} --workdir=runs/own\n\n"
+        "With too little memory, halve batch_size, moco.queue_size and the rate of SGD."
+    )
 
 
 def run() -> None:

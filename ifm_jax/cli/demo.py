@@ -70,7 +70,7 @@ def main(given: Given) -> int:
             config = _with(base, seed=seed, method=method, temperature=temperature)
             directory = workdir / f"{method}-t{temperature:g}-seed{seed}"
             print(f"\n{name}, seed {seed} ({directory})")
-            result = training.train(config, directory)
+            result = training.train(config, directory, recipe=given.config.name())
             if result.stopped_by is not None:
                 return command.say_stopped(result, directory)
             results.setdefault(name, []).append(comparison.read_out_workdir(directory, name))

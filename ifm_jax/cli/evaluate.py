@@ -50,6 +50,7 @@ class Options(Group):
         choices=("backbone", "projection"),
         expected="one of backbone, projection",
     )
+    verbose: bool = field(False, "Where the output is no terminal, print each line of metrics, not one an epoch.")
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
@@ -66,6 +67,7 @@ def main(given: Given) -> int:
         raise UsageError("expected either --workdir (the directory of a training run) or --pretrained (a checkpoint)")
     path = options.workdir or options.pretrained
     config = given.config.over(lambda: _config_of_run(options.workdir) if options.workdir else Config())
+    config.verbose |= options.verbose
     output = pathlib.Path(options.output or options.workdir or pathlib.Path("runs") / _name(path))
     command.workdir(output)
     command.join_hosts(options.hosts)

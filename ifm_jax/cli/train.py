@@ -23,6 +23,7 @@ class Options(Group):
     """The command's flags."""
 
     workdir: str = field("", "Directory of the run; default: runs/<recipe>.")
+    verbose: bool = field(False, "Where the output is no terminal, print each line of metrics, not one an epoch.")
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
@@ -36,11 +37,12 @@ def main(given: Given) -> int:
     given.refuse_arguments()
     options, config = given.options, given.config()
     workdir = options.workdir or pathlib.Path("runs") / given.config.name()
+    config.verbose |= options.verbose
     command.workdir(workdir)
     command.join_hosts(options.hosts)
     from ifm_jax.runs import training  # takes a second, too long for --help or a usage error
 
-    result = training.train(config, workdir)
+    result = training.train(config, workdir, recipe=given.config.name())
     return command.say_stopped(result, workdir)
 
 
