@@ -131,12 +131,12 @@ def test_config_prints_every_field(in_process):
 
 
 def test_config_is_a_table_on_a_terminal(in_process, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "dumb")  # no colors; 80 columns
     monkeypatch.setattr(process.Output, "isatty", lambda self: True)
     status, out, err = in_process("ifm_jax/__main__.py", "config", "--config=ifm_cifar10")
     assert (status, err) == (0, "")
     assert "ifm_cifar10: IFM on CIFAR-10, with the settings of MoCo's CIFAR-10 demo." in out
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 80
     lines = [line.split() for line in out.splitlines()]
     at = next(number for number, line in enumerate(lines) if line[:3] == ["moco.queue_size", "int", "4096"])
     assert lines[at + 1][:2] == ["(default", "65536)"]

@@ -57,17 +57,13 @@ def test_less_memory_is_a_smaller_batch_and_with_it_queue_and_rate(cheap):
         suggestion.suggest(31, 16e9)
 
 
-def test_the_command_that_it_prints(cheap, in_process, monkeypatch):
-    import jax
-
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+def test_the_command_that_it_prints(cheap, in_process):
     door = "ifm_jax/__main__.py"
     status, out, err = in_process(door, "config", "--suggest", "--images=20000", "--memory=1")
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "For 20,000 images and an accelerator with 1 GB (rules of thumb, not tuned):"
-    assert re.search(r"^  batch_size       128             the largest power of two", out, re.MULTILINE)
-    assert max(map(len, lines)) <= 180
+    assert re.search(r"^  batch_size +128 +the largest power of two", out, re.MULTILINE)
     (command,) = [line.split() for line in lines if line.startswith("    ifm-jax train ")]
     assert command[2:4] == ["--config=ifm_own_images", "--config.data.source=folder:PATH"]
     assert "--config.batch_size=128" in command

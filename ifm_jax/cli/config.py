@@ -13,6 +13,7 @@ the default if the value differs from it, and meaning.
 
 import dataclasses
 import sys
+import textwrap
 
 from ifm_jax import config as configs
 from ifm_jax import recipes
@@ -89,8 +90,10 @@ def _print_table(flag: ConfigFlag, rows: list[tuple[Field, str, str]]) -> None:
     title = f"{flag.name()}: {recipes.described().get(flag.name(), '')}".removesuffix(": ") if flag.recipe else "Config"
     title += f" ({differing} of {len(rows)} fields differ from the defaults)"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left", title_style="bold")
-    for heading in ("field", "type", "value", "meaning"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("field", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    table.add_column("value", overflow="fold", width=16)
+    table.add_column("meaning")
     for known, value, default in rows:
         differs = value != default
         shown = Text(value, "bold")
@@ -124,7 +127,8 @@ def _print_suggestion(options: Options, flag: ConfigFlag) -> None:
     shown["memory"] = f"{found.bytes / 1e9:.1f} GB"
     print(f"For {options.images:,} images and an accelerator with {options.memory:g} GB (rules of thumb, not tuned):\n")
     for name, reason in found.reasons.items():
-        print(f"  {name:<15}  {shown[name]:<14}  {reason}")
+        first, *more = textwrap.wrap(reason, 120 - 35)
+        print(f"  {name:<15}  {shown[name]:<14}  {first}", *(" " * 35 + line for line in more), sep="\n")
     changes = "".join(f" --config.{name}={as_text(value)}" for name, value in found.changes.items())
     print(
         f"\n    ifm-jax train --config={found.recipe} --config.data.source=folder:PATH{changes} --workdir=runs/own\n\n"

@@ -71,7 +71,9 @@ def main(given: Given) -> int:
     output = pathlib.Path(options.output or options.workdir or pathlib.Path("runs") / _name(path))
     command.workdir(output)
     command.join_hosts(options.hosts)
-    from ifm_jax.evaluation import evaluate  # imports scikit-learn and matplotlib, so only after the flags are checked
+    from ifm_jax import sharding  # this and the next take seconds, too long for a usage error
+    from ifm_jax.evaluation import evaluate
+    from ifm_jax.runs.workdir import Workdir
 
     wanted = evaluate.Wanted(
         fast=options.fast,
@@ -84,7 +86,12 @@ def main(given: Given) -> int:
         layer=options.layer,
     )
     stopped = evaluate.evaluate(path, config, output, wanted, prefix=options.prefix)
-    return command.say_stopped(stopped, output) if stopped is not None else 0
+    if stopped is not None:
+        return command.say_stopped(stopped, output)
+    results = Workdir(output).results
+    if results.exists() and sharding.process_index() == 0:
+        print(f"Results: {results}")
+    return 0
 
 
 def _config_of_run(workdir: str) -> Config:
