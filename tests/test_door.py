@@ -132,7 +132,7 @@ def test_config_prints_every_field(in_process):
 
 def test_config_is_a_table_on_a_terminal(in_process, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")  # no colors; 80 columns
-    monkeypatch.setattr(process.Output, "isatty", lambda self: True)
+    monkeypatch.setattr(process.Output, "isatty", lambda self: True, raising=False)
     status, out, err = in_process("ifm_jax/__main__.py", "config", "--config=ifm_cifar10")
     assert (status, err) == (0, "")
     assert "ifm_cifar10: IFM on CIFAR-10, with the settings of MoCo's CIFAR-10 demo." in out

@@ -1,6 +1,7 @@
 """What a run says of itself: in a line at its start, and at its end with the command to type next."""
 
 import os
+import pathlib
 import shlex
 
 from ifm_jax import config as configs
@@ -23,7 +24,7 @@ def introduction(config: Config, images: int, workdir: str | os.PathLike[str], r
         negatives = f"negatives from the batch of {config.batch_size:,}"
     method = f"{configs.method_name(config)}, {negatives}"
     of = f"{images:,} images of {config.data.source} at {config.data.image_size} px"
-    return f"{f'{recipe}: ' if recipe else ''}{method}; {of}; workdir {os.fspath(workdir)}"
+    return f"{f'{recipe}: ' if recipe else ''}{method}; {of}; workdir {_shown(workdir)}"
 
 
 def conclusion(outcome: Outcome, workdir: str | os.PathLike[str], *, labels: bool) -> list[str]:
@@ -34,7 +35,7 @@ def conclusion(outcome: Outcome, workdir: str | os.PathLike[str], *, labels: boo
       workdir: working directory of the run.
       labels: whether the images have labels.
     """
-    path = os.fspath(workdir)
+    path = _shown(workdir)
     evaluation = "--fast" if labels else "--diagnostics"
     hint = "; without --fast: the original's protocol of 60 epochs" if labels else "; linear evaluation needs labels"
     return [
@@ -42,3 +43,9 @@ def conclusion(outcome: Outcome, workdir: str | os.PathLike[str], *, labels: boo
         "tensorboard/.",
         f"Next: ifm-jax eval --workdir={shlex.quote(path)} {evaluation}   (evaluates it{hint})",
     ]
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    """Returns a path as one would type it here: relative if it is below the current directory."""
+    path, here = pathlib.Path(path).absolute(), pathlib.Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -86,7 +86,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
             quiet=quiet,
         )
         with session:
-            session.say(summary.introduction(config, size, workdir, recipe))
+            session.say(summary.introduction(config, size, workdir.path, recipe))
             session.say(*begin.said, *health.introduction())
             with contextlib.closing(feed.calls(length, session)) as calls:
                 call = next(calls)
@@ -109,7 +109,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
                     health=health,
                 )
         if outcome.stopped_by is None:
-            session.say(*summary.conclusion(outcome, workdir, labels=bool(source.label_names)))
+            session.say(*summary.conclusion(outcome, workdir.path, labels=bool(source.label_names)))
     return outcome
 
 
