@@ -7,7 +7,6 @@ import signal
 import pytest
 import rich.console
 
-from ifm_jax import config as configs
 from ifm_jax.errors import UsageError
 from ifm_jax.runs import metrics_log, summary, training
 from ifm_jax.runs.loop import Outcome
@@ -94,6 +93,7 @@ def test_the_last_lines_of_a_run():
     assert "--diagnostics" in summary.conclusion(Outcome(8, 8), "a", labels=False)[1]
 
 
+@pytest.mark.slow
 def test_a_run_refuses_a_queue_of_more_keys_than_images(tmp_path, capsys):
     """A new one: a run that has begun goes on, and so does one that accepts it."""
     config = small.config(moco__queue_size=96, steps=2)
@@ -104,7 +104,6 @@ def test_a_run_refuses_a_queue_of_more_keys_than_images(tmp_path, capsys):
         with pytest.raises(UsageError, match=message):
             training.train(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()
-        assert small.config(moco__queue_size=64).moco.queue_size == 64  # as many are none too many: tests/small.py
         config.moco.queue_beyond_images = True
         training.train(config, tmp_path / "run", recipe="mine")
         out = capsys.readouterr().out.splitlines()
@@ -118,10 +117,10 @@ def test_a_run_refuses_a_queue_of_more_keys_than_images(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_not_say_that_it_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(summary, "conclusion", lambda *_, **__: 1 / 0)
     stopped = Outcome(1, 8, signal.SIGINT)
     monkeypatch.setattr("ifm_jax.runs.session.Session.run", lambda *_, **__: (stopped, None))
     with small.light():
         assert training.train(small.config(), tmp_path) is stopped
-    assert configs.Config().verbose is False
