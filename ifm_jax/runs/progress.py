@@ -34,10 +34,11 @@ class Progress:
                 ...
                 progress.update(step, record if step % 10 == 0 else None)
 
-    On a terminal: epoch, bar, step, loss, contrast accuracy, learning rate, images/s, time elapsed and time left, if
-    the width allows. Other output appears above the bar. `update` only stores the numbers; a thread draws them, four
-    times a second. The time left follows from the speed of the last minute, and the clock starts at the first update,
-    so compilation does not count.
+    On a terminal: epoch, bar, step, loss, contrast accuracy, gain, learning rate, images/s, time elapsed and time left,
+    if the width allows. The gain is that of the last evaluation: for each label, or for more than three the mean and
+    the least, the linear readout minus that before training, in points. Other output appears above the bar. `update`
+    only stores the numbers; a thread draws them, four times a second. The time left follows from the speed of the last
+    minute, and the clock starts at the first update, so compilation does not count.
 
     Elsewhere: a plain line for the first logged record, for the first in or after the end of each epoch, for the last,
     and at least one every ten minutes. What an evaluation found (`knn`, `linear`) is in the line of its record; the bar
@@ -76,6 +77,7 @@ class Progress:
         self._console = console
         self._record: Mapping[str, Any] = {}
         self._found: dict[str, float] = {}  # by the last evaluation
+        self._gain = ""
         self._verbose = verbose
         self._printed: tuple[int, float] | None = None  # epoch and time of the last plain line
         self._began = clock()
@@ -127,12 +129,13 @@ class Progress:
             return
         self._record = dict(record)
         self._found |= {name: record[name] for name in _FOUND if record.get(name) is not None}
+        self._gain = _gain(record) or self._gain
         if self._live is None and self._is_due(now):
             fields = self._fields()
-            for name in _FOUND:  # a line has what is new; a bar has what is known
+            for name in (*_FOUND, "gain"):  # a line has what is new; a bar has what is known
                 if name not in record:
                     fields.pop(name, None)
-            names = ("step", "epoch", "loss", "acc1", *_FOUND, "queue", "lr", "rate", "left")
+            names = ("step", "epoch", "loss", "acc1", *_FOUND, "gain", "queue", "lr", "rate", "left")
             line = "  ".join(_labeled(*fields[name]) for name in names if name in fields)
             print(line, file=self._file, flush=True)
 
@@ -144,6 +147,7 @@ class Progress:
             or self._printed is None
             or epoch > self._printed[0]
             or self._step >= self._total
+            or any(name in self._record for name in _FOUND)
             or now - self._printed[1] >= _SILENCE
         )
         if due:
@@ -172,6 +176,8 @@ class Progress:
             if record.get(name) is not None:
                 fields[name] = (name, as_text(record[name]))
         fields |= {name: (name, f"{value:.1f} %") for name, value in self._found.items()}
+        if self._gain:
+            fields["gain"] = ("gain", self._gain)
         if self._step < self._full_step:
             fields["queue"] = ("queue", f"{100 * self._step // self._full_step} % real")
         rate = record.get("images_per_sec")
@@ -203,7 +209,7 @@ class Progress:
         else:
             fields.setdefault("left", ("left", "-:--:--"))
 
-        names = ("step", "loss", "acc1", *_FOUND, "queue", "lr", "rate", "elapsed", "left")
+        names = ("step", "loss", "acc1", *_FOUND, "gain", "queue", "lr", "rate", "elapsed", "left")
         order = [name for name in names if name in fields]
         assert self._console is not None  # only a console draws the line
         available = self._console.width
@@ -212,7 +218,17 @@ class Progress:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
             return sum(len(_labeled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
-        for name in ("elapsed", "rate", "lr", "queue", "acc1", *_FOUND, "loss", "left"):  # least important first
+        for name in (
+            "elapsed",
+            "rate",
+            "lr",
+            "queue",
+            *_FOUND,
+            "gain",
+            "acc1",
+            "loss",
+            "left",
+        ):  # least important first
             wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # the time left matters more than the bar
             if width() + wanted > available and name in order:
                 order.remove(name)
@@ -252,6 +268,17 @@ class Silence:
 
 def _is_terminal(file: Output) -> bool:
     return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def _gain(record: Mapping[str, Any]) -> str:
+    """Returns what an evaluation found to have been gained since the start; empty if there was no evaluation."""
+    if record.get("gain") is None:
+        return ""
+    gains = {name.partition("/")[2]: value for name, value in record.items() if name.startswith("gain/")}
+    if len(gains) > 3:
+        least = min(gains, key=lambda label: gains[label])
+        return f"{record['gain']:+.1f}, least {least} {gains[least]:+.1f}"
+    return ", ".join(f"{label} {value:+.1f}" for label, value in gains.items()) or f"{record['gain']:+.1f}"
 
 
 def _labeled(label: str, value: str) -> str:
