@@ -16,8 +16,9 @@ On a CPU, to see whether it runs and learns at all, add
 
 Expected: no figure; these settings are the original's for ImageNet-100, scaled to a smaller network, images and batch,
 and untested at scale. An estimate of the time: 5 hours on a V100 for 200 epochs of 100,000 images. Use ten
-thousand images or more. With fewer, keep moco.queue_size, a multiple of batch_size, below their number, so that no
-image is its own negative. Compare with --config.ifm.method=moco before you rely on IFM.
+thousand images or more; `ifm-jax config --suggest --images=20000` recommends sizes for another number. A
+moco.queue_size above the number of images is refused, since each would be its own negative. Compare with
+--config.ifm.method=moco before you rely on IFM.
 """
 
 from ifm_jax.config import Config

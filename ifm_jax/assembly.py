@@ -97,7 +97,7 @@ def _augmentation(config: Config):
     if not configs.drawn_source(config.data):
         raise UsageError(
             f"data.augmentation='trifeature' does not work with data.source={config.data.source!r}: expected moco_v2 "
-            "or moco_v1, as in configs/ifm_own_images.py"
+            "or moco_v1, as in the recipe ifm_own_images"
         )
     strength = config.data.augment
     return TrifeatureAugmentation(

@@ -41,7 +41,7 @@ def _without_curves(request, monkeypatch):
 def run(tmp_path_factory):
     """A run of two steps on 60 training images and 37 held-out ones, no multiple of any batch."""
     workdir = tmp_path_factory.mktemp("run")
-    config = small.config(steps=2, data__trifeature__train_size=60, data__trifeature__test_size=37)
+    config = small.config(steps=2, data__trifeature__train_size=60, data__trifeature__test_size=37, moco__queue_size=48)
     training.train(config, workdir, devices=jax.devices()[:1], quiet=True)
     return workdir
 

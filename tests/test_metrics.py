@@ -375,7 +375,7 @@ def test_plain_lines():
 
 def test_plain_lines_show_gains_where_there_was_an_evaluation():
     output = io.StringIO()
-    with Progress(100, epochs=1, file=output, clock=Clock()) as progress:
+    with Progress(100, epochs=1, verbose=True, file=output, clock=Clock()) as progress:
         progress.update(10, evaluated(10, "shape", "texture", "color"))
         progress.update(20, make_record(20))
         progress.update(30, evaluated(30))

@@ -1,15 +1,27 @@
-"""Converts checkpoints between PyTorch and JAX, and describes them: `convert_checkpoints.py`."""
+"""Converts checkpoints between PyTorch and JAX, and describes them.
+
+    ifm-jax convert to-jax FILE.pth.tar DIR                       reads the original's or torchvision's checkpoint
+    ifm-jax convert to-jax FILE DIR --prefix=backbone.            another library's, with that prefix
+    ifm-jax convert to-torch DIR FILE.pth.tar                     writes a run in the original's format
+    ifm-jax convert to-torch DIR FILE.pth --for=torchvision       its backbone, as torchvision's ResNet
+    ifm-jax convert inspect PATH                                  describes the contents of a file or a run
+
+DIR has the layout of a run's working directory, and is accepted wherever one is. A file name that ends in .safetensors
+selects that format. MoCo's own scripts, including the one for detectron2, read what the default, --for=moco, writes.
+Code in a file is never executed. Existing output is replaced only with --overwrite. In a clone,
+python convert_checkpoints.py is the same.
+"""
 
 import dataclasses
 import os
 import sys
 
+from ifm_jax.choices import TARGETS
 from ifm_jax.cli import command
 from ifm_jax.cli.config_flag import UNSET, ConfigFlag
 from ifm_jax.cli.flags import Flags, Given
 from ifm_jax.config import Group, field
 from ifm_jax.errors import UsageError
-from ifm_jax.torch_interop.writing import TARGETS
 
 _COMMANDS = {"to-jax": ("FILE.pth.tar", "DIR"), "to-torch": ("DIR", "FILE.pth.tar"), "inspect": ("PATH",)}
 
@@ -34,13 +46,9 @@ class Options(Group):
     overwrite: bool = field(False, "Replace existing output.")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__, ConfigFlag())  # to-jax: the recipe of the run, checked against the file
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__, ConfigFlag())  # to-jax: the recipe of the run, checked against the file
 
 
 def main(given: Given) -> int:
@@ -87,6 +95,6 @@ def _print_table(title: str, rows: dict[str, str]) -> None:
     Console().print(table)
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

@@ -1,4 +1,20 @@
-"""Evaluates a frozen backbone on labeled images: `eval_linear.py`."""
+"""Evaluates a frozen backbone on labeled images.
+
+    ifm-jax eval --workdir=DIR                      a run, with the original's linear-evaluation protocol
+    ifm-jax eval --pretrained=FILE.pth.tar ...      a PyTorch checkpoint, or an Orbax checkpoint (a folder)
+    ... --pretrained=FILE --prefix=backbone.        another library's checkpoint, whose names have that prefix
+    ... --config.linear.lr=1,3,10,30                several classifiers at once; reports the best
+    ... --fast                                      minutes instead of hours: stored features of a few views
+    ... --knn                                       k nearest neighbors (Wu et al. 2018), without training
+    ... --diagnostics                               alignment, uniformity, effective rank, similarities
+    ... --features=FILE.npz [--split=train] [--layer=projection]     writes the features, with labels and names
+    ... --map=FILE.png                              draws the features in two dimensions, colored by label
+
+With --workdir, the evaluation uses the run's own config, and --config.field=value changes a field of it. With
+--pretrained, the network follows from the file's tensors; --config=NAME or --config.data.source=... selects the images.
+Results go into results.json in the workdir or in --output. The same command resumes a stopped evaluation. In a clone,
+python eval_linear.py is the same.
+"""
 
 import dataclasses
 import pathlib
@@ -34,16 +50,13 @@ class Options(Group):
         choices=("backbone", "projection"),
         expected="one of backbone, projection",
     )
+    verbose: bool = field(False, "Where the output is no terminal, print each line of metrics, not one an epoch.")
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__, ConfigFlag())
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__, ConfigFlag())
 
 
 def main(given: Given) -> int:
@@ -54,10 +67,13 @@ def main(given: Given) -> int:
         raise UsageError("expected either --workdir (the directory of a training run) or --pretrained (a checkpoint)")
     path = options.workdir or options.pretrained
     config = given.config.over(lambda: _config_of_run(options.workdir) if options.workdir else Config())
+    config.verbose |= options.verbose
     output = pathlib.Path(options.output or options.workdir or pathlib.Path("runs") / _name(path))
     command.workdir(output)
     command.join_hosts(options.hosts)
-    from ifm_jax.evaluation import evaluate  # imports scikit-learn and matplotlib, so only after the flags are checked
+    from ifm_jax import sharding  # this and the next take seconds, too long for a usage error
+    from ifm_jax.evaluation import evaluate
+    from ifm_jax.runs.workdir import Workdir
 
     wanted = evaluate.Wanted(
         fast=options.fast,
@@ -70,7 +86,12 @@ def main(given: Given) -> int:
         layer=options.layer,
     )
     stopped = evaluate.evaluate(path, config, output, wanted, prefix=options.prefix)
-    return command.say_stopped(stopped, output) if stopped is not None else 0
+    if stopped is not None:
+        return command.say_stopped(stopped, output)
+    results = Workdir(output).results
+    if results.exists() and sharding.process_index() == 0:
+        print(f"Results: {results}")
+    return 0
 
 
 def _config_of_run(workdir: str) -> Config:
@@ -84,6 +105,6 @@ def _name(path: str) -> str:
     return pathlib.Path(path).resolve().name.removesuffix(".tar").removesuffix(".pth")
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

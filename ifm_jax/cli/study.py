@@ -31,13 +31,9 @@ class Options(Group):
     report: bool = field(False, "Run nothing: draw tables and pictures anew from results.json.")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__)
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__)
 
 
 def main(given: Given) -> int:
@@ -72,10 +68,6 @@ def main(given: Given) -> int:
     return 0
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
-
-
-if __name__ == "__main__":
-    run()
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ifm_jax.models import heads, resnet
-from ifm_jax.models.batch_norm import RunningStats
+from ifm_jax.choices import Head, RunningStats, Stem
+from ifm_jax.models import resnet
 
 Tree = dict[str, Any]
 _HEAD = "fc"
@@ -49,8 +49,8 @@ class Encoder:
 
     arch: str
     dim: int = 128
-    head: heads.Head = "mlp"
-    stem: resnet.Stem = "imagenet"
+    head: Head = "mlp"
+    stem: Stem = "imagenet"
     width: int = 0
     bn_groups: int = 1
     running_stats: RunningStats = "first_group"

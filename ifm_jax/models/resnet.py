@@ -9,20 +9,18 @@ Sources: He et al. 2016; torchvision.models.resnet; Xie et al. 2017 (ResNeXt); Z
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ifm_jax.choices import STEMS, Head, RunningStats, Stem
 from ifm_jax.models import convolution, heads, layers
 from ifm_jax.models.activation import block_relu
-from ifm_jax.models.batch_norm import BatchNorm, RunningStats
+from ifm_jax.models.batch_norm import BatchNorm
 from ifm_jax.models.pooling import max_pool
-
-Stem = Literal["imagenet", "small", "small_stride2"]
-STEMS: tuple[str, ...] = get_args(Stem)
 
 
 class Architecture(NamedTuple):
@@ -191,7 +189,7 @@ class ResNet(nnx.Module):
         arch: Architecture,
         *,
         num_classes: int = 1000,
-        head: heads.Head = "linear",
+        head: Head = "linear",
         mlp: bool = False,
         stem: Stem = "imagenet",
         bn_groups: int = 1,

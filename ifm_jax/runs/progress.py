@@ -1,4 +1,4 @@
-"""The live progress line of a run: a bar on a terminal, plain lines elsewhere. Imports rich only for a terminal."""
+"""The live progress of a run: a bar on a terminal, a line an epoch elsewhere. Imports rich only for a terminal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 _REFRESH_PER_SECOND = 4
 _SPEED_WINDOW = 60.0  # seconds over which the speed for the time left is measured
+_SILENCE = 600.0  # most seconds without a plain line, in long epochs
 _BAR_WIDTHS = (10, 40)  # columns: fields are dropped before the bar gets shorter; it never gets longer
+_FOUND = ("knn", "linear")  # held-out accuracy in percent, by evaluations during the run
 
 
 class Progress:
-    """Live progress of a run: a bar on a terminal, elsewhere a plain line for each logged record.
+    """Live progress of a run: a bar on a terminal, elsewhere plain lines.
 
         with Progress(total_steps=256, epochs=8) as progress:
             progress.message("compiling the training step")
@@ -38,12 +40,17 @@ class Progress:
     only stores the numbers; a thread draws them, four times a second. The time left follows from the speed of the last
     minute, and the clock starts at the first update, so compilation does not count.
 
+    Elsewhere: a plain line for the first logged record, for the first in or after the end of each epoch, for the last,
+    and at least one every ten minutes. What an evaluation found (`knn`, `linear`) is in the line of its record; the bar
+    keeps showing it.
+
     Args:
       total_steps: last step of the run.
       epochs: number of epochs in the whole recipe.
       start_step: step from which the run continues; 0 for a new run.
       steps_per_epoch: default: `total_steps / epochs`; needed when the run ends before its recipe does.
       full_step: step at which MoCo's queue is full of real keys; until then, the filled share is shown.
+      verbose: print a plain line for every logged record.
       file: stream to write to; default: standard output. A bar is drawn if it is a terminal.
       console: a rich console to write to instead of `file`.
       clock: returns the time in seconds.
@@ -57,6 +64,7 @@ class Progress:
         start_step: int = 0,
         steps_per_epoch: float | None = None,
         full_step: int = 0,
+        verbose: bool = False,
         file: TextIO | None = None,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -68,7 +76,10 @@ class Progress:
         self._file = Output(console.file if console is not None else (file if file is not None else sys.stdout))
         self._console = console
         self._record: Mapping[str, Any] = {}
+        self._found: dict[str, float] = {}  # by the last evaluation
         self._gain = ""
+        self._verbose = verbose
+        self._printed: tuple[int, float] | None = None  # epoch and time of the last plain line
         self._began = clock()
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one per second
         self._ends: float | None = None  # time on `clock`
@@ -117,14 +128,31 @@ class Progress:
         if record is None:
             return
         self._record = dict(record)
+        self._found |= {name: record[name] for name in _FOUND if record.get(name) is not None}
         self._gain = _gain(record) or self._gain
-        if self._live is None:
+        if self._live is None and self._is_due(now):
             fields = self._fields()
-            if "gain" not in record:  # a line has what is new; a bar has what is known
-                fields.pop("gain", None)
-            names = ("step", "epoch", "loss", "acc1", "gain", "queue", "lr", "rate", "left")
+            for name in (*_FOUND, "gain"):  # a line has what is new; a bar has what is known
+                if name not in record:
+                    fields.pop(name, None)
+            names = ("step", "epoch", "loss", "acc1", *_FOUND, "gain", "queue", "lr", "rate", "left")
             line = "  ".join(_labeled(*fields[name]) for name in names if name in fields)
             print(line, file=self._file, flush=True)
+
+    def _is_due(self, now: float) -> bool:
+        """Whether the present record gets a plain line; if so, it is counted as printed."""
+        epoch = math.floor(self._step / self._steps_per_epoch + 1e-9)
+        due = (
+            self._verbose
+            or self._printed is None
+            or epoch > self._printed[0]
+            or self._step >= self._total
+            or any(name in self._record for name in _FOUND)
+            or now - self._printed[1] >= _SILENCE
+        )
+        if due:
+            self._printed = epoch, now
+        return due
 
     def message(self, text: str) -> None:
         """Prints a line: above the bar on a terminal, elsewhere between the plain lines."""
@@ -147,6 +175,7 @@ class Progress:
         for name, as_text in formats.items():
             if record.get(name) is not None:
                 fields[name] = (name, as_text(record[name]))
+        fields |= {name: (name, f"{value:.1f} %") for name, value in self._found.items()}
         if self._gain:
             fields["gain"] = ("gain", self._gain)
         if self._step < self._full_step:
@@ -180,7 +209,7 @@ class Progress:
         else:
             fields.setdefault("left", ("left", "-:--:--"))
 
-        names = ("step", "loss", "acc1", "gain", "queue", "lr", "rate", "elapsed", "left")
+        names = ("step", "loss", "acc1", *_FOUND, "gain", "queue", "lr", "rate", "elapsed", "left")
         order = [name for name in names if name in fields]
         assert self._console is not None  # only a console draws the line
         available = self._console.width
@@ -189,7 +218,17 @@ class Progress:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
             return sum(len(_labeled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
-        for name in ("elapsed", "rate", "lr", "queue", "gain", "acc1", "loss", "left"):  # least important first
+        for name in (
+            "elapsed",
+            "rate",
+            "lr",
+            "queue",
+            *_FOUND,
+            "gain",
+            "acc1",
+            "loss",
+            "left",
+        ):  # least important first
             wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # the time left matters more than the bar
             if width() + wanted > available and name in order:
                 order.remove(name)

@@ -71,6 +71,7 @@ class Session:
                         start_step=self._length.first,
                         steps_per_epoch=self._length.epoch_steps,
                         full_step=self._full_step,
+                        verbose=self._config.verbose,
                     )
             stack.enter_context(self.progress)
             self._stack = stack.pop_all()

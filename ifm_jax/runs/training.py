@@ -17,7 +17,7 @@ from ifm_jax.config import Config
 from ifm_jax.data import steps_per_epoch
 from ifm_jax.errors import RunError, UsageError, name_too_long
 from ifm_jax.pretrain import DeviceState
-from ifm_jax.runs import metrics_log, start
+from ifm_jax.runs import metrics_log, start, summary
 from ifm_jax.runs.feed import make_feed
 from ifm_jax.runs.health import Health
 from ifm_jax.runs.hosts import together
@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config, workdir: str | os.PathLike[str], *, devices: list[jax.Device] | None = None, quiet: bool = False
+    config: Config,
+    workdir: str | os.PathLike[str],
+    *,
+    devices: list[jax.Device] | None = None,
+    quiet: bool = False,
+    recipe: str = "",
 ) -> Outcome:
     """Pre-trains a new run, or continues the run in the working directory.
 
@@ -42,6 +47,7 @@ def train(
       workdir: working directory of the run; created if it does not exist.
       devices: devices to run on; None: all.
       quiet: show no progress on the terminal.
+      recipe: name of the recipe, for the first line of the output; empty: it is not named.
 
     Returns:
       The outcome of the loop.
@@ -52,10 +58,10 @@ def train(
     """
     directory = Workdir(workdir)
     with _failures_of_the_disk(directory.path):
-        return _train(config, directory, sharding.make_mesh(devices), quiet)
+        return _train(config, directory, sharding.make_mesh(devices), quiet, recipe)
 
 
-def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: bool) -> Outcome:
+def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: bool, recipe: str) -> Outcome:
     config, source = start.open_run(config, workdir, mesh)
     size = min(config.data.limit, len(source)) if config.data.limit else len(source)
     epoch_steps = steps_per_epoch(size, config.batch_size)
@@ -85,6 +91,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
             quiet=quiet,
         )
         with session:
+            session.say(summary.introduction(config, size, workdir.path, recipe))
             session.say(*begin.said, *health.introduction())
             if evaluation is not None:
                 session.say("Reading out the features of the network before training.")
@@ -112,6 +119,8 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
                     checkpoint_minutes=config.checkpoint_minutes,
                     health=health,
                 )
+        if outcome.stopped_by is None:
+            session.say(*summary.conclusion(outcome, workdir.path, labels=bool(source.label_names)))
     return outcome
 
 

@@ -7,12 +7,13 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ifm_jax import config as configs
 from ifm_jax import files
+from ifm_jax.choices import TARGETS, Target
 from ifm_jax.errors import UsageError
 from ifm_jax.models import without_head
 from ifm_jax.runs import loading
@@ -20,9 +21,6 @@ from ifm_jax.runs.snapshot import Snapshot
 from ifm_jax.torch_interop import torch_file
 from ifm_jax.torch_interop.description import describe_architecture, has_momentum, moco_memory, momentum_of
 from ifm_jax.torch_interop.names import COUNTER, Tree, architecture_of, encoder_table, get, to_torch_layout
-
-Target = Literal["moco", "torchvision"]
-TARGETS = ("moco", "torchvision")
 
 
 def state_dict(found: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
