@@ -16,8 +16,6 @@ import json
 import pathlib
 import time
 
-import numpy as np
-
 from ifm_jax import assembly, recipes
 from ifm_jax.cli import command
 from ifm_jax.cli.config_flag import ConfigFlag
@@ -133,22 +131,13 @@ def _findings(results) -> str:
 
 def _draw_samples(config: Config, path: pathlib.Path) -> None:
     """Draws a few images with the two views that a step makes of them."""
-    import jax
-    import jax.numpy as jnp
-
-    from ifm_jax.augment import IMAGENET_MEAN, IMAGENET_STD, example_rngs
     from ifm_jax.data import open_source
-    from ifm_jax.evaluation import report
+    from ifm_jax.runs import samples
 
     config = assembly.resolve(config)
     assembly.configure_jax(config.model.compute_dtype)
-    images = open_source(config.data, "train").examples(np.arange(10))["image"]
-    augment = jax.jit(assembly.make_augmentation(config))
-    views = []
-    for rng in jax.random.split(jax.random.key(config.seed), 2):
-        view = augment(example_rngs(rng, jnp.arange(len(images))), images)
-        views.append(np.clip(np.asarray(view) * np.asarray(IMAGENET_STD) + np.asarray(IMAGENET_MEAN), 0, 1))
-    report.draw_samples(images, views, path)
+    source = open_source(config.data, "train")
+    samples.draw(config, source, len(source), path)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Evaluates a frozen backbone on labeled images: `eval_linear.py`."""
+"""Evaluates a frozen backbone: `eval_linear.py`."""
 
 import dataclasses
 import pathlib
@@ -25,8 +25,13 @@ class Options(Group):
     features: str = field("", "Write features to this .npz or .array_record file.")
     map: str = field("", "Draw the features in two dimensions into this .png file.")
     map_method: str = field("tsne", "Method of the map.", choices=("tsne", "umap"), expected="one of tsne, umap")
+    neighbors: str = field("", "Draw some held-out images with the nearest training images into this .png file.")
     split: str = field(
-        "test", "Images whose features to write or draw.", choices=("train", "test"), expected="one of train, test"
+        "",
+        "Images whose features to write or draw: train, test (held out) or all; default: test, or all where the source "
+        "has no held-out images of its own.",
+        choices=("", "train", "test", "all"),
+        expected="one of train, test, all",
     )
     layer: str = field(
         "backbone",
@@ -34,6 +39,7 @@ class Options(Group):
         choices=("backbone", "projection"),
         expected="one of backbone, projection",
     )
+    untrained: bool = field(True, "Evaluate the untrained network too, with --knn and --fast.")
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
@@ -66,8 +72,10 @@ def main(given: Given) -> int:
         features=options.features or None,
         map=options.map or None,
         map_method=options.map_method,
+        neighbors=options.neighbors or None,
         split=options.split,
         layer=options.layer,
+        untrained=options.untrained,
     )
     stopped = evaluate.evaluate(path, config, output, wanted, prefix=options.prefix)
     return command.say_stopped(stopped, output) if stopped is not None else 0

@@ -12,10 +12,10 @@ import jax
 
 from ifm_jax import assembly, sharding
 from ifm_jax.config import Config
-from ifm_jax.data import steps_per_epoch
+from ifm_jax.data import Source, steps_per_epoch
 from ifm_jax.errors import RunError, UsageError, name_too_long
 from ifm_jax.pretrain import DeviceState
-from ifm_jax.runs import start
+from ifm_jax.runs import samples, start
 from ifm_jax.runs.feed import make_feed
 from ifm_jax.runs.health import Health
 from ifm_jax.runs.loop import Length, Outcome
@@ -31,7 +31,7 @@ def train(
 ) -> Outcome:
     """Pre-trains a new run, or continues the run in the working directory.
 
-    Writes config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png there.
+    Writes config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/, curves.png and samples.png there.
 
     Args:
       config: config of the run.
@@ -81,6 +81,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
         )
         with session:
             session.say(*begin.said, *health.introduction())
+            _draw_samples(config, source, size, workdir, session)
             with contextlib.closing(feed.calls(length, session)) as calls:
                 call = next(calls)
                 session.say(
@@ -102,6 +103,16 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
                     health=health,
                 )
     return outcome
+
+
+def _draw_samples(config: Config, source: Source, size: int, workdir: Workdir, session: Session) -> None:
+    """Draws samples.png where it is missing; whatever goes wrong, the run goes on."""
+    if jax.process_index() or workdir.samples.exists():
+        return
+    try:
+        samples.draw(config, source, size, workdir.samples)
+    except Exception as error:
+        session.say(f"{workdir.samples.name} is not drawn: {type(error).__name__}: {error}")
 
 
 def _make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> "_Evaluation | None":
