@@ -1,4 +1,4 @@
-"""Evaluates a frozen backbone on labeled images.
+"""Evaluates a frozen backbone: on labeled images, and with pictures and features that need no labels.
 
     python eval_linear.py --workdir=DIR                     a run, with the original's linear-evaluation protocol
     python eval_linear.py --pretrained=FILE.pth.tar ...     a PyTorch checkpoint, or an Orbax checkpoint (a folder)
@@ -9,7 +9,9 @@
     ... --diagnostics                                       alignment, uniformity, effective rank, similarities
     ... --features=FILE.npz [--split=train] [--layer=projection]     writes the features, with labels and names
     ... --map=FILE.png                                      draws the features in two dimensions, colored by label
+    ... --neighbors=FILE.png                                draws some images with the training images nearest to them
 
+The last four need no labels. Where a source has no held-out images of its own, a tenth of its images is held out.
 With --workdir, the evaluation uses the run's own config, and --config.field=value changes a field of it. With
 --pretrained, the network follows from the file's tensors; --config=FILE.py or --config.data.source=... selects the
 images. Results go into results.json in the workdir or in --output. The same command resumes a stopped evaluation.

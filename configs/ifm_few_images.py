@@ -4,8 +4,8 @@
 
     python eval_linear.py --workdir=runs/own --neighbors=neighbors.png --map=map.png --features=features.npz
 
-PATH is as for `ifm_own_images`, the recipe for more images. SimCLR needs no queue: its negatives come from the batch, so
-that no image is its own negative, however few there are. With fewer than 64 images, add `--config.batch_size=32`.
+PATH is as for `ifm_own_images`, the recipe for more images. SimCLR needs no queue: its negatives come from the batch,
+so that no image is its own negative, however few there are. With fewer than 64 images, add `--config.batch_size=32`.
 
 Hardware: one GPU; for a few hundred images also a CPU, if patient. To see on a CPU whether it runs, add
 

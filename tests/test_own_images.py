@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import threadpoolctl
 from sklearn.neighbors import NearestNeighbors
 
 from ifm_jax import assembly
@@ -94,7 +95,7 @@ def test_an_image_is_held_out_by_its_own_name():
     names = [f"{number}.jpg" for number in range(5000)]
     chosen = holdout.held_out(names)
     assert 0.08 < chosen.mean() < 0.12
-    np.testing.assert_array_equal(holdout.held_out(names[:300] + ["a.jpg"])[:300], chosen[:300])
+    np.testing.assert_array_equal(holdout.held_out([*names[:300], "a.jpg"])[:300], chosen[:300])
     order = np.random.default_rng(0).permutation(5000)
     np.testing.assert_array_equal(holdout.held_out([names[place] for place in order]), chosen[order])
     for count in range(2, 30):
@@ -141,7 +142,8 @@ def test_what_is_held_out_is_not_trained_on(flat, classes, tmp_path):
 def test_pictures_and_features_need_no_labels(run, flat, tmp_path, capsys):
     names = {"features": "f.npz", "map": "map.png", "neighbors": "neighbors.png"}
     files = {flag: str(tmp_path / name) for flag, name in names.items()}
-    found = evaluated(run, tmp_path, quiet=False, wanted=evaluate.Wanted(**files))
+    with threadpoolctl.threadpool_limits(1):  # the map's threads would wait for each other more than they compute
+        found = evaluated(run, tmp_path, quiet=False, wanted=evaluate.Wanted(**files))
     with np.load(files["features"]) as file:
         assert sorted(file) == ["features", "names"]
         assert list(file["names"]) == [str(flat / f"photo_{number:03d}.png") for number in range(IMAGES)]
@@ -171,7 +173,7 @@ def test_what_needs_labels_names_what_does_not(run, tmp_path, wanted):
 @pytest.mark.slow
 def test_an_accuracy_comes_with_its_baselines(labeled_run, tmp_path, capsys):
     """And with few classes without top-5, with few images with fewer neighbors."""
-    wanted = evaluate.Wanted(fast=True, knn=True)
+    wanted = evaluate.Wanted(fast=True, knn=True, fit_lr=True)
     fields = {"linear__epochs": 2, "linear__batch_size": 16, "linear__views": 1, "linear__milestones": ()}
     found = evaluated(labeled_run, tmp_path, quiet=False, wanted=wanted, **fields)
     of = pretrained.load(labeled_run, Workdir(labeled_run).read_config())
@@ -184,14 +186,14 @@ def test_an_accuracy_comes_with_its_baselines(labeled_run, tmp_path, capsys):
         assert 0 <= result["untrained_top1"] <= 100
     assert found["knn"]["class"]["k"] == len(train)
     fast = found["linear_fast"]["class"]
-    assert (fast["train_images"], fast["test_images"]) == (len(train), len(test))
+    assert (fast["train_images"], fast["test_images"], fast["lr"]) == (len(train), len(test), 1.0)
     said = capsys.readouterr().out
     assert f"There are {len(train)} training images: all of them vote, not eval.neighbors=200." in said
     assert "top-5" not in said
     for text in ("nearest neighbors of 'class'", "Logistic regression (L-BFGS) of 'class'"):
         (line,) = [line for line in said.splitlines() if text in line]
         assert "(chance 33.33 %, always the most frequent class" in line
-        assert f"untrained network {result['untrained_top1']:.2f} %" in line or text not in line or "knn" not in line
+        assert "untrained network" in line
 
     untrained = pretrained.load(labeled_run, Workdir(labeled_run).read_config()).untrained(jax.devices()[:1])
     start = jax.jit(assembly.state_creator(untrained.config))()
@@ -219,8 +221,8 @@ def test_results_of_other_settings_stay_side_by_side(labeled_run, tmp_path):
     history = [entry for entry in found["history"] if entry["evaluation"] == "linear_full"]
     assert [entry["settings"]["linear"]["lr"] for entry in history] == [[2.0], [1.0]]
     assert sorted(path.name for path in tmp_path.glob("linear-*")) == ["linear-full", "linear-full-2"]
+    of = pretrained.load(labeled_run, Workdir(labeled_run).read_config())
     with pytest.raises(UsageError, match="belongs to another evaluation"):
-        of = pretrained.load(labeled_run, Workdir(labeled_run).read_config())
         linear.run(of, tmp_path / "linear-full", devices=jax.devices()[:1], quiet=True)
 
 

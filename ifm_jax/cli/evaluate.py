@@ -76,6 +76,7 @@ def main(given: Given) -> int:
         split=options.split,
         layer=options.layer,
         untrained=options.untrained,
+        fit_lr="linear.lr" not in given.config.changes,
     )
     stopped = evaluate.evaluate(path, config, output, wanted, prefix=options.prefix)
     return command.say_stopped(stopped, output) if stopped is not None else 0

@@ -28,6 +28,9 @@ from ifm_jax.runs.workdir import Workdir
 
 _READOUT_LIMIT = 2e10  # images x features x classes up to which logistic regression takes only minutes
 
+# With fewer training images the rate that suits ImageNet is too high: docs/evaluation.md has figures.
+_FEW, _LR_FOR_FEW = 2000, (1.0,)
+
 _Devices = list[jax.Device] | None
 _Say = Callable[[str], None]
 
@@ -48,6 +51,8 @@ class Wanted:
         source has one set of images only, all of them.
       layer: layer of all these features.
       untrained: also evaluate the untrained network, where a quick evaluation measures accuracy.
+      fit_lr: with the fast protocol and fewer than 2,000 training images, use a learning rate that suits few images
+        instead of the default one.
     """
 
     fast: bool = False
@@ -60,6 +65,7 @@ class Wanted:
     split: str = ""
     layer: str = "backbone"
     untrained: bool = True
+    fit_lr: bool = False
 
     @property
     def linear(self) -> bool:
@@ -114,6 +120,13 @@ def evaluate(
         say(
             f"{of.config.data.source} has no held-out images of its own: {test:,} of its {train + test:,} are held "
             "out, chosen by their names. Pre-training has seen them, without labels."
+        )
+    usual, count = Config().linear.lr, len(of.images("train")) if wanted.fast else 0
+    if wanted.fast and wanted.fit_lr and of.config.linear.lr == usual and count < _FEW:
+        of.config.linear.lr = _LR_FOR_FEW
+        say(
+            f"{count:,} training images are few: linear.lr={_LR_FOR_FEW[0]:g} instead of {usual[0]:g}; "
+            "--config.linear.lr sets another."
         )
     if wanted.linear:
         protocol = "fast" if wanted.fast else "full"

@@ -124,7 +124,7 @@ def draw_map(
     columns = max(1, len(labels))
     figure, grid = _figure(max(8.0, 6.2 * columns) if labels else 9.0, 6.4 if labels else 9.0, columns)
     every = np.atleast_1d(grid)
-    size = float(np.clip(4000 / max(1, len(points)), 5, 30))
+    size = float(np.clip(12000 / max(1, len(points)), 6, 40))
     for axes, (name, (classes, names)) in zip(every, labels.items(), strict=False):
         axes.set_facecolor(PANEL)
         colors = class_colors(names)
@@ -154,7 +154,7 @@ def draw_map(
         every[0].scatter(*points.T, s=size, color="#0072b2", linewidths=0)
     if chosen is not None and pictures is not None:
         for place, picture in zip(points[chosen], pictures, strict=True):
-            zoom = figure.dpi * 0.5 / picture.shape[0]
+            zoom = 72 * 0.4 / picture.shape[0]  # 0.4 inches
             box = AnnotationBbox(OffsetImage(picture, zoom=zoom), tuple(place), pad=0.1, bboxprops={"linewidth": 0.4})
             every[0].add_artist(box)
         every[0].margins(0.07)
@@ -233,11 +233,11 @@ def draw_neighbors(
                 continue
             axes.imshow(neighbors[row][column - 1])
             axes.set_title(f"{similarity[row, column - 1]:.3f}", fontsize=9, pad=3)
-            same = [bool(each[row, column - 1]) for each in agree.values()]
-            if len(same) == 1:
-                axes.spines[:].set(visible=True, linewidth=3.5, color=SAME if same[0] else OTHER)
-            for number, one in enumerate(same if len(same) > 1 else []):
-                left, right = (number + 0.04) / len(same), (number + 0.96) / len(same)
+            right_ones = [bool(each[row, column - 1]) for each in agree.values()]
+            if len(right_ones) == 1:
+                axes.spines[:].set(visible=True, linewidth=3.5, color=SAME if right_ones[0] else OTHER)
+            for number, one in enumerate(right_ones if len(right_ones) > 1 else []):
+                left, right = (number + 0.04) / len(right_ones), (number + 0.96) / len(right_ones)
                 axes.plot(
                     [left, right],
                     [-0.07, -0.07],
@@ -248,11 +248,9 @@ def draw_neighbors(
                     clip_on=False,
                 )
     if agree:
-        what = f"{next(iter(agree))} of the image on the left" if len(agree) == 1 else "of the image on the left"
-        bars = "" if len(agree) == 1 else f"; bars: {', '.join(agree)}"
+        same = f"same {next(iter(agree))}" if len(agree) == 1 else f"same as on the left (bars: {', '.join(agree)})"
         handles = [
-            Line2D([], [], color=color, linewidth=5, label=text)
-            for color, text in ((SAME, f"the {what}{bars}"), (OTHER, "another"))
+            Line2D([], [], color=color, linewidth=5, label=text) for color, text in ((SAME, same), (OTHER, "another"))
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=10)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
