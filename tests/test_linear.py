@@ -229,7 +229,7 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     np.savez(tmp_path / "bare.npz", images=np.zeros((20, 32, 32, 3), np.uint8))
     config = Workdir(run).read_config()
     config.data.source, config.data.augmentation = f"array:{tmp_path}/bare.npz", "moco_v2"
-    with pytest.raises(UsageError, match="has no labels, which --knn, .* need: expected a folder for each class"):
+    with pytest.raises(UsageError, match=r"has no labels, which --knn, .* need: expected a folder for each class"):
         pretrained.labeled(pretrained.load(run, config).config, "train")
     with pytest.raises(UsageError, match=r"linear.batch_size=16 is not a multiple of the 3 devices"):
         results(run, tmp_path / "three", devices=3)
