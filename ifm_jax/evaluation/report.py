@@ -60,10 +60,7 @@ def print_linear(
     console = console or rich.console.Console()
     for result in results:
         title = f"Linear evaluation of {result.label!r} ({result.protocol} protocol): {result.test_images:,} images, "
-        caption = beside(baselines[result.label]) if baselines else None
-        table = rich.table.Table(
-            title=title + f"{result.classes} classes, held-out accuracy in percent", caption=caption
-        )
+        table = rich.table.Table(title=title + f"{result.classes} classes, held-out accuracy in percent")
         top5 = has_top5(result.classes)
         columns = ["lr", "weight decay", "top-1", *(["top-5"] if top5 else []), "best top-1", "in epoch"]
         aside = result.best.holdout_top1 is not None
@@ -76,6 +73,8 @@ def print_linear(
                 cells += [f"{head.holdout_top1:.2f}", "*" if number == result.chosen else ""]
             table.add_row(*cells, style="bold" if number == result.chosen and aside else None)
         console.print(table)
+        if baselines:
+            console.print(f"To compare with: {beside(baselines[result.label])}.", highlight=False, soft_wrap=True)
 
 
 def draw_similarities(found: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
