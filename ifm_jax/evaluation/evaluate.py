@@ -461,9 +461,9 @@ def _export(of: Pretrained, wanted: Wanted, devices: _Devices, say: _Say) -> Non
         shown, points = export.two_dimensions(features, wanted.map_method)
         labels = pretrained.chosen_labels(of.config, source)
         of_shown = {label: (source.labels()[label][shown], source.label_names[label]) for label in labels}
-        images = {"train": "training", "test": "held-out", "all": "all"}[split]
+        images = {"train": "training images", "test": "held-out images", "all": "images"}[split]
         method = {"tsne": "t-SNE", "umap": "UMAP"}[wanted.map_method]
-        heading = title(of, f"{method} of the {wanted.layer} features of {len(points):,} {images} images")
+        heading = title(of, f"{method} of the {wanted.layer} features of {len(points):,} {images}")
         chosen = report.thumbnails(points) if not labels else np.array([], int)
         pictures = source.examples(shown[chosen])["image"] if len(chosen) else None
         report.draw_map(points, of_shown, wanted.map, heading, chosen, pictures)
