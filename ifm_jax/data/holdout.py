@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ifm_jax.config import DataConfig
+from ifm_jax.config import DataConfig, random_bits
 from ifm_jax.data.npz import NpzError
 from ifm_jax.data.sources import ViewSource, open_views, subset
 from ifm_jax.errors import UsageError
@@ -29,7 +29,7 @@ def has_held_out(data: DataConfig) -> bool:
     Raises:
       UsageError: if there is no such folder.
     """
-    kind, _, rest = data.source.partition(":")
+    kind, _, rest = random_bits(data)[1].partition(":")
     if kind == "folder":
         from ifm_jax.data.folder import has_held_out
 
@@ -92,7 +92,8 @@ def open_evaluated(data: DataConfig, split: str, *, count: int, least_area: floa
             raise UsageError(
                 f"data.source={data.source!r} has a single image, of which none can be held out: expected at least 2"
             )
-        aside = held_out(getattr(source, "paths", None) or [source.name(index) for index in range(len(source))])
+        images = getattr(source, "source", source)  # without random bits
+        aside = held_out(getattr(images, "paths", None) or [source.name(index) for index in range(len(source))])
         kept = aside if split == "test" else ~aside
     if split == "train" and data.limit:
         kept = kept & (np.arange(len(source)) < data.limit)

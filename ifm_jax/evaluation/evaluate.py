@@ -416,8 +416,8 @@ def _neighbors(of: Pretrained, output: pathlib.Path, wanted: Wanted, devices: _D
         for label in labels
     }
     report.draw_neighbors(
-        test_source.examples(queries)["image"],
-        [train_source.examples(index)["image"] for index in found.index],
+        test_source.examples(queries)["image"][..., :3],  # without random bits
+        [train_source.examples(index)["image"][..., :3] for index in found.index],
         found.similarity,
         agree,
         wanted.neighbors or "",
@@ -465,7 +465,7 @@ def _export(of: Pretrained, wanted: Wanted, devices: _Devices, say: _Say) -> Non
         method = {"tsne": "t-SNE", "umap": "UMAP"}[wanted.map_method]
         heading = title(of, f"{method} of the {wanted.layer} features of {len(points):,} {images}")
         chosen = report.thumbnails(points) if not labels else np.array([], int)
-        pictures = source.examples(shown[chosen])["image"] if len(chosen) else None
+        pictures = source.examples(shown[chosen])["image"][..., :3] if len(chosen) else None
         report.draw_map(points, of_shown, wanted.map, heading, chosen, pictures)
         colored = f", colored by {', '.join(labels)}," if labels else ", with some of them,"
         say(f"A map of {len(points):,} images{colored} drawn into {wanted.map}.")

@@ -69,6 +69,7 @@ def first_views(
 def draw(config: Config, source: Source, size: int, path: str | os.PathLike[str]) -> None:
     """Draws `samples.png`; arguments as for `first_views`, and the path of the PNG file."""
     images, views = first_views(config, source, size)
+    images, views = images[..., :3], [view[..., :3] for view in views]  # without random bits
     mean, std = (np.asarray(each, np.float32) for each in (IMAGENET_MEAN, IMAGENET_STD))
     draw_samples(images, [np.clip(view.astype(np.float32) * std + mean, 0, 1) for view in views], path)
 
