@@ -139,6 +139,7 @@ def test_what_is_held_out_is_not_trained_on(flat, classes, tmp_path):
         assert min(found) > 0
 
 
+@pytest.mark.slow
 def test_pictures_and_features_need_no_labels(run, flat, tmp_path, capsys):
     names = {"features": "f.npz", "map": "map.png", "neighbors": "neighbors.png"}
     files = {flag: str(tmp_path / name) for flag, name in names.items()}
