@@ -10,7 +10,7 @@ import pytest
 from ifm_jax import assembly
 from ifm_jax.config import Config
 from ifm_jax.models import resnet
-from ifm_jax.runs import loop, memory
+from ifm_jax.runs import loop, memory, samples
 
 
 def config(**fields) -> Config:
@@ -53,6 +53,7 @@ def light(curves: bool = False):
         patch.setattr(assembly, "make_augmentation", lambda config: noise)
         if not curves:
             patch.setattr(loop.Recorder, "draw", lambda self: None)
+            patch.setattr(samples, "draw", lambda *args: None)
         _forget_estimates()
         yield
     _forget_estimates()

@@ -1,4 +1,4 @@
-"""Evaluates a frozen backbone on labeled images.
+"""Evaluates a frozen backbone: on labeled images, and with pictures and features that need no labels.
 
     ifm-jax eval --workdir=DIR                      a run, with the original's linear-evaluation protocol
     ifm-jax eval --pretrained=FILE.pth.tar ...      a PyTorch checkpoint, or an Orbax checkpoint (a folder)
@@ -9,7 +9,9 @@
     ... --diagnostics                               alignment, uniformity, effective rank, similarities
     ... --features=FILE.npz [--split=train] [--layer=projection]     writes the features, with labels and names
     ... --map=FILE.png                              draws the features in two dimensions, colored by label
+    ... --neighbors=FILE.png                        draws some images with the training images nearest to them
 
+The last four need no labels. Where a source has no held-out images of its own, a tenth of its images is held out.
 With --workdir, the evaluation uses the run's own config, and --config.field=value changes a field of it. With
 --pretrained, the network follows from the file's tensors; --config=NAME or --config.data.source=... selects the images.
 Results go into results.json in the workdir or in --output. The same command resumes a stopped evaluation. In a clone,
@@ -41,8 +43,13 @@ class Options(Group):
     features: str = field("", "Write features to this .npz or .array_record file.")
     map: str = field("", "Draw the features in two dimensions into this .png file.")
     map_method: str = field("tsne", "Method of the map.", choices=("tsne", "umap"), expected="one of tsne, umap")
+    neighbors: str = field("", "Draw some held-out images with the nearest training images into this .png file.")
     split: str = field(
-        "test", "Images whose features to write or draw.", choices=("train", "test"), expected="one of train, test"
+        "",
+        "Images whose features to write or draw: train, test (held out) or all; default: test, or all where the source "
+        "has no held-out images of its own.",
+        choices=("", "train", "test", "all"),
+        expected="one of train, test, all",
     )
     layer: str = field(
         "backbone",
@@ -51,6 +58,7 @@ class Options(Group):
         expected="one of backbone, projection",
     )
     verbose: bool = field(False, "Where the output is no terminal, print each line of metrics, not one an epoch.")
+    untrained: bool = field(True, "Evaluate the untrained network too, with --knn and --fast.")
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
@@ -82,8 +90,11 @@ def main(given: Given) -> int:
         features=options.features or None,
         map=options.map or None,
         map_method=options.map_method,
+        neighbors=options.neighbors or None,
         split=options.split,
         layer=options.layer,
+        untrained=options.untrained,
+        fit_lr="linear.lr" not in given.config.changes,
     )
     stopped = evaluate.evaluate(path, config, output, wanted, prefix=options.prefix)
     if stopped is not None:

@@ -36,11 +36,11 @@ def conclusion(outcome: Outcome, workdir: str | os.PathLike[str], *, labels: boo
       labels: whether the images have labels.
     """
     path = _shown(workdir)
-    evaluation = "--fast" if labels else "--diagnostics"
-    hint = "; without --fast: the original's protocol of 60 epochs" if labels else "; linear evaluation needs labels"
+    evaluation = "--fast" if labels else "--neighbors=neighbors.png --map=map.png"
+    hint = "; without --fast: the original's protocol of 60 epochs" if labels else "; other evaluations need labels"
     return [
-        f"Done. {path} has the checkpoint of step {outcome.step} (checkpoints/), metrics.jsonl, curves.png and "
-        "tensorboard/.",
+        f"Done. {path} has the checkpoint of step {outcome.step} (checkpoints/), metrics.jsonl, curves.png, "
+        "samples.png and tensorboard/.",
         f"Next: ifm-jax eval --workdir={shlex.quote(path)} {evaluation}   (evaluates it{hint})",
     ]
 

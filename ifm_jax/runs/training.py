@@ -14,10 +14,10 @@ import jax
 from ifm_jax import assembly, files, sharding
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.data import steps_per_epoch
+from ifm_jax.data import Source, steps_per_epoch
 from ifm_jax.errors import RunError, UsageError, name_too_long
 from ifm_jax.pretrain import DeviceState
-from ifm_jax.runs import metrics_log, start, summary
+from ifm_jax.runs import metrics_log, samples, start, summary
 from ifm_jax.runs.feed import make_feed
 from ifm_jax.runs.health import Health
 from ifm_jax.runs.hosts import together
@@ -39,8 +39,8 @@ def train(
 ) -> Outcome:
     """Pre-trains a new run, or continues the run in the working directory.
 
-    Writes config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png there, and with `eval.every`
-    before_training.json.
+    Writes config.json, data.json, metrics.jsonl, checkpoints/, tensorboard/, curves.png and samples.png there, and with
+    `eval.every` before_training.json.
 
     Args:
       config: config of the run.
@@ -93,6 +93,7 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
         with session:
             session.say(summary.introduction(config, size, workdir.path, recipe))
             session.say(*begin.said, *health.introduction())
+            _draw_samples(config, source, size, workdir, session)
             if evaluation is not None:
                 session.say("Reading out the features of the network before training.")
                 untrained = functools.partial(start.untrained, config, mesh, step.method)
@@ -122,6 +123,16 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
         if outcome.stopped_by is None:
             session.say(*summary.conclusion(outcome, workdir.path, labels=bool(source.label_names)))
     return outcome
+
+
+def _draw_samples(config: Config, source: Source, size: int, workdir: Workdir, session: Session) -> None:
+    """Draws samples.png where it is missing; whatever goes wrong, the run goes on."""
+    if jax.process_index() or workdir.samples.exists():
+        return
+    try:
+        samples.draw(config, source, size, workdir.samples)
+    except Exception as error:
+        session.say(f"{workdir.samples.name} is not drawn: {type(error).__name__}: {error}")
 
 
 def _make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> "_Evaluation | None":

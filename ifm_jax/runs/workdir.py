@@ -36,6 +36,7 @@ class Workdir:
       metrics: metrics.jsonl, one line per logged step.
       tensorboard: tensorboard/, event files.
       curves: curves.png.
+      samples: samples.png, a few images and their views.
       results: results.json, results of evaluations.
     """
 
@@ -51,6 +52,7 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.curves = self.path / "curves.png"
+        self.samples = self.path / "samples.png"
         self.results = self.path / "results.json"
         self._lock = self.path / ".lock"
 
