@@ -16,41 +16,23 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import ifm_jax
-from ifm_jax import pretrain
 from ifm_jax.config import Config
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.methods import MoCo, Objective
-from ifm_jax.models import Encoder
-from ifm_jax.optim import sgd
-from ifm_jax.runs import exporting, snapshot
-from ifm_jax.runs.snapshot import Snapshot
+from ifm_jax.runs import exporting
 from ifm_jax.torch_interop import timm_folder, writing
+from tests import small
 
 SIZE = 64
 
 
-def write_run(directory, arch="resnet18", seed=0, **model):
-    """Writes the workdir of a run with weights and running averages as after a while of training."""
+def write_run(directory, arch="resnet18", **model):
+    """Writes the workdir of a run of this architecture, 12 steps old."""
     config = Config()
     config.model.arch, config.data.image_size, config.data.source = arch, SIZE, "folder:/home/someone/cats"
     config.moco.queue_size, config.moco.dim, config.batch_size, config.ifm.epsilon = 24, 8, 12, 0.05
     for name, value in model.items():
         setattr(config.model, name, value)
-    encoder = Encoder(arch, dim=8, stem=config.model.stem, width=config.model.width)
-    abstract = jax.eval_shape(lambda: pretrain.create(jax.random.key(0), MoCo(encoder, Objective(), 24), sgd()))
-    random = np.random.default_rng(seed)
-
-    def value(path, x):
-        drawn = random.standard_normal(x.shape).astype(x.dtype)
-        name = jax.tree_util.keystr(path)
-        if x.ndim == 4:
-            return drawn * np.float32(np.sqrt(2 / (x.shape[0] * x.shape[1] * x.shape[3])))
-        return 1 + 0.2 * np.abs(drawn) if "scale" in name or "var" in name else 0.1 * drawn
-
-    state = jax.tree_util.tree_map_with_path(value, abstract)
-    state = state._replace(step=np.int32(12), memory=state.memory._replace(queue_ptr=np.int32(8)))
-    snapshot.write(Snapshot(config, state), directory)
-    return directory
+    small.write_run(directory, config, step=12)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +43,11 @@ def run(tmp_path_factory):
     write_run(root / "small", "resnet8", stem="small_stride2", width=4)
     results = {
         "knn": {"step": 12, "source": "folder:/home/someone/cats", "kind": {"top1": 51.25, "k": 20, "top5": 90.0}},
-        "linear_fast": {"step": 8, "source": "folder:/home/someone/cats", "kind": {"top1": 99.0}},  # of an earlier state
+        "linear_fast": {
+            "step": 8,
+            "source": "folder:/home/someone/cats",
+            "kind": {"top1": 99.0},
+        },  # of an earlier state
     }
     (root / "run" / "results.json").write_text(json.dumps(results))
     return root
@@ -175,7 +161,7 @@ def test_the_command_uploads_and_the_hub_is_read(run, folder, images, in_process
     ours = features(ifm_jax.load(run / "run"), images)
     np.testing.assert_array_equal(features(ifm_jax.load("hf://me/net@main"), images), ours)
     assert calls[2] == ("download", "me/net", "main")
-    with pytest.raises(RunError, match="hf://me/none could not be fetched.*no network"):
+    with pytest.raises(RunError, match=r"hf://me/none could not be fetched.*no network"):
         ifm_jax.load("hf://me/none")
     with pytest.raises(UsageError, match="hf://net: expected USER/REPO"):
         ifm_jax.load("hf://net")

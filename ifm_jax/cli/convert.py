@@ -48,7 +48,7 @@ class Options(Group):
     platforms: str = field(
         "cpu,cuda,tpu", "export: platforms that can run the program, of cpu, cuda, rocm, tpu; none is needed here."
     )
-    image_size: int = field(0, "export: side of the images in pixels; 0: the run's, or 224 for a PyTorch file.", least=0)
+    image_size: int = field(0, "export: side of the images in pixels; 0: the run's (a PyTorch file: 224).", least=0)
     overwrite: bool = field(False, "Replace existing output.")
 
 

@@ -99,9 +99,9 @@ def evaluate(
             report.print_linear(list(found.values()))
         add_result(output, of, f"linear_{protocol}", {name: result.to_dict() for name, result in found.items()})
     if wanted.fast:
-        _readouts(of, output, devices, say)
+        add_result(output, of, "logistic_regression", readouts(of, devices, say))
     if wanted.knn:
-        _knn(of, output, devices, say)
+        add_result(output, of, "knn", nearest_neighbors(of, devices, say))
     if wanted.diagnostics:
         _diagnostics(of, output, devices, say)
     if wanted.features or wanted.map:
@@ -127,7 +127,16 @@ def add_result(output: pathlib.Path, of: Pretrained, name: str, found: dict[str,
         raise UsageError(f"{path} cannot be written ({error.strerror}): pass another --output") from None
 
 
-def _readouts(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> None:
+def readouts(of: Pretrained, devices: _Devices, say: _Say) -> dict[str, dict[str, float]]:
+    """Returns the accuracy of logistic regression on the features: label -> top1 in percent.
+
+    A label with too many images for it is left out.
+
+    Args:
+      of: what is evaluated.
+      devices: devices to run on; None: all.
+      say: receives a line for each label.
+    """
     train, test = of.features("train", devices), of.features("test", devices)
     train_source, test_source = of.images("train"), of.images("test")
     found = {}
@@ -140,10 +149,14 @@ def _readouts(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say
             "top1": readout.linear_readout(train, train_source.labels()[label], test, test_source.labels()[label])
         }
         say(f"Logistic regression (L-BFGS) of {label!r}: {found[label]['top1']:.2f} %")
-    add_result(output, of, "logistic_regression", found)
+    return found
 
 
-def _knn(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> None:
+def nearest_neighbors(of: Pretrained, devices: _Devices, say: _Say) -> dict[str, dict[str, float]]:
+    """Returns the accuracy of nearest neighbors: label -> top1 and top5 in percent, and the settings.
+
+    Arguments as for `readouts`.
+    """
     settings = of.config.eval
     train, test = of.features("train", devices), of.features("test", devices)
     train_source, test_source = of.images("train"), of.images("test")
@@ -171,7 +184,7 @@ def _knn(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> 
             f"{found[label]['k']} nearest neighbors of {label!r}: top-1 {found[label]['top1']:.2f} %, top-5 "
             f"{found[label]['top5']:.2f} %, {len(test):,} images"
         )
-    add_result(output, of, "knn", found)
+    return found
 
 
 def _diagnostics(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> None:

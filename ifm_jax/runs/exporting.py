@@ -34,8 +34,8 @@ def export(
     """Writes the backbone of a run or a PyTorch file as a serialized program, its weights included.
 
     `jax.export.deserialize(bytearray(pathlib.Path(path).read_bytes())).call(images)` runs it, with nothing but JAX and
-    flatbuffers: float32 `(N, image_size, image_size, 3)`, normalized -> float32 `(N, features)`. `path` + `.json` says what the images must
-    look like. JAX reads such files for at least six months after the version that wrote them.
+    flatbuffers: float32 `(N, image_size, image_size, 3)`, normalized -> float32 `(N, features)`. `path` + `.json` says
+    what the images must look like. JAX reads such files for at least six months after the version that wrote them.
 
     Args:
       source: anything that `loading.read` reads.

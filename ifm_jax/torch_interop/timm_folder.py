@@ -1,8 +1,8 @@
 """Writes a frozen backbone as a folder that timm loads: `local-dir:FOLDER`, and after an upload `hf-hub:USER/REPO`.
 
-    FOLDER/model.safetensors    the backbone under timm's names, which are torchvision's; float32
-    FOLDER/config.json          architecture, and what the images must look like, in timm's form
-    FOLDER/README.md            a model card: recipe, images, evaluation, check of the conversion
+- `model.safetensors`: the backbone under timm's names, which are torchvision's; float32.
+- `config.json`: the architecture, and what the images must look like, in timm's form.
+- `README.md`: a model card with recipe, images, evaluation and the check of the conversion.
 """
 
 import dataclasses
@@ -118,8 +118,8 @@ def timm_architecture(config: Config) -> str:
     own = ARCHITECTURES[config.model.arch]
     if config.model.stem != "imagenet" or architecture_of(config) != own or len(own.depths) != 4:
         raise UsageError(
-            f"timm has no architecture for {describe_architecture(config)}: expected one of torchvision's networks with "
-            "its own stem and width; `export` writes any network as a program, --for=torchvision its tensors as a file"
+            f"timm has no architecture for {describe_architecture(config)}: expected one of torchvision's networks, "
+            "with its own stem and width; `export` writes any network as a program, --for=torchvision its tensors"
         )
     return config.model.arch
 
@@ -211,7 +211,7 @@ def _evaluations(source: str | os.PathLike[str], found: Snapshot) -> list[tuple[
     inside = Workdir("").checkpoints.name
     directory = path.parents[1] if path.parent.name == inside else path.parent if path.name == inside else path
     results = files.read_json(Workdir(directory).results, "delete it and evaluate again") or {}
-    rows = []
+    rows: list[tuple[str, str, float, str]] = []
     for name, kept in results.items():
         for entry in kept if isinstance(kept, list) else [kept]:
             if isinstance(entry, dict) and entry.get("step") == int(found.state.step):
