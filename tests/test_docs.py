@@ -5,7 +5,8 @@ A block is a fenced one, or lines indented by four spaces. It is one of these:
 - Python (fenced as python, or indented and valid Python with an import or a call): executed, the blocks of a page one
   after the other in one namespace, in a folder where the files that they name are at hand (`AT_HAND`). Training is
   replaced by writing a tiny run; its config is checked.
-- Command lines (their first word is in `COMMANDS`, or fenced as of a shell): parsed by the command's own parser, not run.
+- Command lines (their first word is in `COMMANDS`, or they are fenced as a shell's): parsed by the command's own
+  parser, not run. Flags of benchmarks are looked up in their source.
 - Anything else is text.
 
 A comment right before a block excludes it and says why: `<!-- not run: why -->`, `<!-- needs hardware -->`. Command
