@@ -393,7 +393,7 @@ def test_blocks_are_found_and_mistakes_too(tmp_path):
     blocks, others = blocks_of(PAGE)
     assert [(block.language, block.is_python, block.marker, len(block.commands)) for block in blocks] == [
         ("", False, None, 3),
-        ("", False, "not run: why", 0),
+        ("", False, "not run: why", 1),
         ("python", True, None, 0),
         ("bash", False, None, 2),
         ("", True, None, 0),

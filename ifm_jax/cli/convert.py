@@ -83,9 +83,9 @@ def main(given: Given) -> int:
             source, directory, config=config, step=options.step, prefix=options.prefix, overwrite=options.overwrite
         )
     elif name == "to-torch" and options.for_ == "timm" and timm_folder.is_folder(paths[1]):
-        return _to_timm(*paths, options)
+        return _to_timm(paths[0], paths[1], options)
     elif name == "export":
-        return _export(*paths, options)
+        return _export(paths[0], paths[1], options)
     elif name == "to-torch":
         source, file = paths
         if options.push:

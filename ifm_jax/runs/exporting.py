@@ -1,5 +1,6 @@
 """Writes a frozen backbone as one file that JAX alone runs, without this package: `jax.export`."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -54,7 +55,7 @@ def export(
         written.
     """
     try:
-        import flatbuffers  # noqa: F401 (JAX needs it to serialize)  # pyrefly: ignore[missing-import]
+        importlib.import_module("flatbuffers")  # JAX needs it to serialize
     except ImportError:
         raise UsageError("writing a program requires flatbuffers: pip install flatbuffers") from None
     path = pathlib.Path(path)

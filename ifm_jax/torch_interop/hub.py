@@ -3,6 +3,7 @@
 huggingface_hub is imported only when one of these is called.
 """
 
+import importlib
 import os
 import pathlib
 import re
@@ -95,10 +96,9 @@ def require() -> None:
 
 def _import_hub() -> Any:
     try:
-        import huggingface_hub  # pyrefly: ignore[missing-import] (where it is not installed)
+        return importlib.import_module("huggingface_hub")
     except ImportError:
         raise UsageError("the hub requires huggingface_hub: pip install huggingface_hub") from None
-    return huggingface_hub
 
 
 def _first_line(error: Exception) -> str:

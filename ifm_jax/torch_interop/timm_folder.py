@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -136,8 +137,9 @@ def compare(folder: str | os.PathLike[str], size: int, images: int = 2) -> Check
       ImportError: if timm or what it needs cannot be imported.
     """
     try:
-        import timm  # pyrefly: ignore[missing-import] (where it is not installed)
         import torch
+
+        timm = importlib.import_module("timm")  # so, because not everyone who checks types has it
     except (RuntimeError, AttributeError) as error:  # torchvision beside a torch that it does not fit
         raise ImportError(str(error)) from None
     noise = np.random.default_rng(0).standard_normal((images, size, size, 3), np.float32)
