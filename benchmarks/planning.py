@@ -48,7 +48,8 @@ def prepare(config: Config, devices: int) -> Config:
 
 def images_in_epoch(config: Config, given: int | None) -> int:
     """Returns the number of images in an epoch: given, or that of the recipe's data, as far as it is known."""
-    images = given or (config.data.trifeature.train_size if config.data.source == "trifeature" else IMAGENET)
+    drawn = configs.drawn_source(config.data)
+    images = given or (drawn.train_size if drawn else IMAGENET)
     return min(images, config.data.limit or images)
 
 
@@ -78,8 +79,8 @@ def lower(
     step = assembly.make_step(config, sharding.make_mesh(devices))
     size = config.data.image_size
     # Drawn images are handed over once and viewed twice; of others, the host makes two crops.
-    count = 1 if config.data.source == "trifeature" and not given_views else 2
-    images = jax.ShapeDtypeStruct((config.batch_size, count, size, size, 3), jnp.uint8)
+    count = 1 if configs.drawn_source(config.data) and not given_views else 2
+    images = jax.ShapeDtypeStruct((config.batch_size, count, size, size, configs.channels(config.data)), jnp.uint8)
     if given_views:
         step = dataclasses.replace(step, augment=lambda rngs, images: images)
         images = images.update(dtype=jnp.float32)

@@ -12,6 +12,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import reprlib
 import types
 import typing
@@ -23,6 +24,11 @@ from ifm_jax.errors import UsageError
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32", "float64")
 AUGMENTATIONS = ("trifeature", "moco_v1", "moco_v2", "moco_cifar")
+# Sources whose images the program draws; the fields of each are a group of its name in `data`.
+DRAWN_SOURCES = ("trifeature", "digits")
+SOURCES = "trifeature, digits, folder:PATH, tfds:NAME, array:FILE.npz or randbit:BITS:SOURCE"  # for errors
+_RANDBIT = re.compile(r"randbit:(\d{1,9}):(.*)", re.DOTALL)
+MOST_BITS = 32
 
 # Limits of the arithmetic: counters, indices and sizes are int32 on the devices, numbers float32.
 _INT32 = 2**31 - 1
@@ -279,11 +285,36 @@ class TrifeatureConfig(Group):
 
 
 @dataclasses.dataclass(slots=True)
+class DigitsConfig(Group):
+    """The embedded handwritten digits: digit, texture and color vary independently."""
+
+    train_size: int = field(8192, "training images", least=1)
+    test_size: int = field(2048, "held-out images, for readouts, of other handwriting", least=1)
+    digits: int = field(10, "number of digits, of ten", least=2, most=10)
+    textures: int = field(10, "number of textures, of ten", least=2, most=10)
+    colors: int = field(10, "number of colors, of ten", least=2, most=10)
+    texture_rotation: float = field(
+        45.0, "largest rotation of the texture in either direction, in degrees; 180: any angle", least=0, most=180
+    )
+    texture_period: float = field(0.2, "period of a texture, relative to the image's side", least=0.1, most=1)
+    scale_min: float = field(
+        0.55, "smallest side of the handwritten image, relative to the image's side", least=0.4, most=1
+    )
+    scale_max: float = field(0.75, "largest such side", least=0.4, most=1)
+    seed: int = field(
+        0,
+        "seed of the images and of the split of the handwritten ones; separate from the run's",
+        least=0,
+        limit=_SEED,
+    )
+
+
+@dataclasses.dataclass(slots=True)
 class AugmentConfig(Group):
     """Strengths of the "trifeature" augmentation. None of it changes hue, which is one of the features measured."""
 
     crop_min: float = field(0.36, "smallest area of the random crop, relative to the image's", above=0, most=1)
-    flip: float = field(0.5, "probability of a horizontal flip", least=0, most=1)
+    flip: float = field(0.5, "probability of a horizontal flip; 0 for digits, which it mirrors", least=0, most=1)
     rotation: float = field(9.0, "largest rotation in either direction, in degrees", least=0, most=180)
     brightness: float = field(0.3, "brightness is scaled by a factor from 1 - this to 1 + this", least=0, most=1)
     contrast: float = field(0.3, "contrast is scaled by a factor from 1 - this to 1 + this", least=0, most=1)
@@ -296,7 +327,8 @@ class DataConfig(Group):
 
     source: str = field(
         "trifeature",
-        "images: trifeature, folder:PATH, tfds:NAME (or tfds:PATH) or array:FILE.npz (--dataset, --dataset_root)",
+        "images: trifeature, digits, folder:PATH, tfds:NAME (or tfds:PATH), array:FILE.npz; or randbit:BITS:SOURCE, "
+        "these with BITS random channels (--dataset, --dataset_root)",
         free_on_resume=True,
     )
     classes: str = field(
@@ -350,6 +382,7 @@ class DataConfig(Group):
     )
     label: str = field("", "label of the source to evaluate; empty: every label", free_on_resume=True)
     trifeature: TrifeatureConfig = field(TrifeatureConfig, "embedded Trifeature images")
+    digits: DigitsConfig = field(DigitsConfig, "embedded handwritten digits")
     augment: AugmentConfig = field(AugmentConfig, 'strengths of the "trifeature" augmentation')
 
 
@@ -819,20 +852,43 @@ def validate(config: Config, devices: int = 1) -> None:
 
 def _validate_data(data: DataConfig, check: Callable[[Any, str, Any, str], None]) -> None:
     """Checks the data source's own fields."""
-    kind, _, rest = data.source.partition(":")
-    if data.source == "folder:":
+    bits, source = random_bits(data)
+    kind, _, rest = source.partition(":")
+    if source == "folder:":
         raise UsageError("data.source='folder:' names no folder: expected --config.data.source=folder:PATH with images")
-    if data.source != "trifeature" and (kind not in ("folder", "tfds", "array") or not rest):
-        raise UsageError(f"data.source={data.source!r}: expected trifeature, folder:PATH, tfds:NAME or array:FILE.npz")
+    drawn = drawn_source(data)
+    if not drawn and (kind not in ("folder", "tfds", "array") or not rest):
+        raise UsageError(f"data.source={data.source!r}: expected {SOURCES}")
+    check(bits <= MOST_BITS, "data.source", data.source, f"at most {MOST_BITS} bits in randbit:BITS:SOURCE")
     for name in ("train_split", "test_split"):
         check(
             kind == "tfds" or not getattr(data, name), f"data.{name}", getattr(data, name), "empty, except with tfds:"
         )
-    scales = data.trifeature.scale_min, data.trifeature.scale_max
-    if data.source == "trifeature":
-        check(not data.classes, "data.classes", data.classes, "empty with trifeature")
-        check(32 <= data.image_size <= 224, "data.image_size", data.image_size, "32 to 224 with trifeature")
-        check(scales[0] <= scales[1], "data.trifeature.scale_min, scale_max", scales, "scale_min <= scale_max")
+    if drawn:
+        scales = drawn.scale_min, drawn.scale_max
+        check(not data.classes, "data.classes", data.classes, f"empty with {source}")
+        check(32 <= data.image_size <= 224, "data.image_size", data.image_size, f"32 to 224 with {source}")
+        check(scales[0] <= scales[1], f"data.{source}.scale_min, scale_max", scales, "scale_min <= scale_max")
+
+
+def random_bits(data: DataConfig) -> tuple[int, str]:
+    """Returns the number of random bits of each image, and the source of the images without them.
+
+    `(4, "digits")` for `randbit:4:digits`, `(0, "digits")` for `digits`.
+    """
+    found = _RANDBIT.fullmatch(data.source)
+    return (int(found[1]), found[2]) if found else (0, data.source)
+
+
+def channels(data: DataConfig) -> int:
+    """Returns the channels of an image: red, green, blue and the random bits."""
+    return 3 + random_bits(data)[0]
+
+
+def drawn_source(data: DataConfig) -> TrifeatureConfig | DigitsConfig | None:
+    """Returns the fields of the source of the images if the program draws them; None: it reads them."""
+    source = random_bits(data)[1]
+    return getattr(data, source) if source in DRAWN_SOURCES else None
 
 
 def bn_groups(config: Config) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from ifm_jax import drawing
 from ifm_jax.data import trifeature
 from ifm_jax.data.trifeature import Trifeature
 
@@ -148,7 +149,7 @@ def test_rotation_is_bounded():
 
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_textures_have_equal_light_and_differ(image_size):
-    tile = trifeature._texture_tile(image_size, 0.2).astype(float)
+    tile = drawing.texture_tile(image_size, 0.2).astype(float)
     np.testing.assert_allclose(tile.mean((1, 2)), 0.55, rtol=1e-5)
     np.testing.assert_allclose(tile.std((1, 2)), 0.42, rtol=1e-5)
     # Dark is all but black and light is the color: what a pixel cannot show is a fiftieth of the range below.
@@ -163,7 +164,7 @@ def test_textures_have_equal_light_and_differ(image_size):
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_textures_have_no_seam(image_size):
     """Across the edge of the tile the pattern goes on as it does inside: no more and no fewer light-dark steps."""
-    tile = trifeature._texture_tile(image_size, 0.2)
+    tile = drawing.texture_tile(image_size, 0.2)
     for axis in (1, 2):
         steps = np.abs(tile - np.roll(tile, 1, axis)).mean(axis=3 - axis)
         assert (steps[:, 0] <= steps.max(axis=1) * (1 + 1e-6)).all()

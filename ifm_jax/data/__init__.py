@@ -1,8 +1,18 @@
 """Image sources and the input pipeline."""
 
 from ifm_jax.data.bad_images import BadImages
+from ifm_jax.data.digits import Digits
 from ifm_jax.data.pipeline import steps_per_epoch, training_batches
 from ifm_jax.data.sources import Source, ViewSource, open_source
 from ifm_jax.data.trifeature import Trifeature
 
-__all__ = ["BadImages", "Source", "Trifeature", "ViewSource", "open_source", "steps_per_epoch", "training_batches"]
+__all__ = [
+    "BadImages",
+    "Digits",
+    "Source",
+    "Trifeature",
+    "ViewSource",
+    "open_source",
+    "steps_per_epoch",
+    "training_batches",
+]

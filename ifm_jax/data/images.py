@@ -20,7 +20,7 @@ from ifm_jax.data.opencv import MOST_PIXELS, cv2
 from ifm_jax.errors import RunError
 
 if TYPE_CHECKING:
-    from ifm_jax.data.trifeature import Trifeature
+    from ifm_jax.drawing import Drawn
 
 # A large JPEG is decoded at a half, a quarter or an eighth, in a third of the time, if that leaves at least this many
 # pixels per pixel of the view. The result is as close to PIL's as when the whole is decoded and then shrunk.
@@ -59,6 +59,8 @@ class Images(abc.ABC):
       label_names: names of the classes of each label; empty without labels.
       earlier_fingerprints: values of `fingerprint` in earlier versions, so that their runs can resume.
     """
+
+    channels = 3
 
     def __init__(self, image_size: int, random_crops: crops.RandomCrops, label_names: dict[str, tuple[str, ...]]):
         self.image_size, self.random_crops, self.label_names = image_size, random_crops, label_names
@@ -214,7 +216,7 @@ class Cropped(PixelImages):
       random_crops: crops that `views` cuts.
     """
 
-    def __init__(self, source: "Trifeature", random_crops: crops.RandomCrops):
+    def __init__(self, source: "Drawn", random_crops: crops.RandomCrops):
         super().__init__(source.image_size, random_crops, source.label_names)
         self.source = source
 

@@ -196,7 +196,7 @@ class _Cutter:
         # Drawn for the whole global batch, so that the number of hosts does not matter.
         uniforms = crop_uniforms(self._seed, part.number, self._batch_size, crops.draws)
         uniforms = uniforms[part.first : part.first + count].tolist()
-        views = np.empty((count, crops.count, side, side, 3), np.uint8)
+        views = np.empty((count, crops.count, side, side, self._source.channels), np.uint8)
         images = part.images.copy()
         bad: list[tuple[int, str]] = []
 

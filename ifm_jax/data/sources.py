@@ -1,13 +1,18 @@
 """Image sources: small protocols, and the source that a config names."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, overload, runtime_checkable
 
 import numpy as np
 
-from ifm_jax.config import DataConfig
+from ifm_jax import config as configs
+from ifm_jax.config import DataConfig, DigitsConfig
+from ifm_jax.data.digits import Digits
+from ifm_jax.data.random_bits import ViewsWithRandomBits, WithRandomBits
 from ifm_jax.data.trifeature import Trifeature
+from ifm_jax.drawing import Drawn
 from ifm_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,10 +65,12 @@ class ViewSource(Source, Protocol):
     Attributes:
       image_size: side of a view in pixels.
       random_crops: the number of views and their size range.
+      channels: channels of an image, 3 unless it has random bits.
     """
 
     image_size: int
     random_crops: "RandomCrops"
+    channels: int
 
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Returns random crops of one image, each uint8 `(H, W, 3)`, cut independently. Thread-safe.
@@ -90,8 +97,8 @@ class ViewSource(Source, Protocol):
 def open_source(data: DataConfig, split: str) -> Source:
     """Returns the source that the config names.
 
-    The trifeature augmentation crops on the device; for the others the source is a `ViewSource`, which cuts the two
-    views of pre-training.
+    The trifeature augmentation crops on the device, and takes drawn images; for the others the source is a
+    `ViewSource`, which cuts the two views of pre-training.
 
     Args:
       data: data section of a validated config.
@@ -100,8 +107,9 @@ def open_source(data: DataConfig, split: str) -> Source:
     Raises:
       UsageError: if there is no such source, or it lacks what the config asks for.
     """
-    if data.source == "trifeature" and data.augmentation == "trifeature":
-        return _open_trifeature(data, split)
+    if configs.drawn_source(data) and data.augmentation == "trifeature":
+        bits, images = configs.random_bits(data)[0], _open_drawn(data, split)
+        return WithRandomBits(images, bits, split) if bits else images
     return open_views(data, split, count=2, least_area=_LEAST_AREA.get(data.augmentation, 0.2))
 
 
@@ -117,14 +125,18 @@ def open_views(data: DataConfig, split: str, *, count: int, least_area: float) -
     Raises:
       UsageError: see `open_source`.
     """
-    # These import OpenCV, which Trifeature alone does not need.
+    bits, source = configs.random_bits(data)
+    if bits:
+        plain = dataclasses.replace(data, source=source)
+        return ViewsWithRandomBits(open_views(plain, split, count=count, least_area=least_area), bits, split)
+    # These import OpenCV, which drawn images alone do not need.
     from ifm_jax.data.crops import RandomCrops
     from ifm_jax.data.images import Cropped
 
     random_crops = RandomCrops(count, (least_area, 1.0))
-    kind, _, rest = data.source.partition(":")
-    if kind == "trifeature":
-        return Cropped(_open_trifeature(data, split), random_crops)
+    kind, _, rest = source.partition(":")
+    if configs.drawn_source(data):
+        return Cropped(_open_drawn(data, split), random_crops)
     options = {"image_size": data.image_size, "classes": data.classes, "random_crops": random_crops}
     if kind == "folder":
         from ifm_jax.data.folder import open_folder
@@ -139,27 +151,30 @@ def open_views(data: DataConfig, split: str, *, count: int, least_area: float) -
         from ifm_jax.data.array import open_array
 
         return open_array(rest, split, **options)
-    raise UsageError(f"data.source={data.source!r}: expected trifeature, folder:PATH, tfds:NAME or array:FILE.npz")
+    raise UsageError(f"data.source={data.source!r}: expected {configs.SOURCES}")
 
 
-def _open_trifeature(data: DataConfig, split: str) -> Trifeature:
+def _open_drawn(data: DataConfig, split: str) -> Drawn:
     if split not in SPLITS:
         raise UsageError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-    tri = data.trifeature
-    source = Trifeature(
-        split=split,
-        size=tri.train_size if split == "train" else tri.test_size,
-        image_size=data.image_size,
-        seed=tri.seed,
-        num_shapes=tri.shapes,
-        num_textures=tri.textures,
-        num_colors=tri.colors,
-        rotation=tri.rotation,
-        texture_rotation=tri.texture_rotation,
-        texture_period=tri.texture_period,
-        scale=(tri.scale_min, tri.scale_max),
-        noise=tri.noise,
-    )
+    fields = configs.drawn_source(data)
+    assert fields is not None, data.source
+    source: Drawn
+    common = {
+        "split": split,
+        "size": fields.train_size if split == "train" else fields.test_size,
+        "image_size": data.image_size,
+        "seed": fields.seed,
+        "num_textures": fields.textures,
+        "num_colors": fields.colors,
+        "texture_rotation": fields.texture_rotation,
+        "texture_period": fields.texture_period,
+        "scale": (fields.scale_min, fields.scale_max),
+    }
+    if isinstance(fields, DigitsConfig):
+        source = Digits(num_digits=fields.digits, **common)
+    else:
+        source = Trifeature(num_shapes=fields.shapes, rotation=fields.rotation, noise=fields.noise, **common)
     source.images()  # draws all images once; later calls look them up
     return source
 
@@ -203,6 +218,7 @@ class ViewSubset(Subset[ViewSource]):
     def __init__(self, source: ViewSource, indices: np.ndarray):
         super().__init__(source, indices)
         self.image_size, self.random_crops = source.image_size, source.random_crops
+        self.channels = source.channels
 
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from ifm_jax import config as configs
 from ifm_jax import files, sharding
-from ifm_jax.augment import ProbeAugmentation, example_rngs
+from ifm_jax.augment import ProbeAugmentation, example_rngs, sparing_bits
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
 from ifm_jax.data.sources import Images, Source, ViewSource, subset
 from ifm_jax.errors import RunError, UsageError
@@ -372,7 +372,7 @@ class _Views:
         self._frozen, self._config, self._source, self._bad_images = frozen, config, source, bad_images
         self._labels = {name: source.labels()[name] for name in names}
         dtype = jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
-        self._augment = ProbeAugmentation(dtype=dtype)
+        self._augment = sparing_bits(ProbeAugmentation(dtype=dtype), configs.random_bits(config.data)[0])
 
     def _batches(self, source: Images, start: int, bad_images: BadImages | None = None) -> _HostBatches:
         linear = self._config.linear

@@ -182,6 +182,7 @@ class ResNet(nnx.Module):
       param_dtype: dtype of parameters and running averages.
       reduce_over: mesh of the devices over which gradients are summed in `param_dtype` (see `layers`); None: in
         `dtype`, if there are several.
+      in_channels: channels of an image.
       rngs: an `nnx.Rngs` with a `params` stream.
     """
 
@@ -198,6 +199,7 @@ class ResNet(nnx.Module):
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         reduce_over: jax.sharding.Mesh | None = None,
+        in_channels: int = 3,
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "param_dtype": param_dtype, "reduce_over": reduce_over, "rngs": rngs}
@@ -208,11 +210,11 @@ class ResNet(nnx.Module):
         self.arch = arch
         self.stem = stem
         if stem == "imagenet":
-            self.conv1 = conv(3, arch.width, 7, stride=2)
+            self.conv1 = conv(in_channels, arch.width, 7, stride=2)
         elif stem == "small":
-            self.conv1 = conv(3, arch.width, 3)
+            self.conv1 = conv(in_channels, arch.width, 3)
         elif stem == "small_stride2":
-            self.conv1 = conv(3, arch.width, 5, stride=2)
+            self.conv1 = conv(in_channels, arch.width, 5, stride=2)
         else:
             raise ValueError(f"unknown stem {stem!r}: expected one of {', '.join(STEMS)}")
         self.bn1 = norm(arch.width)
@@ -236,7 +238,7 @@ class ResNet(nnx.Module):
         """Returns the `(N, num_features)` globally pooled features before the head, in the compute dtype.
 
         Args:
-          images: `(N, H, W, 3)` float, normalized.
+          images: `(N, H, W, in_channels)` float, normalized.
           train: normalize with the batch's statistics and move the running averages.
         """
         x = self.bn1(self.conv1(jnp.asarray(images)), train=train, relu=True)

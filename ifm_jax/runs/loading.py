@@ -7,6 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
+from ifm_jax import config as configs
 from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder, without_head
 from ifm_jax.models.resnet import ResNet
@@ -67,7 +68,7 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
 
     Returns:
       `model(images)`: `(N, H, W, 3)` in `dtype`, normalized with ImageNet's mean and standard deviation ->
-      `(N, model.num_features)`.
+      `(N, model.num_features)`. For a run on `randbit:BITS:...`, the images have BITS further channels of -1 and 1.
 
     Raises:
       UsageError: if there is nothing to read at `path`.
@@ -82,7 +83,13 @@ def load(path: str | os.PathLike[str], *, dtype: str = "float32", prefix: str = 
         warnings.warn(f"{path}: {note}", stacklevel=2)
     model = found.config.model
     encoder = Encoder(
-        arch=model.arch, dim=0, stem=model.stem, width=model.width, compute_dtype=dtype, param_dtype=dtype
+        arch=model.arch,
+        dim=0,
+        stem=model.stem,
+        width=model.width,
+        compute_dtype=dtype,
+        param_dtype=dtype,
+        in_channels=configs.channels(found.config.data),
     )
     place = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), without_head(tree))  # noqa: E731
     return encoder.bind(place(found.state.params), place(found.state.batch_stats))

@@ -29,6 +29,7 @@ import numpy as np
 from jax.extend import core  # for the types of traced programs, which nothing stable gives
 
 from ifm_jax import assembly
+from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
@@ -73,16 +74,15 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     Raises:
       UsageError: if the least memory it needs is more than there is.
     """
-    size, trifeature, machine = config.data.image_size, config.data.trifeature, of_machine()
-    drawn = trifeature.train_size * size * size * 3
-    if config.data.source == "trifeature" and machine is not None and drawn > machine:
-        raise UsageError(
-            f"data.trifeature.train_size={trifeature.train_size}: images of {size} px need {drawn / 1e9:.0f} GB, and "
-            f"this machine has {machine / 1e9:.1f} GB: expected fewer images"
-        )
-    if config.data.source == "trifeature":  # their number is known before they are drawn
-        used = min(config.data.limit or trifeature.train_size, trifeature.train_size)
-        check_steps(config, used // config.batch_size)
+    size, source, machine = config.data.image_size, configs.random_bits(config.data)[1], of_machine()
+    if drawn := configs.drawn_source(config.data):  # their number is known before they are drawn
+        needs = drawn.train_size * size * size * 3
+        if machine is not None and needs > machine:
+            raise UsageError(
+                f"data.{source}.train_size={drawn.train_size}: images of {size} px need {needs / 1e9:.0f} GB, and "
+                f"this machine has {machine / 1e9:.1f} GB: expected fewer images"
+            )
+        check_steps(config, min(config.data.limit or drawn.train_size, drawn.train_size) // config.batch_size)
     has = of_device(mesh)
     if has is None:
         return
@@ -153,7 +153,7 @@ def _variables(encoder: Encoder):
 def _bytes_per_image(encoder: Encoder, size: int) -> float:
     """Returns the bytes of the inputs and outputs of all convolutions, each counted once, for one image."""
     batch = 2 * encoder.bn_groups
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.dtype(encoder.param_dtype))
+    images = jax.ShapeDtypeStruct((batch, size, size, encoder.in_channels), jnp.dtype(encoder.param_dtype))
     traced = jax.make_jaxpr(lambda *args: encoder(*args, train=True)[0])(*_variables(encoder), images)
     held = {id(var): var.aval for var in _convolved(traced.jaxpr)}
     return sum(aval.size * aval.dtype.itemsize for aval in held.values()) / batch

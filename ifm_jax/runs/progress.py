@@ -32,10 +32,11 @@ class Progress:
                 ...
                 progress.update(step, record if step % 10 == 0 else None)
 
-    On a terminal: epoch, bar, step, loss, contrast accuracy, learning rate, images/s, time elapsed and time left, if
-    the width allows. Other output appears above the bar. `update` only stores the numbers; a thread draws them, four
-    times a second. The time left follows from the speed of the last minute, and the clock starts at the first update,
-    so compilation does not count.
+    On a terminal: epoch, bar, step, loss, contrast accuracy, gain, learning rate, images/s, time elapsed and time left,
+    if the width allows. The gain is that of the last evaluation: for each label, or for more than three the mean and
+    the least, the linear readout minus that before training, in points. Other output appears above the bar. `update`
+    only stores the numbers; a thread draws them, four times a second. The time left follows from the speed of the last
+    minute, and the clock starts at the first update, so compilation does not count.
 
     Args:
       total_steps: last step of the run.
@@ -67,6 +68,7 @@ class Progress:
         self._file = Output(console.file if console is not None else (file if file is not None else sys.stdout))
         self._console = console
         self._record: Mapping[str, Any] = {}
+        self._gain = ""
         self._began = clock()
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one per second
         self._ends: float | None = None  # time on `clock`
@@ -115,9 +117,12 @@ class Progress:
         if record is None:
             return
         self._record = dict(record)
+        self._gain = _gain(record) or self._gain
         if self._live is None:
             fields = self._fields()
-            names = ("step", "epoch", "loss", "acc1", "queue", "lr", "rate", "left")
+            if "gain" not in record:  # a line has what is new; a bar has what is known
+                fields.pop("gain", None)
+            names = ("step", "epoch", "loss", "acc1", "gain", "queue", "lr", "rate", "left")
             line = "  ".join(_labeled(*fields[name]) for name in names if name in fields)
             print(line, file=self._file, flush=True)
 
@@ -142,6 +147,8 @@ class Progress:
         for name, as_text in formats.items():
             if record.get(name) is not None:
                 fields[name] = (name, as_text(record[name]))
+        if self._gain:
+            fields["gain"] = ("gain", self._gain)
         if self._step < self._full_step:
             fields["queue"] = ("queue", f"{100 * self._step // self._full_step} % real")
         rate = record.get("images_per_sec")
@@ -173,7 +180,8 @@ class Progress:
         else:
             fields.setdefault("left", ("left", "-:--:--"))
 
-        order = [name for name in ("step", "loss", "acc1", "queue", "lr", "rate", "elapsed", "left") if name in fields]
+        names = ("step", "loss", "acc1", "gain", "queue", "lr", "rate", "elapsed", "left")
+        order = [name for name in names if name in fields]
         assert self._console is not None  # only a console draws the line
         available = self._console.width
 
@@ -181,7 +189,7 @@ class Progress:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
             return sum(len(_labeled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
-        for name in ("elapsed", "rate", "lr", "queue", "acc1", "loss", "left"):  # least important first
+        for name in ("elapsed", "rate", "lr", "queue", "gain", "acc1", "loss", "left"):  # least important first
             wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # the time left matters more than the bar
             if width() + wanted > available and name in order:
                 order.remove(name)
@@ -221,6 +229,17 @@ class Silence:
 
 def _is_terminal(file: Output) -> bool:
     return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def _gain(record: Mapping[str, Any]) -> str:
+    """Returns what an evaluation found to have been gained since the start; empty if there was no evaluation."""
+    if record.get("gain") is None:
+        return ""
+    gains = {name.partition("/")[2]: value for name, value in record.items() if name.startswith("gain/")}
+    if len(gains) > 3:
+        least = min(gains, key=lambda label: gains[label])
+        return f"{record['gain']:+.1f}, least {least} {gains[least]:+.1f}"
+    return ", ".join(f"{label} {value:+.1f}" for label, value in gains.items()) or f"{record['gain']:+.1f}"
 
 
 def _labeled(label: str, value: str) -> str:

@@ -101,7 +101,7 @@ class Session:
         *,
         evaluate: Callable[[State], Mapping[str, Any]] | None = None,
         evaluate_every: int = 0,
-        measured: Callable[[State], Mapping[str, float] | None] = lambda state: None,
+        measured: Callable[[State], Mapping[str, Any] | None] = lambda state: None,
         checkpoint_minutes: float = 0.0,
         health: Health | None = None,
         panels: Panels = PRETRAINING,

@@ -98,17 +98,26 @@ def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method[
       mesh: mesh of the devices.
       method: method of the run.
     """
-    placement = placements(mesh, method)
-    create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placement)
-    rng = sharding.place_key(mesh, assembly.initial_rngs(config)[0])
     state, weights = begin.state, begin.weights
     begin.state = begin.weights = None  # free their memory
     if weights is not None:
-        state, notes = started_with(weights, jax.device_get(create(rng)), config.method)
+        state, notes = started_with(weights, jax.device_get(untrained(config, mesh, method)), config.method)
         begin.said.append(f"Starting with {config.init_from}: {'; '.join([*notes, *weights.notes])}.")
     if state is None:
-        return create(rng)
-    return jax.tree.map(lambda where, part: sharding.place(part, where), placement, state)
+        return untrained(config, mesh, method)
+    return jax.tree.map(lambda where, part: sharding.place(part, where), placements(mesh, method), state)
+
+
+def untrained(config: Config, mesh: jax.sharding.Mesh, method: Method[Any]) -> DeviceState[Any]:
+    """Returns the state with which a run from scratch starts, on the devices; config and seed determine it.
+
+    Args:
+      config: resolved config.
+      mesh: mesh of the devices.
+      method: method of the run.
+    """
+    create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placements(mesh, method))
+    return create(sharding.place_key(mesh, assembly.initial_rngs(config)[0]))
 
 
 def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:

@@ -28,6 +28,7 @@ class Workdir:
       path: absolute path.
       config: config.json, the resolved config.
       data: data.json, identifies the run's images.
+      before_training: before_training.json, readouts of the network with which a run with `eval.every` started.
       evaluation: evaluation.json, identifies the evaluation, in the directory of an evaluation.
       checkpoints: checkpoints/, Orbax, one folder per step.
       damaged: damaged/, checkpoints that could not be read.
@@ -42,6 +43,7 @@ class Workdir:
         self.path, self.flag = pathlib.Path(path).absolute(), flag
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
+        self.before_training = self.path / "before_training.json"
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
         self.damaged = self.path / "damaged"

@@ -23,6 +23,7 @@ from ifm_jax.studies import statistics, worker
 from ifm_jax.studies.study import Run, Study
 
 RESULTS = "results.json"
+_COMMAND = (sys.executable, "-m", worker.__name__)
 _LOG = "log.txt"  # in a run's directory: what its process printed
 _LAST_WORDS = 300  # most characters of a failed run's last line
 _MEMORY = 0.9  # share of an accelerator's memory for all its runs together
@@ -236,7 +237,7 @@ class _Pool:
         share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_MEMORY / self._jobs:.3f}"} if self._jobs > 1 else {}
         with log.open("ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__],
+                _COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

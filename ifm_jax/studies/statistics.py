@@ -75,7 +75,7 @@ def compare(rows: Rows, comparisons: Sequence[Comparison]) -> list[dict[str, Any
       ValueError: if an arm has two runs of the same seed.
     """
     sources = list(dict.fromkeys(row["source"] for row in rows))
-    found = []
+    found: list[dict[str, Any]] = []
     for comparison in comparisons:
         for source in sources:
             if comparison.sources and source not in comparison.sources:
@@ -83,7 +83,7 @@ def compare(rows: Rows, comparisons: Sequence[Comparison]) -> list[dict[str, Any
             for label in comparison.labels:
                 pairs = differences(rows, source, comparison.a, comparison.b, label)
                 if pairs:
-                    entry = {
+                    entry: dict[str, Any] = {
                         "name": comparison.name,
                         "source": source,
                         "a": comparison.a,
@@ -116,6 +116,11 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
+def confirmatory_first(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the entries in their order, but those of confirmatory comparisons before all others."""
+    return sorted(comparisons, key=lambda entry: not entry["confirmatory"])
+
+
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the mean and its standard error, which is None for a single value."""
     if len(values) < 2:
@@ -132,7 +137,9 @@ def _paired(pairs: np.ndarray) -> dict[str, Any]:
         freedom = len(pairs) - 1
         reach = float(scipy.stats.t.ppf(0.975, freedom)) * stderr
         ci95 = [mean - reach, mean + reach]
-        p = 2 * float(scipy.stats.t.sf(abs(mean) / stderr, freedom)) if stderr else float(mean == 0)
+        p = 1.0 if mean == 0 else 0.0
+        if stderr > 0:
+            p = 2 * float(scipy.stats.t.sf(abs(mean) / stderr, freedom))
     decided = positive + negative
     return {
         "pairs": len(pairs),

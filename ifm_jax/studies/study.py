@@ -130,7 +130,10 @@ class Study:
         """Returns the config of a run."""
         config = configs.from_dict(configs.to_dict(self.sources[source]))
         for name, value in self.arms[arm].items():
-            value = value[source] if isinstance(value, Mapping) else value
+            if isinstance(value, Mapping):
+                if source not in value:
+                    raise UsageError(f"arm {arm!r}: {name} has no value for {source!r}: expected one for each source")
+                value = value[source]
             if configs.find(name) is None:
                 near = configs.did_you_mean(name, configs.fields())
                 raise UsageError(f"arm {arm!r}: there is no config field {name!r}{near}")

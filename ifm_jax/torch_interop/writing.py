@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ifm_jax import config as configs
 from ifm_jax import files
 from ifm_jax.errors import UsageError
 from ifm_jax.models import without_head
@@ -98,6 +99,11 @@ def to_torch(
         raise UsageError(
             f"--for=moco: {source} is a run with method={found.config.method}, whose state does not fit MoCo's format: "
             "expected --for=torchvision, which writes the backbone"
+        )
+    if (channels := configs.channels(found.config.data)) != 3:
+        raise UsageError(
+            f"{source} is a run on data.source={found.config.data.source!r}, whose network takes {channels} channels: "
+            "expected a run on images of three, the only ones that PyTorch's formats describe"
         )
     architecture = architecture_of(found.config)
     if found.config.model.stem != "imagenet" or architecture.width != 64 or len(architecture.depths) != 4:

@@ -1,0 +1,255 @@
+"""Studies: their description, and the runner with its processes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+from ifm_jax import config as configs
+from ifm_jax.errors import RunError, UsageError
+from ifm_jax.studies import Comparison, Study, runner, study, worker
+from tests import small
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def a_study(seeds=(0, 1), **fields) -> Study:
+    """Two arms of four steps."""
+    return Study(
+        question="Is it so?",
+        sources={"trifeature": small.config(steps=4, checkpoint_every=1, checkpoint_keep=1, **fields)},
+        arms={"InfoNCE": {"ifm.objective": "infonce"}, "IFM": {"ifm.epsilon": {"trifeature": 0.2}}},
+        seeds=seeds,
+        comparisons=[Comparison("IFM", "InfoNCE", labels=("mean", "worst", "shape"), confirmatory=True)],
+    )
+
+
+# The description.
+
+
+def test_runs_are_sources_arms_and_seeds():
+    runs = a_study().runs()
+    assert [(run.arm, run.seed) for run in runs] == [("InfoNCE", 0), ("IFM", 0), ("InfoNCE", 1), ("IFM", 1)]
+    assert [run.config.ifm.objective for run in runs[:2]] == ["infonce", "ifm"]
+    assert runs[1].config.ifm.epsilon == 0.2
+    assert runs[1].directory == os.path.join("trifeature", "ifm", "seed0")
+    assert len({run.config_sha256 for run in runs}) == 4
+
+
+def test_what_decides_a_result_decides_its_hash():
+    config, of = small.config(), study.config_sha256
+    before = of(config)
+    for name, value in (("log_every", 7), ("checkpoint_every", 9), ("eval.every", 1), ("data.workers", 3)):
+        configs.set_field(config, name, value)
+    assert of(config) == before
+    for name, value in (("steps", 5), ("seed", 1), ("ifm.epsilon", 0.3), ("optim.lr", 1.0), ("data.source", "array:x")):
+        changed = configs.from_dict(configs.to_dict(config))
+        configs.set_field(changed, name, value)
+        assert of(changed) != before, name
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"arms": {"a": {"ifm.epsilom": 1}}}, "arm 'a': there is no config field 'ifm.epsilom': did you mean"),
+        ({"arms": {"a": {"ifm.epsilon": -1.0}}}, r"ifm\.epsilon=-1\.0: expected a number of at least 0"),
+        ({"arms": {"a b": {}, "A-B": {}}}, "arms 'a b' and 'A-B' would share a directory"),
+        ({"arms": {"": {}}}, "arm '': expected a name with letters or digits"),
+        ({"arms": {"a": {"ifm.epsilon": {"digits": 1}}}}, "arm 'a': ifm.epsilon has no value for 'trifeature'"),
+        ({"seeds": ()}, "a study without seeds"),
+        ({"seeds": (1, 1)}, "expected different ones"),
+        ({"comparisons": [Comparison("IFN", "InfoNCE")]}, "there is no arm 'IFN': did you mean 'IFM'"),
+        ({"comparisons": [Comparison("IFM", "InfoNCE", sources=("x",))]}, "there is no source 'x'"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused(changed, message):
+    parts = vars(a_study()) | {"comparisons": []} | changed
+    with pytest.raises(UsageError, match=message):
+        Study(**parts)
+
+
+def test_a_study_is_a_file_or_a_name(tmp_path):
+    for path in sorted((ROOT / "configs" / "studies").glob("[a-z]*.py")):
+        named = study.load(f"studies/{path.stem}")
+        assert named.runs()
+        assert [run.config_sha256 for run in study.load(path).runs()] == [run.config_sha256 for run in named.runs()]
+    with pytest.raises(UsageError, match=r"has no function get_study\(\).*it has get_config\(\)"):
+        study.load("trifeature")
+    (tmp_path / "x.py").write_text("def get_study():\n    return 1\n")
+    with pytest.raises(UsageError, match=r"get_study\(\) returned 1, expected an ifm_jax\.studies\.study\.Study"):
+        study.load(tmp_path / "x.py")
+
+
+# The runner, with workers that only pretend.
+
+PRETENDER = """
+    import json, os, pathlib, sys
+    order = json.loads(sys.stdin.readline())
+    study = pathlib.Path(order["study"])
+    directory, row = json.loads((study.parent / "rows.json").read_text())[f"{order['arm']} {order['config']['seed']}"]
+    directory = study / directory
+    with (directory / "begun").open("a") as begun:
+        begun.write(f"{order['processors']}\\n")
+    print("some words")
+    if (directory / "fail").exists():
+        sys.exit("no luck")
+    if (study / "wait").exists():
+        sys.stdin.read()  # until the study ends
+        (directory / "saved").touch()
+        sys.exit(143)
+    (directory / "row.json").write_text(json.dumps(row))
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """The directory of a study whose workers need no time; a file `wait` or `fail` changes what they do."""
+    script, rows = tmp_path / "pretender.py", {}
+    script.write_text(textwrap.dedent(PRETENDER))
+    for run in a_study(seeds=(0, 1, 2)).runs():
+        row = worker.describe(run) | {"steps": 4, "loss_clean": 1.0, "acc1": 2.0, "grad_norm": 3.0, "seconds": 4.0}
+        readout = {"shape": 50.0 + run.seed + 2 * (run.arm == "IFM"), "color": 90.0}
+        row |= {"readout": readout, "untrained": {"shape": 40.0, "color": 10.0}}
+        row |= {"versions": {"jax": "1"}, "commit": "c", "device": "d", "date": "today"}
+        rows[f"{run.arm} {run.seed}"] = (run.directory, row)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert worker.ROW == "row.json"
+    monkeypatch.setattr(runner, "_COMMAND", (sys.executable, "-I", str(script)))
+    return tmp_path / "study"
+
+
+def test_every_run_is_done_once_and_more_seeds_add_to_a_study(pretend):
+    said = []
+    results = runner.run(a_study(), "mine", pretend, jobs=2, say=said.append)
+    assert results == json.loads((pretend / "results.json").read_text()) == runner.read_results(pretend)
+    assert [(row["arm"], row["seed"]) for row in results["rows"]] == [
+        ("InfoNCE", 0),
+        ("IFM", 0),
+        ("InfoNCE", 1),
+        ("IFM", 1),
+    ]
+    assert (results["study"], results["question"], results["runs"]) == ("mine", "Is it so?", 4)
+    mean, worst, shape = results["comparisons"]
+    assert (mean["mean"], worst["mean"], shape["mean"], shape["pairs"]) == (1.0, 2.0, 2.0, 2)
+    assert said[0] == "4 runs: 1 sources x 2 arms x 2 seeds; 0 done before, 2 at a time."
+    assert said[-1].startswith("[4/4] trifeature  ")
+    assert said[-1].endswith("all done")
+
+    said.clear()
+    assert len(runner.run(a_study(seeds=(0, 1, 2)), "mine", pretend, jobs=1, say=said.append)["rows"]) == 6
+    assert said[0].endswith("4 done before, 1 at a time.")
+    for begun in pretend.glob("trifeature/*/*/begun"):
+        assert len(begun.read_text().splitlines()) == 1
+
+
+def test_each_run_under_way_has_its_own_processor(pretend, monkeypatch):
+    monkeypatch.setattr(runner, "_processors", lambda: [3, 5])
+    runner.run(a_study(seeds=(0,)), "mine", pretend, jobs=2, say=lambda _: None)
+    given = {path.read_text().strip() for path in pretend.glob("trifeature/*/*/begun")}
+    assert given == {"[3]", "[5]"}
+
+
+def test_a_failed_run_leaves_the_others_and_is_tried_again(pretend):
+    broken = pretend / "trifeature" / "ifm" / "seed0"
+    broken.mkdir(parents=True)
+    (broken / "fail").touch()
+    with pytest.raises(RunError, match=r"1 of 4 runs failed, the others are done; the first: .*seed0: no luck"):
+        runner.run(a_study(), "mine", pretend, jobs=1, say=lambda _: None)
+    assert len(runner.read_results(pretend)["rows"]) == 3
+    (broken / "fail").unlink()
+    assert len(runner.run(a_study(), "mine", pretend, jobs=1, say=lambda _: None)["rows"]) == 4
+
+
+def test_a_row_of_another_config_is_refused(pretend):
+    runner.run(a_study(), "mine", pretend, jobs=2, say=lambda _: None)
+    with pytest.raises(UsageError, match=r"row\.json is the row of a run with another config"):
+        runner.run(a_study(optim__lr=0.5), "mine", pretend, say=lambda _: None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_study_once_its_runs_have_saved(pretend, number):
+    pretend.mkdir()
+    (pretend / "wait").touch()
+
+    def send():
+        until = time.monotonic() + 60
+        while len(list(pretend.glob("trifeature/*/*/begun"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(runner.Stopped) as stopped:
+        runner.run(a_study(), "mine", pretend, jobs=2, say=lambda _: None)
+    thread.join()
+    assert (stopped.value.signal, stopped.value.done, stopped.value.total) == (number, 0, 4)
+    assert len(list(pretend.glob("trifeature/*/*/saved"))) == 2
+    (pretend / "wait").unlink()
+    assert len(runner.run(a_study(), "mine", pretend, jobs=2, say=lambda _: None)["rows"]) == 4
+
+
+# The runner with its own workers.
+
+
+@pytest.mark.slow
+@pytest.mark.hosts
+def test_a_study_that_is_killed_twice_ends_with_the_same_results(tmp_path):
+    """The second killed study holds runs that go on, finished ones, and ones that have not begun."""
+    (tmp_path / "mine.py").write_text(
+        "from tests.test_study import a_study\n\n\ndef get_study():\n    return a_study()\n"
+    )
+    code = "from ifm_jax.cli import study; study.run()"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start(directory):
+        command = [sys.executable, "-c", code, f"--config={tmp_path / 'mine.py'}", f"--workdir={directory}", "--jobs=2"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def kill_when(process, happened):
+        until = time.monotonic() + 200
+        while not happened() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[0]
+        process.kill()
+        process.communicate()
+
+    process = start(whole)
+    assert process.wait(timeout=400) == 0, process.communicate()[0]
+    assert "worst" in process.communicate()[0]
+    kill_when(start(killed), lambda: list(killed.glob("trifeature/*/*/checkpoints/*/commit_success.txt")))
+    kill_when(start(killed), lambda: list(killed.glob("trifeature/*/*/row.json")))
+    process = start(killed)
+    assert process.wait(timeout=400) == 0, process.communicate()[0]
+
+    def without_times(directory):
+        results = json.loads((directory / "results.json").read_text())
+        del results["date"]
+        for row in results["rows"]:
+            del row["date"], row["seconds"]
+        return results
+
+    assert without_times(killed) == without_times(whole)
+    assert len(without_times(whole)["rows"]) == 4
+    assert {path.name for path in whole.iterdir()} >= {"results.json", "results.md", "effects.png", "loss_error.png"}
+
+
+def test_a_rows_summary():
+    records = [
+        {"step": step, "loss_clean": loss, "acc1": 10.0 * loss, "grad_norm": loss, "images_per_sec": 32.0}
+        for step, loss in ((5, 1.0), (10, 2.0), (19, 3.0), (20, 5.0))
+    ]
+    found = worker.summarize(records, batch_size=16)
+    assert found == {"steps": 20, "loss_clean": 4.0, "acc1": 40.0, "grad_norm": 2.75, "seconds": 10.0}
+
+
+def test_a_row_names_its_code():
+    assert worker.commit() is None or len(worker.commit().rstrip("+")) == 40
+    assert set(worker.environment()["versions"]) >= {"ifm_jax", "jax", "jaxlib", "scikit-learn"}
