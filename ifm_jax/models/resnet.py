@@ -266,6 +266,7 @@ def create(
     mlp: bool = False,
     stem: Stem = "imagenet",
     width: int = 0,
+    in_channels: int = 3,
     bn_groups: int = 1,
     running_stats: RunningStats = "first_group",
     dtype: jnp.dtype | None = None,
@@ -282,6 +283,7 @@ def create(
       mlp: another spelling of `head="mlp"`.
       stem: "imagenet", "small" or "small_stride2".
       width: channels of the first stage; 0: the architecture's own (64; 16 for resnet8).
+      in_channels: channels of an image.
       bn_groups: groups of every BatchNorm in training.
       running_stats: which statistics the running averages follow.
       dtype: dtype of convolutions and products.
@@ -301,6 +303,7 @@ def create(
         head=head,
         mlp=mlp,
         stem=stem,
+        in_channels=in_channels,
         bn_groups=bn_groups,
         running_stats=running_stats,
         dtype=dtype,
@@ -321,6 +324,7 @@ class Factory(Protocol):
         mlp: bool = False,
         stem: Stem = "imagenet",
         width: int = 0,
+        in_channels: int = 3,
         bn_groups: int = 1,
         running_stats: RunningStats = "first_group",
         dtype: jnp.dtype | None = None,
@@ -343,6 +347,7 @@ _FACTORY_DOC = """Builds a {name} with fresh parameters: images `(N, H, W, 3)` -
       stem: "imagenet" (7x7 stride 2, max-pooling), "small" (3x3, no pooling: images of 32 to 64 px) or
         "small_stride2" (5x5 stride 2, no pooling).
       width: channels of the first stage; 0: the architecture's own, {width}.
+      in_channels: channels of an image.
       bn_groups: groups of every BatchNorm in training (see `batch_norm`).
       running_stats: which statistics the running averages follow, "first_group" or "mean".
       dtype: dtype of convolutions and products; None: the promoted dtype of images and parameters.
@@ -363,6 +368,7 @@ def _factory(name: str) -> Factory:
         mlp: bool = False,
         stem: Stem = "imagenet",
         width: int = 0,
+        in_channels: int = 3,
         bn_groups: int = 1,
         running_stats: RunningStats = "first_group",
         dtype: jnp.dtype | None = None,
@@ -377,6 +383,7 @@ def _factory(name: str) -> Factory:
             mlp=mlp,
             stem=stem,
             width=width,
+            in_channels=in_channels,
             bn_groups=bn_groups,
             running_stats=running_stats,
             dtype=dtype,

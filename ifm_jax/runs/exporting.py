@@ -12,6 +12,7 @@ import jax.export
 import jax.numpy as jnp
 
 import ifm_jax
+from ifm_jax import config as configs
 from ifm_jax import files
 from ifm_jax.augment import IMAGENET_MEAN, IMAGENET_STD
 from ifm_jax.errors import UsageError
@@ -66,7 +67,8 @@ def export(
         raise UsageError(f"{existing} already exists: name another file, or pass --overwrite")
     found = loading.read(source, prefix=prefix)
     model, size = found.config.model, image_size or found.config.data.image_size
-    encoder = Encoder(model.arch, dim=0, stem=model.stem, width=model.width)
+    channels = configs.channels(found.config.data)
+    encoder = Encoder(model.arch, dim=0, stem=model.stem, width=model.width, in_channels=channels)
     trees = without_head(found.state.params), without_head(found.state.batch_stats)
     params, batch_stats = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), trees)
 
@@ -74,10 +76,10 @@ def export(
         return encoder.bind(params, batch_stats)(images)
 
     count = batch if batch is not None else jax.export.symbolic_shape("N")[0]
-    images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((count, size, size, channels), jnp.float32)
     program = jax.export.export(jax.jit(features), platforms=list(platforms))(images)
     content: dict[str, Any] = {
-        "input": {"shape": [batch or "N", size, size, 3], "dtype": "float32", "channels": "RGB"},
+        "input": {"shape": [batch or "N", size, size, channels], "dtype": "float32", "channels": "RGB first"},
         "output": {"shape": [batch or "N", program.out_avals[0].shape[1]], "dtype": "float32"},
         "preprocessing": {
             "resize_shorter_side": round(size * 256 / 224),

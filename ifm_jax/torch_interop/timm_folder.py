@@ -117,7 +117,12 @@ def timm_architecture(config: Config) -> str:
       UsageError: if timm has no such network.
     """
     own = ARCHITECTURES[config.model.arch]
-    if config.model.stem != "imagenet" or architecture_of(config) != own or len(own.depths) != 4:
+    if (
+        config.model.stem != "imagenet"
+        or architecture_of(config) != own
+        or len(own.depths) != 4
+        or configs.channels(config.data) != 3
+    ):
         raise UsageError(
             f"timm has no architecture for {describe_architecture(config)}: expected one of torchvision's networks, "
             "with its own stem and width; `export` writes any network as a program, --for=torchvision its tensors"
