@@ -48,5 +48,5 @@ Schedule = Literal["cosine", "step"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 # Formats of PyTorch files, named after the programs that read them.
-Target = Literal["moco", "torchvision"]
+Target = Literal["moco", "torchvision", "timm"]
 TARGETS: tuple[str, ...] = get_args(Target)

@@ -135,9 +135,12 @@ def evaluate(
             return found
         add_result(output, of, f"linear_{protocol}", found, {"linear": configs.to_dict(of.config)["linear"]})
     if wanted.fast:
-        _readouts(of, output, wanted, devices, say)
+        found = readouts(of, devices, say, wanted.untrained)
+        add_result(output, of, "logistic_regression", found)
     if wanted.knn:
-        _knn(of, output, wanted, devices, say)
+        found = nearest_neighbors(of, devices, say, wanted.untrained)
+        used = {name: next(iter(found.values()))[name] for name in ("k", "temperature")}
+        add_result(output, of, "knn", found, used)
     if wanted.diagnostics:
         _diagnostics(of, output, devices, say)
     if wanted.neighbors:
@@ -228,7 +231,17 @@ def _baselines(of: Pretrained, labels: list[str]) -> dict[str, dict[str, float]]
     return found
 
 
-def _readouts(of: Pretrained, output: pathlib.Path, wanted: Wanted, devices: _Devices, say: _Say) -> None:
+def readouts(of: Pretrained, devices: _Devices, say: _Say, untrained: bool = False) -> dict[str, dict[str, float]]:
+    """Returns the accuracy of logistic regression on the features: label -> top1 in percent, chance and majority.
+
+    A label with too many images for it is left out.
+
+    Args:
+      of: what is evaluated.
+      devices: devices to run on; None: all.
+      say: receives a line for each label.
+      untrained: read out the untrained network too, as `untrained_top1`.
+    """
     train_source, test_source = of.images("train"), of.images("test")
     labels = pretrained.required_labels(of.config, train_source)
 
@@ -244,13 +257,19 @@ def _readouts(of: Pretrained, output: pathlib.Path, wanted: Wanted, devices: _De
             say(f"Logistic regression of {label!r} is skipped: {len(train_source):,} images are too many for it.")
             continue
         found[label] = {"top1": top1(of, label)} | baselines[label]
-        if wanted.untrained:
+        if untrained:
             found[label]["untrained_top1"] = top1(of.untrained(devices), label)
         say(f"Logistic regression (L-BFGS) of {label!r}: {found[label]['top1']:.2f} % ({report.beside(found[label])})")
-    add_result(output, of, "logistic_regression", found)
+    return found
 
 
-def _knn(of: Pretrained, output: pathlib.Path, wanted: Wanted, devices: _Devices, say: _Say) -> None:
+def nearest_neighbors(
+    of: Pretrained, devices: _Devices, say: _Say, untrained: bool = False
+) -> dict[str, dict[str, float]]:
+    """Returns the accuracy of nearest neighbors: label -> top1 and top5 in percent, and the settings.
+
+    Arguments as for `readouts`.
+    """
     settings = of.config.eval
     train_source, test_source = of.images("train"), of.images("test")
     labels = pretrained.required_labels(of.config, train_source)
@@ -284,7 +303,7 @@ def _knn(of: Pretrained, output: pathlib.Path, wanted: Wanted, devices: _Devices
             "test_images": len(test_source),
         }
         found[label] |= baselines[label]
-        if wanted.untrained:
+        if untrained:
             found[label]["untrained_top1"] = classify(of.untrained(devices), label)["top1"]
         top5 = ""
         if linear.has_top5(len(train_source.label_names[label])):
@@ -293,7 +312,7 @@ def _knn(of: Pretrained, output: pathlib.Path, wanted: Wanted, devices: _Devices
             f"{k} nearest neighbors of {label!r}: top-1 {found[label]['top1']:.2f} %{top5}, {len(test_source):,} "
             f"images ({report.beside(found[label])})"
         )
-    add_result(output, of, "knn", found, {"k": k, "temperature": settings.temperature})
+    return found
 
 
 def _diagnostics(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _Say) -> None:

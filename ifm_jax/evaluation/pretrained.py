@@ -126,7 +126,20 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
     Raises:
       UsageError: if there is nothing to read at `path`, or the config describes another network.
     """
-    found = loading.read(path, prefix=prefix)
+    return of_snapshot(loading.read(path, prefix=prefix), config, os.fspath(path))
+
+
+def of_snapshot(found: Snapshot, config: Config | None, path: str) -> Pretrained:
+    """Returns a snapshot with the config for its evaluation.
+
+    Args:
+      found: snapshot to evaluate.
+      config: see `load`.
+      path: path of the snapshot, for results and errors.
+
+    Raises:
+      UsageError: if the config describes another network.
+    """
     config = configs.from_dict(configs.to_dict(found.config if config is None else config))
     plain = Config()
     if config.method == plain.method:
@@ -139,7 +152,7 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
     configs.validate(config)
     config = assembly.resolve(config, found.config if found.config.model.compute_dtype != "auto" else None)
     assembly.configure_jax(config.model.compute_dtype)
-    return Pretrained(config, found, os.fspath(path))
+    return Pretrained(config, found, path)
 
 
 def evaluated(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:
