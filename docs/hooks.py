@@ -142,7 +142,8 @@ def public_page() -> str:
 
     names = [name for name in ifm_jax.__all__ if importlib.util.find_spec(f"ifm_jax.{name}") is None]
     listed = "".join(f"\n        - {name}" for name in names if name != "Config")
-    return f"# ifm_jax\n\n`Config` has its own page: [Config](config.md).\n\n::: ifm_jax\n    options:\n      members:{listed}"
+    directive = f"::: ifm_jax\n    options:\n      members:{listed}"
+    return f"# ifm_jax\n\n`Config` has its own page: [Config](config.md).\n\n{directive}"
 
 
 def _sentence(text: str) -> str:
