@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.txt
 
-.PHONY: demo test check lint types format lock clean
+.PHONY: demo test check lint types format docs lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo.py
@@ -45,10 +45,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --no-deps torchvision lightly timm
 	@touch $@
 
+# The site, into site/; a broken link or anchor is an error.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # requirements.txt anew, from what is installed.
 lock: $(VENV)/.installed-dev
 	$(BIN)/python -m pip list --format=freeze --exclude-editable --exclude pip --exclude setuptools \
 	  | sed 's/+cpu$$//' > requirements.txt
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache build site *.egg-info
