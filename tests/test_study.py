@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def test_what_decides_a_result_decides_its_hash():
     for name, value in (("log_every", 7), ("checkpoint_every", 9), ("eval.every", 1), ("data.workers", 3)):
         configs.set_field(config, name, value)
     assert of(config) == before
+    assert of(configs.from_dict({})) == of(configs.from_dict({"ifm.epsilon": 0.1}))  # its default
     for name, value in (("steps", 5), ("seed", 1), ("ifm.epsilon", 0.3), ("optim.lr", 1.0), ("data.source", "array:x")):
         changed = configs.from_dict(configs.to_dict(config))
         configs.set_field(changed, name, value)
@@ -169,8 +171,18 @@ def test_a_failed_run_leaves_the_others_and_is_tried_again(pretend):
 
 def test_a_row_of_another_config_is_refused(pretend):
     runner.run(a_study(), "mine", pretend, jobs=2, say=lambda _: None)
-    with pytest.raises(UsageError, match=r"row\.json is the row of a run with another config"):
+    with pytest.raises(UsageError, match=r"row\.json has the row of .*seed0 with another config"):
         runner.run(a_study(optim__lr=0.5), "mine", pretend, say=lambda _: None)
+
+
+def test_rows_alone_are_enough_to_add_to_a_study(pretend, tmp_path):
+    """results.json has them, where the directories of the runs are gone."""
+    runner.run(a_study(), "mine", pretend, jobs=2, say=lambda _: None)
+    shutil.rmtree(pretend / "trifeature")
+    said = []
+    assert len(runner.run(a_study(seeds=(0, 1, 2)), "mine", pretend, say=said.append)["rows"]) == 6
+    assert "4 done before" in said[0]
+    assert not (pretend / "trifeature" / "ifm" / "seed0").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -148,8 +148,8 @@ def _count(rows: Rows) -> str:
         return "0 runs."
     sources, arms, seeds = (_distinct(rows, field) for field in ("source", "arm", "seed"))
     text = (
-        f"{_number_of(len(rows), 'run')}: {_number_of(len(sources), 'source')} ({', '.join(sources)}), "
-        f"{_number_of(len(arms), 'arm')} ({', '.join(arms)}), "
+        f"{_number_of(len(rows), 'run')}: {_number_of(len(sources), 'source')} ({'; '.join(sources)}), "
+        f"{_number_of(len(arms), 'arm')} ({'; '.join(arms)}), "
         f"{_number_of(len(seeds), 'seed')} ({_ranges(seeds)})."
     )
     missing = len(sources) * len(arms) * len(seeds) - len(rows)

@@ -104,15 +104,23 @@ def run(
 def read_row(directory: pathlib.Path, run: Run) -> dict[str, Any] | None:
     """Returns the row of a finished run, or None if it is not finished.
 
+    Args:
+      directory: directory of the study.
+      run: the run. Its row is in its own directory; where that is gone, in the study's results.json.
+
     Raises:
       UsageError: if the row is of another config.
     """
     path = directory / run.directory / worker.ROW
     row = files.read_json(path, "delete it to do the run again")
+    if row is None:
+        path, key = directory / RESULTS, (run.source, run.arm, run.seed)
+        found = files.read_json(path, "delete it, and keep the directories of the runs") or {}
+        row = next((row for row in found.get("rows", ()) if (row["source"], row["arm"], row["seed"]) == key), None)
     if row is not None and row.get("config_sha256") != run.config_sha256:
         raise UsageError(
-            f"{path} is the row of a run with another config: expected that of this study; pass another --workdir, or "
-            f"delete {path.parent} to do the run again"
+            f"{path} has the row of {run.directory} with another config: expected that of this study; pass another "
+            f"--workdir, or delete {path} to do the run again"
         )
     return row
 

@@ -166,13 +166,16 @@ def load(path: str | os.PathLike[str]) -> Study:
 def config_sha256(config: Config) -> str:
     """Returns a hash of the config fields that decide a run's result: those fixed on resuming, images and length.
 
-    Where the images are stored, and how often a run is logged or saved, is not part of it.
+    Where the images are stored, and how often a run is logged or saved, is not part of it. Nor is a field that has its
+    default, so that a field which a later version adds changes nothing.
     """
-    flat = configs.flatten(configs.to_dict(config))
+    flat, default = (configs.flatten(configs.to_dict(each)) for each in (config, Config()))
     kept = {
         name: flat[name]
         for name, each in configs.fields().items()
-        if not each.is_group and (not each.free_on_resume or name in ("steps", "data.source", "data.classes"))
+        if not each.is_group
+        and flat[name] != default[name]
+        and (not each.free_on_resume or name in ("steps", "data.source", "data.classes"))
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
