@@ -38,11 +38,11 @@ $(VENV)/.installed: pyproject.toml requirements.txt | $(BIN)/python
 	@touch $@
 
 # torchvision without its dependencies: they would bring torch's CUDA build; its models and transforms need none of it.
-# lightly likewise: its losses need none of its command line's and its trainer's.
+# lightly likewise: its losses need none of its command line's and its trainer's. timm likewise, for torchvision's sake.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the test environment into $(VENV) (torch among it) ..."
 	$(PIP) --editable '.[dev,torch,tfds]'
-	$(PIP) --no-deps torchvision lightly
+	$(PIP) --no-deps torchvision lightly timm
 	@touch $@
 
 # The site, into site/; a broken link or anchor is an error.

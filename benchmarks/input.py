@@ -476,6 +476,7 @@ def training_run(folder: pathlib.Path, settings: Settings) -> dict:
     """
     config = settings.run.config(f"folder:{folder}")
     config.data.limit, config.steps, config.log_every = settings.images, settings.steps, LOGGED
+    config.moco.queue_beyond_images = True
     config.epochs = -(-settings.steps // steps_per_epoch(settings.images, config.batch_size))
     with tempfile.TemporaryDirectory() as workdir:
         training.train(config, workdir, devices=jax.devices()[:1], quiet=True)

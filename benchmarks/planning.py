@@ -80,7 +80,7 @@ def lower(
     size = config.data.image_size
     # Drawn images are handed over once and viewed twice; of others, the host makes two crops.
     count = 1 if configs.drawn_source(config.data) and not given_views else 2
-    images = jax.ShapeDtypeStruct((config.batch_size, count, size, size, 3), jnp.uint8)
+    images = jax.ShapeDtypeStruct((config.batch_size, count, size, size, configs.channels(config.data)), jnp.uint8)
     if given_views:
         step = dataclasses.replace(step, augment=lambda rngs, images: images)
         images = images.update(dtype=jnp.float32)

@@ -122,6 +122,7 @@ def config(source: str, dtype: str, images: pathlib.Path) -> Config:
     made.model.arch, made.model.stem, made.model.width = "resnet8", "small_stride2", 4
     made.model.bn_groups, made.model.compute_dtype = 2, dtype
     made.moco.queue_size, made.moco.dim, made.moco.momentum = 64, 8, 0.9
+    made.moco.queue_beyond_images = True
     made.data.image_size = 32
     if source == "folder":
         made.data.source, made.data.augmentation = f"folder:{images}", "moco_v2"

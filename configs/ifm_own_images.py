@@ -3,9 +3,10 @@
     python train.py --config=configs/ifm_own_images.py --config.data.source=folder:PATH --workdir=runs/own
 
 PATH has the images (JPEG, PNG, WebP, BMP), or one folder of them for each class, or `train` and `val` with either in
-them; docs/data.md describes these and other sources. Training uses no labels. With classes in both `train` and `val`,
-evaluate with
+them; docs/data.md describes these and other sources. Training uses no labels. Look at what it has learned, and with
+classes evaluate it, with
 
+    python eval_linear.py --workdir=runs/own --neighbors=neighbors.png --map=map.png --features=features.npz
     python eval_linear.py --workdir=runs/own
 
 Hardware: one GPU with 16 GB, and enough processors to decode as fast as it trains (docs/data.md: `data_wait`).
@@ -16,8 +17,9 @@ On a CPU, to see whether it runs and learns at all, add
 
 Expected: no figure; these settings are the original's for ImageNet-100, scaled to a smaller network, images and batch,
 and untested at scale. An estimate of the time: 5 hours on a V100 for 200 epochs of 100,000 images. Use ten
-thousand images or more. With fewer, keep moco.queue_size, a multiple of batch_size, below their number, so that no
-image is its own negative. Compare with --config.ifm.method=moco before you rely on IFM.
+thousand images or more; `ifm_few_images` is for fewer, and `ifm-jax config --suggest --images=20000` recommends sizes
+for another number. A moco.queue_size above the number of images is refused, since each would be its own negative.
+Compare with --config.ifm.method=moco before you rely on IFM.
 """
 
 from ifm_jax.config import Config

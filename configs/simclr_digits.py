@@ -6,7 +6,8 @@ The setting of ifm_simclr_trifeature.py on `data.source=digits` (docs/data.md), 
 digits. The digits of the held-out images are in other handwriting than those of training.
 
 Hardware: two CPU cores, two minutes. No download.
-Expected: TODO
+Expected: contrast accuracy of 85 to 92 % at the end (768 steps). Readouts of digit/texture/color in one run (seed 0):
+66.0/30.2/100.0, of the untrained network 18.2/18.8/90.2; after 300 steps 54.5/27.1/100.0.
 """
 
 from ifm_jax import recipes

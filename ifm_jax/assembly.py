@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from ifm_jax import config as configs
 from ifm_jax import files, optim, pretrain, sharding
-from ifm_jax.augment import MoCoCIFARAugmentation, MoCoV1Augmentation, MoCoV2Augmentation, TrifeatureAugmentation
+from ifm_jax.augment import (
+    MoCoCIFARAugmentation,
+    MoCoV1Augmentation,
+    MoCoV2Augmentation,
+    TrifeatureAugmentation,
+    sparing_bits,
+)
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import Method, MoCo, Objective, SimCLR
@@ -67,17 +73,23 @@ def make_encoder(config: Config, mesh: jax.sharding.Mesh | None = None) -> Encod
         compute_dtype=model.compute_dtype,
         param_dtype="float64" if model.compute_dtype == "float64" else "float32",
         reduce_over=several if config.optim.reduce_dtype == "float32" else None,
+        in_channels=configs.channels(config.data),
     )
 
 
 def make_augmentation(config: Config):
-    """Returns the augmentation that the config names, `(rngs (N,), images (N, H, W, 3)) -> views`.
+    """Returns the augmentation that the config names, `(rngs (N,), images (N, H, W, C)) -> views`.
 
     MoCo's augmentations only cover the steps after the crop: their input is the crops of a `ViewSource`.
 
     Raises:
       UsageError: if the augmentation does not fit the config's source.
     """
+    return sparing_bits(_augmentation(config), configs.random_bits(config.data)[0])
+
+
+def _augmentation(config: Config):
+    """Returns the augmentation of red, green and blue."""
     name, dtype = config.data.augmentation, jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
     if name != "trifeature":
         of_mocos = {"moco_v1": MoCoV1Augmentation, "moco_v2": MoCoV2Augmentation, "moco_cifar": MoCoCIFARAugmentation}
@@ -85,7 +97,7 @@ def make_augmentation(config: Config):
     if not configs.drawn_source(config.data):
         raise UsageError(
             f"data.augmentation='trifeature' does not work with data.source={config.data.source!r}: expected moco_v2 "
-            "or moco_v1, as in configs/ifm_own_images.py"
+            "or moco_v1, as in the recipe ifm_own_images"
         )
     strength = config.data.augment
     return TrifeatureAugmentation(

@@ -12,6 +12,7 @@ float64, for parity runs, gives the same views.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -459,6 +460,8 @@ def normalize(
 ) -> jax.Array:
     """Subtracts the mean and divides by the standard deviation of each channel.
 
+    Channels beyond those, random bits of 0 or 1 (`data.random_bits`), become -1 or 1.
+
     Args:
       images: `(N, H, W, C)` in [0, 1].
       mean: one number per channel.
@@ -467,6 +470,8 @@ def normalize(
     Returns:
       `(N, H, W, C)` of the same dtype.
     """
+    further = images.shape[-1] - len(mean)
+    mean, std = (*mean, *[0.5] * further), (*std, *[0.5] * further)
     means, stds = (jnp.asarray(values, images.dtype)[None, None, None, :] for values in (mean, std))
     return (images - means) / stds
 
@@ -772,6 +777,34 @@ class ProbeAugmentation:
         _check_images(images)
         flips = jax.vmap(lambda rng: jax.random.uniform(rng, (), jnp.float32))(rngs) < self.flip
         return normalize(_flipped(images, flips).astype(self.dtype) / 255, self.mean, self.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class BitsSpared:
+    """An augmentation of the first three channels; the others, random bits of 0 or 255, become -1 or 1 and no more.
+
+    Attributes:
+      augmentation: makes views of `(N, H, W, 3)`.
+    """
+
+    augmentation: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def __call__(self, rngs: jax.Array, images: jax.Array) -> jax.Array:
+        """Makes one view of each image, normalized `(N, h, w, C)`.
+
+        Args:
+          rngs: keys `(N,)`, one per example (`example_rngs`).
+          images: uint8 `(N, H, W, C)`.
+        """
+        views = self.augmentation(rngs, images[..., :3])
+        # One pixel tells, and the threshold forgives what resizing on a device may have rounded.
+        bits = jnp.where(images[:, :1, :1, 3:] >= 128, 1, -1).astype(views.dtype)
+        return jnp.concatenate([views, jnp.broadcast_to(bits, (*views.shape[:3], bits.shape[-1]))], axis=-1)
+
+
+def sparing_bits(augmentation: Callable[[jax.Array, jax.Array], jax.Array], bits: int):
+    """Returns an augmentation that leaves the last `bits` channels alone; without bits the given one itself."""
+    return BitsSpared(augmentation) if bits else augmentation
 
 
 def _flipped(images: jax.Array, flips: jax.Array) -> jax.Array:

@@ -12,20 +12,26 @@ import difflib
 import functools
 import json
 import math
+import re
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from ifm_jax import methods, models, optim
+from ifm_jax import choices
 from ifm_jax.errors import UsageError
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32", "float64")
 AUGMENTATIONS = ("trifeature", "moco_v1", "moco_v2", "moco_cifar")
 # Sources whose images the program draws; the fields of each are a group of its name in `data`.
 DRAWN_SOURCES = ("trifeature", "digits")
-SOURCES = "trifeature, digits, folder:PATH, tfds:NAME or array:FILE.npz"  # for errors
+SOURCES = "trifeature, digits, folder:PATH, tfds:NAME, array:FILE.npz or randbit:BITS:SOURCE"  # for errors
+_RANDBIT = re.compile(r"randbit:(\d{1,9}):(.*)", re.DOTALL)
+MOST_BITS = 32
+
+_METHODS = {"moco": "MoCo", "simclr": "SimCLR"}
+_OBJECTIVES = {"ifm": "IFM", "ifm_only": "IFM only"}
 
 # Limits of the arithmetic: counters, indices and sizes are int32 on the devices, numbers float32.
 _INT32 = 2**31 - 1
@@ -123,11 +129,11 @@ class Group:
 class ModelConfig(Group):
     """Query and key encoder."""
 
-    arch: str = field("resnet50", "network architecture (-a)", choices=tuple(models.ARCHITECTURES))
-    stem: models.Stem = field(
+    arch: str = field("resnet50", "network architecture (-a)", choices=choices.ARCHITECTURES)
+    stem: choices.Stem = field(
         "imagenet",
         "first layers: imagenet, small (3x3, no pooling; for 32 to 64 px) or small_stride2 (5x5 stride 2, no pooling)",
-        choices=models.STEMS,
+        choices=choices.STEMS,
     )
     width: int = field(0, "channels of the first stage; 0: the architecture's default (64)", least=0, limit=8192)
     bn_groups: int = field(
@@ -135,7 +141,7 @@ class ModelConfig(Group):
         "BatchNorm groups per batch; 0: the method's default, 8 for moco (the original's GPUs) or 1 for simclr",
         least=0,
     )
-    running_stats: models.RunningStats = field(
+    running_stats: choices.RunningStats = field(
         "first_group",
         "statistics that the running averages follow: first_group (as in the original) or mean over the groups",
         choices=("first_group", "mean"),
@@ -154,12 +160,19 @@ class MoCoConfig(Group):
 
     dim: int = field(128, "embedding dimension (--moco-dim)", least=1, limit=65536)
     queue_size: int = field(
-        65536, "K, the number of keys in the queue; a multiple of the batch size (--moco-k)", least=1
+        65536,
+        "K, the number of keys in the queue; a multiple of the batch size, at most the number of images (--moco-k)",
+        least=1,
+    )
+    queue_beyond_images: bool = field(
+        False,
+        "accept a queue of more keys than images, in which every image meets its own older keys as negatives",
+        free_on_resume=True,
     )
     momentum: float = field(0.999, "m, the momentum of the key encoder's moving average (--moco-m)", least=0, most=1)
     temperature: float = field(0.2, "tau, the temperature of the logits (--moco-t)", above=0, hint="MoCo-v2: 0.2")
     mlp: bool = field(True, "projection head with two layers, as in MoCo-v2, instead of one (--mlp)")
-    shuffle_bn: methods.ShuffleBN = field(
+    shuffle_bn: choices.ShuffleBN = field(
         True,
         "shuffle the key images, so that BatchNorm statistics do not reveal which key belongs to a query: true "
         "(uniformly) or balanced (each BatchNorm group sends equally many images to each, which exchanges less)",
@@ -200,10 +213,10 @@ class HardConfig(Group):
 class IFMConfig(Group):
     """Implicit feature modification."""
 
-    objective: methods.Kind = field(
+    objective: choices.Kind = field(
         "ifm",
         "loss: infonce, ifm (weighted mean of InfoNCE and the shifted loss) or ifm_only (shifted loss) (--method)",
-        choices=methods.OBJECTIVES,
+        choices=choices.OBJECTIVES,
         formerly={"method": {"moco": "infonce"}},
     )
     epsilon: float = field(
@@ -225,16 +238,16 @@ class IFMConfig(Group):
 class OptimConfig(Group):
     """Optimizer and learning rate."""
 
-    name: optim.Optimizer = field(
-        "sgd", "optimizer: sgd, adam (as in PyTorch), lars or adamw", choices=optim.OPTIMIZERS
+    name: choices.Optimizer = field(
+        "sgd", "optimizer: sgd, adam (as in PyTorch), lars or adamw", choices=choices.OPTIMIZERS
     )
     lr: float = field(0.03, "base learning rate for the global batch (--lr)", above=0)
     momentum: float = field(0.9, "momentum of SGD and LARS (--momentum)", least=0, below=1)
     weight_decay: float = field(
         1e-4, "weight decay, on all parameters; LARS excludes BatchNorm and biases (--wd)", least=0
     )
-    schedule: optim.Schedule = field(
-        "cosine", "learning-rate schedule: cosine or step (--cos)", choices=optim.SCHEDULES
+    schedule: choices.Schedule = field(
+        "cosine", "learning-rate schedule: cosine or step (--cos)", choices=choices.SCHEDULES
     )
     milestones: tuple[int, ...] = field(
         (120, 160),
@@ -324,8 +337,8 @@ class DataConfig(Group):
 
     source: str = field(
         "trifeature",
-        "images: trifeature, digits, folder:PATH, tfds:NAME (or tfds:PATH) or array:FILE.npz "
-        "(--dataset, --dataset_root)",
+        "images: trifeature, digits, folder:PATH, tfds:NAME (or tfds:PATH), array:FILE.npz; or randbit:BITS:SOURCE, "
+        "these with BITS random channels (--dataset, --dataset_root)",
         free_on_resume=True,
     )
     classes: str = field(
@@ -440,7 +453,7 @@ class Config(Group):
     """A pre-training run, and its evaluation."""
 
     model: ModelConfig = field(ModelConfig, "encoders")
-    method: str = field("moco", "contrastive method: moco or simclr", choices=tuple(methods.METHODS))
+    method: str = field("moco", "contrastive method: moco or simclr", choices=choices.METHODS)
     moco: MoCoConfig = field(MoCoConfig, "momentum contrast")
     simclr: SimCLRConfig = field(SimCLRConfig, "SimCLR")
     hard: HardConfig = field(HardConfig, "hard negatives")
@@ -466,6 +479,11 @@ class Config(Group):
     )
     seed: int = field(0, "seed of everything random", least=0, limit=_SEED)
     log_every: int = field(10, "steps between two lines of metrics.jsonl", least=1, free_on_resume=True)
+    verbose: bool = field(
+        False,
+        "where the output is no terminal, print each line of metrics.jsonl, not one an epoch",
+        free_on_resume=True,
+    )
     checkpoint_every: int = field(
         1000, "steps between two checkpoints; the last step is always saved", least=1, free_on_resume=True
     )
@@ -849,26 +867,43 @@ def validate(config: Config, devices: int = 1) -> None:
 
 def _validate_data(data: DataConfig, check: Callable[[Any, str, Any, str], None]) -> None:
     """Checks the data source's own fields."""
-    kind, _, rest = data.source.partition(":")
-    if data.source == "folder:":
+    bits, source = random_bits(data)
+    kind, _, rest = source.partition(":")
+    if source == "folder:":
         raise UsageError("data.source='folder:' names no folder: expected --config.data.source=folder:PATH with images")
     drawn = drawn_source(data)
     if not drawn and (kind not in ("folder", "tfds", "array") or not rest):
         raise UsageError(f"data.source={data.source!r}: expected {SOURCES}")
+    check(bits <= MOST_BITS, "data.source", data.source, f"at most {MOST_BITS} bits in randbit:BITS:SOURCE")
     for name in ("train_split", "test_split"):
         check(
             kind == "tfds" or not getattr(data, name), f"data.{name}", getattr(data, name), "empty, except with tfds:"
         )
     if drawn:
         scales = drawn.scale_min, drawn.scale_max
-        check(not data.classes, "data.classes", data.classes, f"empty with {data.source}")
-        check(32 <= data.image_size <= 224, "data.image_size", data.image_size, f"32 to 224 with {data.source}")
-        check(scales[0] <= scales[1], f"data.{data.source}.scale_min, scale_max", scales, "scale_min <= scale_max")
+        check(not data.classes, "data.classes", data.classes, f"empty with {source}")
+        check(32 <= data.image_size <= 224, "data.image_size", data.image_size, f"32 to 224 with {source}")
+        check(scales[0] <= scales[1], f"data.{source}.scale_min, scale_max", scales, "scale_min <= scale_max")
+
+
+def random_bits(data: DataConfig) -> tuple[int, str]:
+    """Returns the number of random bits of each image, and the source of the images without them.
+
+    `(4, "digits")` for `randbit:4:digits`, `(0, "digits")` for `digits`.
+    """
+    found = _RANDBIT.fullmatch(data.source)
+    return (int(found[1]), found[2]) if found else (0, data.source)
+
+
+def channels(data: DataConfig) -> int:
+    """Returns the channels of an image: red, green, blue and the random bits."""
+    return 3 + random_bits(data)[0]
 
 
 def drawn_source(data: DataConfig) -> TrifeatureConfig | DigitsConfig | None:
-    """Returns the fields of the source that the config names if the program draws its images; None: it reads them."""
-    return getattr(data, data.source) if data.source in DRAWN_SOURCES else None
+    """Returns the fields of the source of the images if the program draws them; None: it reads them."""
+    source = random_bits(data)[1]
+    return getattr(data, source) if source in DRAWN_SOURCES else None
 
 
 def bn_groups(config: Config) -> int:
@@ -876,10 +911,10 @@ def bn_groups(config: Config) -> int:
     return config.model.bn_groups or {"moco": 8, "simclr": 1}[config.method]
 
 
-def head(config: Config) -> tuple[int, models.Head]:
+def head(config: Config) -> tuple[int, choices.Head]:
     """Returns the length of an embedding and the name of its head in `models.heads`."""
     if config.method == "simclr":
-        heads: dict[str, models.Head] = {"simclr": "mlp", "hcl": "hcl"}
+        heads: dict[str, choices.Head] = {"simclr": "mlp", "hcl": "hcl"}
         return config.simclr.dim, heads[config.simclr.head]
     return config.moco.dim, "mlp" if config.moco.mlp else "linear"
 
@@ -892,3 +927,18 @@ def temperature(config: Config) -> float:
 def epsilons(config: IFMConfig) -> tuple[float, float]:
     """Returns `(epsilon_positive, epsilon_negative)`."""
     return config.epsilon, config.epsilon if config.epsilon_negative is None else config.epsilon_negative
+
+
+def method_name(config: Config) -> str:
+    """Returns a name for all runs with a config's method: `MoCo, T = 0.2`, `IFM (eps 0.1), T = 0.07`.
+
+    IFM alone means IFM on MoCo, as in the original; `IFM (eps 0.1) on SimCLR, T = 0.5` on another method.
+    """
+    ifm, name = config.ifm, _METHODS[config.method]
+    if ifm.objective != "infonce":
+        budget = "/".join(f"{epsilon:g}" for epsilon in sorted(set(epsilons(ifm))))
+        on = "" if config.method == "moco" else f" on {name}"
+        name = f"{_OBJECTIVES[ifm.objective]} (eps {budget}){on}"
+    hard = f", beta {config.hard.beta:g}" if config.hard.beta else ""
+    debiased = f", tau+ {config.hard.tau_plus:g}" if config.hard.tau_plus else ""
+    return f"{name}{hard}{debiased}, T = {temperature(config):g}"

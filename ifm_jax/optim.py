@@ -6,16 +6,13 @@ is computed before the run and is not a constant of the compiled program. The fu
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-Optimizer = Literal["sgd", "lars", "adamw", "adam"]
-OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
-Schedule = Literal["cosine", "step"]
-SCHEDULES: tuple[str, ...] = get_args(Schedule)
+from ifm_jax.choices import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
 
 
 def sgd(momentum: float = 0.9, weight_decay: float | jax.Array = 0.0) -> optax.GradientTransformation:

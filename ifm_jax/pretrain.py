@@ -66,6 +66,16 @@ def placements(mesh: jax.sharding.Mesh, method: Method[Any]) -> Placements:
     return TrainState(whole, whole, whole, whole, method.placements(mesh))
 
 
+def step_rngs(rng: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns the random keys of a step, `(3,)`: of its first view, its second view, and the method.
+
+    Args:
+      rng: random key of the run's steps.
+      step: int32 scalar, updates done before.
+    """
+    return jax.random.split(jax.random.fold_in(rng, step), 3)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PretrainStep:
     """`(state, batch, rng) -> (state, metrics)`, written as for one device and the global batch.
@@ -102,7 +112,7 @@ class PretrainStep:
         Returns:
           The state after the step, and scalars: the method's metrics, `lr` if there are rates, and `grad_norm`.
         """
-        first_rng, second_rng, own_rng = jax.random.split(jax.random.fold_in(rng, state.step), 3)
+        first_rng, second_rng, own_rng = step_rngs(rng, state.step)
         images = batch["views"][:, 0], batch["views"][:, -1]
         views = Views(images, (first_rng, second_rng), self.augment, batch.get("permutation"), self.method.mesh)
 

@@ -1,5 +1,6 @@
 """Recipes: Python files with a function `get_config() -> Config`, found by path or by name."""
 
+import ast
 import contextlib
 import difflib
 import importlib
@@ -28,6 +29,17 @@ _PACKAGE, _BY_PATH = "ifm_jax.configs", "ifm_jax_recipe"
 def name_of(recipe: str | os.PathLike[str]) -> str:
     """Returns the name of a recipe given by path or by name: `trifeature` for `configs/trifeature.py`."""
     return pathlib.Path(recipe).stem
+
+
+def described() -> dict[str, str]:
+    """Returns name -> first line of the docstring for the recipes of the package, and for its studies after them."""
+    found = {}
+    for folder in ("", "studies"):
+        for path in sorted((DIRECTORY / folder).glob("*.py")):
+            if path.stem != "__init__":
+                text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                found[f"{folder}/{path.stem}".lstrip("/")] = text.partition("\n")[0]
+    return found
 
 
 def load(recipe: str | os.PathLike[str]) -> Config:
@@ -146,9 +158,11 @@ def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
     except (OSError, ValueError):  # a name that no file can have
         is_there = False
     if is_there:
-        raise UsageError(f"--config={recipe} is a directory: expected a recipe, for example configs/trifeature.py")
+        raise UsageError(
+            f"--config={recipe} is a directory: expected a recipe, for example trifeature (ifm-jax config --list)"
+        )
     near = _near(given)
-    hint = f": did you mean {near}?" if near else ": expected a recipe, for example configs/trifeature.py"
+    hint = f": did you mean {near}?" if near else ": expected a recipe, for example trifeature (ifm-jax config --list)"
     raise UsageError(f"--config={recipe} does not exist{hint}")
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ifm_jax import assembly
+from ifm_jax import assembly, optim, pretrain
 from ifm_jax.config import Config
-from ifm_jax.models import resnet
-from ifm_jax.runs import loop, memory
+from ifm_jax.methods import MoCo, Objective
+from ifm_jax.models import Encoder, resnet
+from ifm_jax.runs import loop, memory, samples, snapshot
 
 
 def config(**fields) -> Config:
@@ -53,6 +54,7 @@ def light(curves: bool = False):
         patch.setattr(assembly, "make_augmentation", lambda config: noise)
         if not curves:
             patch.setattr(loop.Recorder, "draw", lambda self: None)
+            patch.setattr(samples, "draw", lambda *args: None)
         _forget_estimates()
         yield
     _forget_estimates()
@@ -62,6 +64,26 @@ def _forget_estimates() -> None:
     """What networks need is remembered under their names."""
     for remembered in (memory._variables, memory._bytes_per_image):
         remembered.cache_clear()
+
+
+def write_run(directory, config, step=8):
+    """Writes the workdir of a run of MoCo with weights and running averages as after some training, without any."""
+    model = config.model
+    encoder = Encoder(model.arch, dim=config.moco.dim, stem=model.stem, width=model.width)
+    method = MoCo(encoder, Objective(), config.moco.queue_size)
+    abstract = jax.eval_shape(lambda: pretrain.create(jax.random.key(0), method, optim.sgd()))
+    random = np.random.default_rng(0)
+
+    def value(path, x):
+        drawn = random.standard_normal(x.shape).astype(x.dtype)
+        if x.ndim == 4:
+            return drawn * np.float32(np.sqrt(2 / (x.shape[0] * x.shape[1] * x.shape[3])))
+        name = jax.tree_util.keystr(path)
+        return 1 + 0.2 * np.abs(drawn) if "scale" in name or "var" in name else 0.1 * drawn
+
+    state = jax.tree_util.tree_map_with_path(value, abstract)
+    state = state._replace(step=np.int32(step), memory=state.memory._replace(queue_ptr=np.int32(0)))
+    snapshot.write(snapshot.Snapshot(config, state), directory)
 
 
 def without_speed(records: list[dict]) -> list[dict]:

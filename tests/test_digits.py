@@ -1,4 +1,4 @@
-"""Handwritten digits over textures: reproducible, legible, with held-out handwriting, and trained on like any source."""
+"""Handwritten digits over textures: reproducible, legible, with held-out handwriting, trained on like any source."""
 
 import dataclasses
 import hashlib
@@ -48,6 +48,7 @@ def test_drawing_is_that_of_its_version():
     assert hashlib.sha256(source.images().tobytes()).hexdigest()[:16] == GOLDEN_HASH
 
 
+@pytest.mark.slow
 def test_drawing_needs_no_jax():
     code = "import runpy, sys; runpy.run_path(sys.argv[1])['Digits'](size=2).images(); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, digits.__file__], check=False).returncode == 0
@@ -73,8 +74,9 @@ def test_the_handwriting_of_the_test_split_is_unseen(seed):
     assert not {image.tobytes() for image in pixels[train]} & {image.tobytes() for image in pixels[test]}
     for split, numbers in of.items():
         np.testing.assert_array_equal(digit[numbers], Digits(split, size=20_000, seed=seed).labels()["digit"])
-        counts = np.bincount(numbers, minlength=1797)
-        assert counts.max() < 2 * 20_000 / len(np.unique(numbers))  # none is drawn much more than others
+        for one in range(10):  # each equally often
+            counts = np.unique(numbers[digit[numbers] == one], return_counts=True)[1]
+            assert scipy.stats.chisquare(counts).pvalue > 1e-4
 
 
 def test_seeds_split_the_handwriting_differently():
@@ -116,10 +118,11 @@ def test_texture_and_color_are_trifeatures():
     assert source.label_names["texture"] == Trifeature().label_names["texture"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", [32, 75])
 def test_the_digit_is_white_on_black_whatever_lies_beneath(image_size):
     """Against SciPy's interpolation of the handwritten images; on every texture and color both take enough pixels."""
-    count = 300
+    count = 150
     source = Digits(size=count, image_size=image_size)
     images = source.images()
     zoom, right, down = source._uniforms(np.arange(count))[4:7]
@@ -141,24 +144,10 @@ def test_the_digit_is_white_on_black_whatever_lies_beneath(image_size):
         for name, values in shown.items():
             for level, mask in masks.items():
                 values[level].append((source.labels()[name][index], mask.mean()))
-        # The whole digit is in the image, but for a margin of its outline.
-        assert masks["white"][0].mean() < 0.5
     for values in shown.values():
         for level in values.values():
             of, share = np.array(level).T
             assert min(share[of == one].mean() for one in range(10)) > 0.05
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_the_digit_lies_within_the_image(seed):
-    """Its side is as drawn: the rows and columns that can show it do not cross the border."""
-    source = Digits(size=500, seed=seed, scale=(0.5, 1.0))
-    zoom, right, down = source._uniforms(np.arange(500))[4:7]
-    side = 0.5 + 0.5 * zoom
-    for at in (right, down):
-        start = (1 - side) * at
-        assert (start >= 0).all()
-        assert (start + side <= 1).all()
 
 
 def test_disk_cache_and_pickling(cache):

@@ -608,7 +608,8 @@ def one_block():
 
 
 def own_images(root, **fields):
-    return small.config(data__source=f"folder:{root}", data__augmentation="moco_v2", **fields)
+    few = {"moco__queue_beyond_images": True}  # 30 images, 64 keys
+    return small.config(data__source=f"folder:{root}", data__augmentation="moco_v2", **few, **fields)
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def _without_curves(request, monkeypatch):
 def run(tmp_path_factory):
     """A run of two steps on 60 training images and 37 held-out ones, no multiple of any batch."""
     workdir = tmp_path_factory.mktemp("run")
-    config = small.config(steps=2, data__trifeature__train_size=60, data__trifeature__test_size=37)
+    config = small.config(steps=2, data__trifeature__train_size=60, data__trifeature__test_size=37, moco__queue_size=48)
     training.train(config, workdir, devices=jax.devices()[:1], quiet=True)
     return workdir
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_evaluated_is_said(run, tmp_path):
     np.savez(tmp_path / "bare.npz", images=np.zeros((20, 32, 32, 3), np.uint8))
     config = Workdir(run).read_config()
     config.data.source, config.data.augmentation = f"array:{tmp_path}/bare.npz", "moco_v2"
-    with pytest.raises(UsageError, match="has no labels: expected a source with labels"):
+    with pytest.raises(UsageError, match=r"has no labels, which --knn, .* need: expected a folder for each class"):
         pretrained.labeled(pretrained.load(run, config).config, "train")
     with pytest.raises(UsageError, match=r"linear.batch_size=16 is not a multiple of the 3 devices"):
         results(run, tmp_path / "three", devices=3)
@@ -251,9 +251,9 @@ def test_all_at_once(run, tmp_path, capsys, monkeypatch):
     config = Workdir(run).read_config()
     with threadpoolctl.threadpool_limits(1):  # the map's threads would wait for each other more than they compute
         assert evaluate.evaluate(tmp_path / "run", config, tmp_path / "run", wanted, **options) is None
-    assert sorted(extracted) == [37, 60]  # each split once
+    assert sorted(extracted) == [37, 37, 60, 60]  # each split once, and once for the untrained network
     found = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(found) == {"knn", "diagnostics"}
+    assert set(found) == {"knn", "diagnostics", "history"}
     assert set(LABELS) < set(found["knn"])
     assert found["knn"]["shape"]["k"] == 60
     assert found["knn"]["shape"]["test_images"] == found["diagnostics"]["images"] == 37

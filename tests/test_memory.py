@@ -55,7 +55,7 @@ def test_the_default_is_refused_in_seconds_where_it_does_not_fit(mesh, monkeypat
     monkeypatch.setattr(memory, "of_device", lambda mesh: 24 * 10**9)
     begun = time.monotonic()
     with pytest.raises(
-        UsageError, match=r"a step of resnet50 needs at least [\d.]+ GB .* which has 24.0 GB: .*trifeature.py"
+        UsageError, match=r"a step of resnet50 needs at least [\d.]+ GB .* which has 24.0 GB: .*--config=trifeature"
     ):
         ifm_jax.train(ifm_jax.Config(), tmp_path / "run", devices=jax.devices()[:1])
     assert time.monotonic() - begun < 60  # it compiles for longer than that

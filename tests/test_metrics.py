@@ -306,6 +306,30 @@ def test_curves_without_some_fields(tmp_path):
     assert matplotlib.image.imread(path).shape[:2] == (1080, 1080)
 
 
+def evaluated(step, *labels, **extras):
+    """A record with what an evaluation finds for these labels; for none, as for a source with a single one."""
+    values = {"linear": 60.0, "knn": 55.0, "gain": 20.0, "knn_gain": 10.0}
+    each = {f"{name}/{label}": value - 5 * i for name, value in values.items() for i, label in enumerate(labels)}
+    return make_record(step, **values, **each, **extras)
+
+
+@pytest.mark.parametrize("labels", [(), ("shape", "texture", "color"), tuple(f"attribute{i}" * 4 for i in range(40))])
+def test_curves_of_evaluations(tmp_path, labels):
+    """A panel for the readouts, with its legend above it; a color for each label, six at most."""
+    path = tmp_path / "curves.png"
+    draw_curves([evaluated(step, *labels) if step % 4 == 0 else make_record(step) for step in range(1, 13)], path)
+    image = matplotlib.image.imread(path)[..., :3]
+    assert image.shape == (1440, 1080, 3)
+    rows = {}
+    for color in ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"):
+        wanted = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        place = (np.abs(image - wanted).max(axis=-1) < 0.02)[690:1200]
+        rows[color] = np.flatnonzero(place.any(axis=1)) + 690
+    assert [len(found) > 0 for found in rows.values()] == [i < max(len(labels), 1) for i in range(5)]
+    # A white row parts the legend from the panel.
+    assert (image[790:830, 110:1050] == 1).all(axis=(1, 2)).any() or len(labels) > 3
+
+
 def test_no_records_no_picture(tmp_path):
     draw_curves([], tmp_path / "curves.png")
     assert not list(tmp_path.iterdir())
@@ -347,6 +371,29 @@ def test_plain_lines():
         "step 120/256  epoch 3.75/8  loss 3.2101  acc1 41.2 %  lr 0.0180  2310 images/s  left 0:01:08",
         "step 256/256  epoch 8.00/8  loss 3.2101  acc1 41.2 %  lr 0.0180  2310 images/s  left 0:00:00",
     ]
+
+
+def test_plain_lines_show_gains_where_there_was_an_evaluation():
+    output = io.StringIO()
+    with Progress(100, epochs=1, verbose=True, file=output, clock=Clock()) as progress:
+        progress.update(10, evaluated(10, "shape", "texture", "color"))
+        progress.update(20, make_record(20))
+        progress.update(30, evaluated(30))
+        progress.update(40, evaluated(40, *"abcde"))
+    gains = [re.search(r"acc1 .* %  (.*)lr", line)[1] for line in output.getvalue().splitlines()]
+    assert gains == ["gain shape +20.0, texture +15.0, color +10.0  ", "", "gain +20.0  ", "gain +20.0, least e +0.0  "]
+
+
+def test_the_bar_keeps_the_gains(terminal):
+    console, clock = terminal(160), Clock()
+    with Progress(100, epochs=1, console=console, clock=clock) as progress:
+        for step in (10, 20):
+            clock.now += 30.0
+            progress.update(step, evaluated(step, "shape", "color") if step == 10 else make_record(step))
+            progress._live.refresh()
+    for number in (10, 20):
+        line = next(line for line in shown_lines(console) if f" {number}/100" in line)
+        assert "gain shape +20.0, color +15.0" in line
 
 
 def test_plain_line_before_the_speed_is_known():

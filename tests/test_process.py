@@ -231,6 +231,8 @@ def test_nohup_is_obeyed_and_another_hosts_signal_is_no_first_one(handlers):
         (["convert_checkpoints.py"], "convert_checkpoints.py"),
         (["demo.py"], "demo.py"),
         (["-m", "ifm_jax.replay"], "replay.py"),
+        (["-m", "ifm_jax", "train"], "ifm-jax train"),
+        (["-m", "ifm_jax", "train", "--coordinator=localhost:1"], "ifm-jax train"),
     ],
 )
 def test_ctrl_c_while_importing_is_one_line(tmp_path, script, name):

@@ -37,6 +37,24 @@ def test_a_recipe_loads_and_holds_together(load, path):
     validate(config, devices=8)
 
 
+# Training images of the data sets (tfds's catalog; ImageNet-100: the list of classes of Tian et al. 2020).
+IMAGES = {"tfds:cifar10": 50_000, "tfds:stl10": 105_000, "ImageNet-100": 126_689, "ImageNet": 1_281_167}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_no_recipe_has_more_keys_than_images(path):
+    """`runs.start` refuses such a run; of own images there are ten thousand or more (ifm_own_images)."""
+    config = recipes.load(path)
+    images = {"trifeature": config.data.trifeature.train_size} | IMAGES
+    source = config.data.source
+    if source in ("folder:", "tfds:imagenet2012"):
+        source = "ImageNet-100" if config.data.classes else "ImageNet"
+    count = 10_000 if path.stem == "ifm_own_images" else images.get(source)
+    if config.method == "moco":
+        assert config.moco.queue_size <= count
+        assert not config.moco.queue_beyond_images
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_how_it_is_run(path):
     text = compile(path.read_text(), path, "exec").co_consts[0]
@@ -195,7 +213,7 @@ def test_a_recipe_that_is_no_file(tmp_path, monkeypatch):
         ("wram.py", "wram.py does not exist: did you mean warm.py?"),
         ("configs/ifm_cifar.py", "does not exist: did you mean ifm_cifar10?"),
         ("ifm_cifra10", "does not exist: did you mean ifm_cifar10?"),
-        ("nowhere.py", "nowhere.py does not exist: expected a recipe, for example configs/trifeature.py"),
+        ("nowhere.py", "nowhere.py does not exist: expected a recipe, for example trifeature (ifm-jax config --list)"),
         ("x" * 5000, "does not exist"),
         ("a\0b.py", "does not exist"),
     ):

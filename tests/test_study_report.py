@@ -3,11 +3,14 @@
 import io
 import json
 
+import matplotlib.colors
+import matplotlib.image
 import numpy as np
 import pytest
 import rich.console
 import scipy.stats
 
+from ifm_jax.runs.curves import BLUE
 from ifm_jax.studies import pictures, report, statistics
 from ifm_jax.studies.study import Comparison
 
@@ -224,7 +227,9 @@ def test_the_printed_tables_name_every_arm_and_comparison(results):
     text = console.file.getvalue()
     assert text.startswith("60 runs")
     for name in ("untrained", *ARMS):
-        assert text.count(f" {name}") >= 2, name
+        assert text.count(name) >= 2, name
+    assert text.count("acc1") == 2  # no column is cut at this width
+    assert text.count("Holm p") == 2
     for entry in results["comparisons"]:
         assert "{:+.2f} to {:+.2f}".format(*entry["ci95"]) in text
 
@@ -243,7 +248,23 @@ def test_series_join_arms_that_differ_in_one_axis_only(results):
     assert all(len(runs) == 5 for series in found.values() for runs in series.points.values())
 
 
-def test_pictures_are_written_where_there_is_something_to_draw(results, tmp_path):
+def test_infonce_is_where_every_series_of_ifm_begins():
+    fields = [
+        {},
+        {"objective": "ifm", "alpha": 1.0},
+        {"objective": "ifm", "alpha": 0.5},
+        {"objective": "ifm_only", "alpha": 0.5},
+        {"objective": "ifm_only", "alpha": 1.0, "epsilon": 0.2},
+        {"objective": "ifm", "queue_size": 64, "method": "moco"},
+    ]
+    rows = [make_row("s", str(number), 0, {"shape": 50.0}, **each) for number, each in enumerate(fields)]
+    found = {(series.objective, series.alpha): list(series.points) for series in pictures.find_series(rows)}
+    assert found == {("ifm", 1.0): [0.0, 0.1], ("ifm", 0.5): [0.0, 0.1], ("ifm_only", None): [0.0, 0.1, 0.2]}
+
+
+@pytest.mark.slow
+def test_pictures_are_written_where_there_is_something_to_draw(tmp_path):
+    results = make_results([row for row in make_rows(seeds=2) if row["source"] == "digits"])
     report.write(results, tmp_path)
     drawn = ["effects.png", "loss_error.png", "trade_offs.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*drawn, "results.md"])
@@ -251,6 +272,10 @@ def test_pictures_are_written_where_there_is_something_to_draw(results, tmp_path
     for name in drawn:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
+        pixels = matplotlib.image.imread(tmp_path / name)[..., :3]
+        above = pixels[: len(pixels) // 2].reshape(-1, 3)  # the legend is below
+        near = np.abs(above - matplotlib.colors.to_rgb(BLUE)) < 0.16  # as some marks are pale
+        assert near.all(axis=-1).any(), f"{name} shows no data"
     # Written again with a single arm: nothing varies, and nothing can be compared.
     report.write(make_results([row for row in results["rows"] if row["arm"] == "InfoNCE"]), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss_error.png", "results.md"]

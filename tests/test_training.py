@@ -162,7 +162,9 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_limit_shortens_the_epoch(tmp_path):
-    result = train(small.config(data__limit=33, epochs=4, steps=1), tmp_path)  # as many steps in all
+    result = train(
+        small.config(data__limit=33, epochs=4, steps=1, moco__queue_size=32), tmp_path
+    )  # as many steps in all
     assert result.total_steps == 1
     assert metrics_log.read(tmp_path / "metrics.jsonl")[0]["epoch"] == 0.5
 

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -15,11 +16,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NoReturn
 
-import jax
-
-from ifm_jax import process, sharding
+from ifm_jax import process
 from ifm_jax.cli.flags import Flags, Given
 from ifm_jax.config import Group, field
 from ifm_jax.errors import RunError, UsageError, name_too_long
@@ -59,6 +58,8 @@ def join_hosts(hosts: Hosts) -> None:
       UsageError: if the options do not fit together.
       RunError: if the processes do not connect.
     """
+    from ifm_jax import sharding
+
     try:
         sharding.initialize(hosts.coordinator or None, hosts.num_processes, hosts.process_id)
     except TimeoutError as error:
@@ -81,7 +82,9 @@ def workdir(path: str | os.PathLike[str]) -> None:
 _workdir: pathlib.Path | None = None
 
 
-def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | None = None) -> None:
+def run(
+    main: Callable[[Given], int | None], flags: Flags, argv: list[str] | None = None, *, with_jax: bool = True
+) -> NoReturn:
     """Parses the flags, runs `main` with the result and ends the process.
 
     The exit status is 0 for success; 2 for a mistake of the caller and 1 for a failure of the run, each with one line
@@ -94,6 +97,7 @@ def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | Non
       main: does the work; returns the exit status, None for 0.
       flags: flags of the command.
       argv: the command line; None: the process's.
+      with_jax: import JAX before `main` is called, while Ctrl-C still ends the process at once.
     """
     argv = sys.argv if argv is None else argv
     name = os.path.basename(argv[0])
@@ -101,8 +105,6 @@ def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | Non
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     process.keep_memory()
     process.prepare_streams()
-    if signal.getsignal(signal.SIGINT) is process.interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     stdout = sys.stdout
     sys.stdout = process.Output(
         stdout,
@@ -112,21 +114,28 @@ def run(main: Callable[[Given], int | None], flags: Flags, argv: list[str] | Non
         ),
     )
     try:
-        status, alone = _outcome(main, flags, argv, name)
+        status, alone = _outcome(main, flags, argv, name, with_jax)
         status = _end_output(sys.stdout, status)
     finally:
         sys.stdout = stdout
-    if alone and jax.distributed.is_initialized():
+    if alone and _is_of_several():
         _leave_the_others(status)
     # From here to the interpreter's exit nothing can be interrupted cleanly.
     atexit.register(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     sys.exit(status)
 
 
-def _outcome(main: Callable[[Given], int | None], flags: Flags, argv: list[str], name: str) -> tuple[int, bool]:
+def _outcome(
+    main: Callable[[Given], int | None], flags: Flags, argv: list[str], name: str, with_jax: bool
+) -> tuple[int, bool]:
     """Runs `main`; returns the exit status, and whether other processes of the run may not know of this end."""
     try:
-        status = main(flags.parse(argv[1:])) or 0
+        given = flags.parse(argv[1:])
+        if with_jax:
+            importlib.import_module("jax")
+        if signal.getsignal(signal.SIGINT) is process.interrupted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = main(given) or 0
         return status, 0 < status < 128
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else bool(ended.code), bool(ended.code)
@@ -141,10 +150,22 @@ def _outcome(main: Callable[[Given], int | None], flags: Flags, argv: list[str],
     except Exception as error:
         if isinstance(error, OSError) and (mistake := name_too_long(error)) is not None:
             return _say(name, mistake, 2), True
-        if jax.distributed.is_initialized() and sharding.is_of_a_peer(error):
+        if _is_of_several() and _is_of_a_peer(error):
             return _say(name, f"{process.PEER_ENDED} ({_first_line(error)})", 1), True
         where = _write_traceback(argv)
         return _say(name, f"unexpected {type(error).__name__}: {_first_line(error)}; the traceback is {where}", 1), True
+
+
+def _is_of_several() -> bool:
+    """Whether this process has joined others in a run, for which it must have imported JAX."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _is_of_a_peer(error: Exception) -> bool:
+    from ifm_jax import sharding
+
+    return sharding.is_of_a_peer(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -160,7 +181,7 @@ def _write_traceback(argv: list[str]) -> str:
     text = "\n".join(
         [
             f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, process {os.getpid()}, in {os.getcwd()}",
-            shlex.join(argv),
+            f"{argv[0]} {shlex.join(argv[1:])}",  # the first may be "ifm-jax train"
             ", ".join(f"{name} {version}" for name, version in versions.items()),
             "",
             traceback.format_exc(),
@@ -203,6 +224,8 @@ def _leave_the_others(status: int) -> None:
     the others at once; if all of them have failed alike, they have a few seconds to report it.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # our messages are out; hide the runtime's
+    from ifm_jax import sharding
+
     if sharding.process_index() == 0:
         time.sleep(3.0)
     os._exit(status)

@@ -183,12 +183,12 @@ def describe(flag: ConfigFlag, line: Callable[..., list[str]], kind: Callable[[F
         else:
             group = name.rpartition(".")[0]
             by_group[group] += line(
-                f"config.{name}", known.declared.meaning, kind(known), _as_text(get_field(config, name))
+                f"config.{name}", known.declared.meaning, kind(known), as_text(get_field(config, name))
             )
     return lines + [text for group in by_group.values() for text in group]
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Formats a value for the command line."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "(empty)"

@@ -1,4 +1,22 @@
-"""Evaluates a frozen backbone on labeled images: `eval_linear.py`."""
+"""Evaluates a frozen backbone: on labeled images, and with pictures and features that need no labels.
+
+    ifm-jax eval --workdir=DIR                      a run, with the original's linear-evaluation protocol
+    ifm-jax eval --pretrained=FILE.pth.tar ...      a PyTorch checkpoint, or an Orbax checkpoint (a folder)
+    ... --pretrained=FILE --prefix=backbone.        another library's checkpoint, whose names have that prefix
+    ... --config.linear.lr=1,3,10,30                several classifiers at once; reports the best
+    ... --fast                                      minutes instead of hours: stored features of a few views
+    ... --knn                                       k nearest neighbors (Wu et al. 2018), without training
+    ... --diagnostics                               alignment, uniformity, effective rank, similarities
+    ... --features=FILE.npz [--split=train] [--layer=projection]     writes the features, with labels and names
+    ... --map=FILE.png                              draws the features in two dimensions, colored by label
+    ... --neighbors=FILE.png                        draws some images with the training images nearest to them
+
+The last four need no labels. Where a source has no held-out images of its own, a tenth of its images is held out.
+With --workdir, the evaluation uses the run's own config, and --config.field=value changes a field of it. With
+--pretrained, the network follows from the file's tensors; --config=NAME or --config.data.source=... selects the images.
+Results go into results.json in the workdir or in --output. The same command resumes a stopped evaluation. In a clone,
+python eval_linear.py is the same.
+"""
 
 import dataclasses
 import pathlib
@@ -25,8 +43,13 @@ class Options(Group):
     features: str = field("", "Write features to this .npz or .array_record file.")
     map: str = field("", "Draw the features in two dimensions into this .png file.")
     map_method: str = field("tsne", "Method of the map.", choices=("tsne", "umap"), expected="one of tsne, umap")
+    neighbors: str = field("", "Draw some held-out images with the nearest training images into this .png file.")
     split: str = field(
-        "test", "Images whose features to write or draw.", choices=("train", "test"), expected="one of train, test"
+        "",
+        "Images whose features to write or draw: train, test (held out) or all; default: test, or all where the source "
+        "has no held-out images of its own.",
+        choices=("", "train", "test", "all"),
+        expected="one of train, test, all",
     )
     layer: str = field(
         "backbone",
@@ -34,16 +57,14 @@ class Options(Group):
         choices=("backbone", "projection"),
         expected="one of backbone, projection",
     )
+    verbose: bool = field(False, "Where the output is no terminal, print each line of metrics, not one an epoch.")
+    untrained: bool = field(True, "Evaluate the untrained network too, with --knn and --fast.")
     hosts: Hosts = field(Hosts, "one of several processes")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__, ConfigFlag())
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__, ConfigFlag())
 
 
 def main(given: Given) -> int:
@@ -54,10 +75,13 @@ def main(given: Given) -> int:
         raise UsageError("expected either --workdir (the directory of a training run) or --pretrained (a checkpoint)")
     path = options.workdir or options.pretrained
     config = given.config.over(lambda: _config_of_run(options.workdir) if options.workdir else Config())
+    config.verbose |= options.verbose
     output = pathlib.Path(options.output or options.workdir or pathlib.Path("runs") / _name(path))
     command.workdir(output)
     command.join_hosts(options.hosts)
-    from ifm_jax.evaluation import evaluate  # imports scikit-learn and matplotlib, so only after the flags are checked
+    from ifm_jax import sharding  # this and the next take seconds, too long for a usage error
+    from ifm_jax.evaluation import evaluate
+    from ifm_jax.runs.workdir import Workdir
 
     wanted = evaluate.Wanted(
         fast=options.fast,
@@ -66,11 +90,19 @@ def main(given: Given) -> int:
         features=options.features or None,
         map=options.map or None,
         map_method=options.map_method,
+        neighbors=options.neighbors or None,
         split=options.split,
         layer=options.layer,
+        untrained=options.untrained,
+        fit_lr="linear.lr" not in given.config.changes,
     )
     stopped = evaluate.evaluate(path, config, output, wanted, prefix=options.prefix)
-    return command.say_stopped(stopped, output) if stopped is not None else 0
+    if stopped is not None:
+        return command.say_stopped(stopped, output)
+    results = Workdir(output).results
+    if results.exists() and sharding.process_index() == 0:
+        print(f"Results: {results}")
+    return 0
 
 
 def _config_of_run(workdir: str) -> Config:
@@ -84,6 +116,6 @@ def _name(path: str) -> str:
     return pathlib.Path(path).resolve().name.removesuffix(".tar").removesuffix(".pth")
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

@@ -85,7 +85,7 @@ class Flags:
                 continue
             name = _flag_name(known)
             self.add(name, _reader(known, name), dest=known.name, switch=known.kind is bool)
-            self._help += _described(name, known.declared.meaning, _type(known), known.default or None)
+            self._help += _described(name, known.declared.meaning, type_name(known), known.default or None)
         if config is not None:
             self.add("config", config_flag.read_recipe)
             for name, known, renamed in config_flag.names():
@@ -189,7 +189,7 @@ class Flags:
             config = self._config
             with contextlib.suppress(UsageError):  # a user who asks for help may have made a mistake
                 _, config, _ = self._known(arguments)
-            of_config = config_flag.describe(config, _described, _type)
+            of_config = config_flag.describe(config, _described, type_name)
         print("\n".join([self._text.strip(), "\nFlags:", *self._help, *of_config]))
 
 
@@ -263,7 +263,7 @@ def _reader(known: Field, name: str) -> Read:
     return read
 
 
-def _type(known: Field) -> str:
+def type_name(known: Field) -> str:
     """Returns the type of a field, such as `int`, and its allowed values if the type alone does not tell them."""
     kind, expected = f"list of {known.kind.__name__}" if known.many else known.kind.__name__, known.expected()
     for words in ("a whole number", "a number", "an integer"):

@@ -1,6 +1,6 @@
 """Runs a study: settings x seeds, compared in pairs.
 
-    ifm-jax study --config=configs/studies/ifm.py --workdir=DIR [--jobs=N]
+    ifm-jax study --config=studies/confirmation --workdir=DIR [--jobs=N]
     ifm-jax study --workdir=DIR --report               tables and pictures anew, from results.json
 
 Finished runs are not repeated and stopped ones go on, so the same command resumes a study, and one with more seeds adds
@@ -8,6 +8,7 @@ to it.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from ifm_jax import recipes
 from ifm_jax.cli import command
@@ -15,12 +16,15 @@ from ifm_jax.cli.flags import Flags, Given
 from ifm_jax.config import Group, field
 from ifm_jax.errors import UsageError
 
+if TYPE_CHECKING:
+    from ifm_jax.studies import runner
+
 
 @dataclasses.dataclass(slots=True)
 class Options(Group):
     """The command's flags."""
 
-    config: str = field("", "File with the study, or a study of the package, such as studies/ifm.")
+    config: str = field("", "File with the study, or a study of the package, such as studies/confirmation.")
     workdir: str = field("", "Directory of the study.")
     jobs: int = field(
         0,
@@ -31,13 +35,9 @@ class Options(Group):
     report: bool = field(False, "Run nothing: draw tables and pictures anew from results.json.")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__)
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__)
 
 
 def main(given: Given) -> int:
@@ -47,7 +47,7 @@ def main(given: Given) -> int:
     if not options.workdir:
         raise UsageError("no --workdir given: expected the directory of the study")
     if not options.config and not options.report:
-        raise UsageError("no --config given: expected a study, for example configs/studies/ifm.py")
+        raise UsageError("no --config given: expected a study, for example studies/confirmation")
     command.workdir(options.workdir)
     from ifm_jax.studies import runner, study
 
@@ -60,11 +60,7 @@ def main(given: Given) -> int:
     try:
         results = runner.run(study.load(options.config), name, options.workdir, jobs=options.jobs)
     except runner.Stopped as stopped:
-        print(
-            f"Stopped by {stopped.signal.name}: {stopped.done} of {stopped.total} runs done, those under way saved in "
-        )
-        print(f"{options.workdir}. The same command resumes the study.")
-        return 128 + stopped.signal
+        return say_stopped(stopped, options.workdir)
     from ifm_jax.studies import report
 
     report.print_report(results)
@@ -72,10 +68,15 @@ def main(given: Given) -> int:
     return 0
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
+def say_stopped(stopped: "runner.Stopped", workdir: str) -> int:
+    """Tells how to resume a study that a signal stopped; returns the exit status."""
+    print(
+        f"Stopped by {stopped.signal.name} after {stopped.done} of {stopped.total} runs; those under way are saved in "
+        f"{workdir}. The same command resumes the study."
+    )
+    return 128 + stopped.signal
 
 
-if __name__ == "__main__":
-    run()
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

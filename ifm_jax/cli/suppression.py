@@ -1,4 +1,10 @@
-"""Reports which features runs have learned and suppressed: `python -m ifm_jax.evaluation.suppression`."""
+"""Reports which features runs have learned and suppressed: linear readouts of every label, run by run.
+
+    ifm-jax suppression WORKDIR [WORKDIR ...] [--output=DIR]
+
+Runs that differ in their seed only are one method: mean and standard error over seeds; methods are compared with the
+first one, paired by seed. Writes suppression.json, suppression.md and suppression.png.
+"""
 
 import dataclasses
 
@@ -15,25 +21,21 @@ class Options(Group):
     output: str = field(".", "Directory for suppression.json, suppression.md and suppression.png.")
 
 
-def flags(text: str = "") -> Flags:
-    """Returns the flags of the command.
-
-    Args:
-      text: text of `--help`, which tells how to call the command; empty: the module's docstring.
-    """
-    return Flags(Options, text or __doc__)
+def flags() -> Flags:
+    """Returns the flags of the command."""
+    return Flags(Options, __doc__)
 
 
 def main(given: Given) -> int:
     """Reads out the given runs; returns the exit status."""
     if not given.arguments:
         raise UsageError("no workdir given: expected the workdirs of one or more training runs")
-    from ifm_jax.evaluation import suppression
+    from ifm_jax.evaluation import comparison
 
-    suppression.compare(given.arguments, given.options.output)
+    comparison.compare(given.arguments, given.options.output)
     return 0
 
 
-def run(text: str = "") -> None:
-    """Runs the command with the arguments of the process, and ends the process; `text` as for `flags`."""
-    command.run(main, flags(text))
+def run() -> None:
+    """Runs the command with the arguments of the process, and ends the process."""
+    command.run(main, flags())

@@ -74,6 +74,17 @@ class ArrayFile(PixelImages):
         return [repr(self.images.shape), pixels, *(labels.tobytes() for labels in self._labels.values())]
 
 
+def has_held_out(path: pathlib.Path) -> bool:
+    """Returns whether a file has held-out images, without reading them.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+      NpzError: if it is not a .npz file.
+    """
+    with Npz(path) as file:
+        return any(name in file for name in _NAMES["test"]["images"])
+
+
 def open_array(
     path: str,
     split: str,

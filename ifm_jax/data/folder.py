@@ -114,6 +114,18 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def has_held_out(path: str) -> bool:
+    """Returns whether a folder has held-out images of its own; see the module's description.
+
+    Raises:
+      UsageError: if there is no such folder.
+    """
+    try:
+        return "test" in _parts(path)
+    except (OSError, RuntimeError):  # opening it explains what is wrong
+        return True
+
+
 def open_folder(
     path: str,
     split: str,

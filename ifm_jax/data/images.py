@@ -60,6 +60,8 @@ class Images(abc.ABC):
       earlier_fingerprints: values of `fingerprint` in earlier versions, so that their runs can resume.
     """
 
+    channels = 3
+
     def __init__(self, image_size: int, random_crops: crops.RandomCrops, label_names: dict[str, tuple[str, ...]]):
         self.image_size, self.random_crops, self.label_names = image_size, random_crops, label_names
 

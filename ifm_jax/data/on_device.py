@@ -76,14 +76,14 @@ def read_all(
       bad_images: records unreadable images, each of which a neighbor then replaces; None: the first ends the reading.
 
     Returns:
-      Pixels, uint8 `(size, side, side, 3)`, and their description.
+      Pixels, uint8 `(size, side, side, C)`, and their description.
 
     Raises:
       RunError: if an image, or too many of them, cannot be read.
     """
     if not isinstance(source, ViewSource):
         return source.examples(np.arange(size))["image"], Copies(size, side)
-    pixels, sizes = np.empty((size, side, side, 3), np.uint8), np.empty((size, 2), np.int32)
+    pixels, sizes = np.empty((size, side, side, source.channels), np.uint8), np.empty((size, 2), np.int32)
 
     def fill(places: range) -> list[tuple[int, str]]:
         bad: list[tuple[int, str]] = []
@@ -195,7 +195,7 @@ class OnDeviceStep:
 
         Args:
           state: state before the first step.
-          images: all images, uint8 `(images, S, S, 3)`.
+          images: all images, uint8 `(images, S, S, C)`.
           call: arrays from `on_device_batches`.
           rng: see `PretrainStep`.
           learning_rates: see `PretrainStep`.
@@ -228,7 +228,7 @@ class OnDeviceStep:
         """Returns the batch of one step; part of the compiled program.
 
         Args:
-          images: all images, uint8 `(images, S, S, 3)`.
+          images: all images, uint8 `(images, S, S, C)`.
           row: `index` int32 `(N,)`; where crops are cut `boxes`, float32 `(N, 2, 4)`.
         """
         split = functools.partial(sharding.split_rows, mesh=self.step.method.mesh)
@@ -252,18 +252,19 @@ class OnDeviceStep:
         )
 
 
-def check_memory(images: int, side: int, has: int | None) -> None:
+def check_memory(images: int, side: int, has: int | None, channels: int = 3) -> None:
     """Checks that images fit on each of the devices.
 
     Args:
       images: number of images.
       side: side of each image in pixels.
       has: bytes of memory of a device; None: unknown, and nothing is checked.
+      channels: channels of an image.
 
     Raises:
       UsageError: if they fill more than 80 % of its memory.
     """
-    needed = images * side * side * 3
+    needed = images * side * side * channels
     if has is not None and needed > _SHARE * has:
         raise UsageError(
             f"data.cache='device' needs {needed / 1e9:.1f} GB of each device's {has / 1e9:.1f} GB, for {images:,} "

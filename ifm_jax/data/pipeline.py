@@ -38,7 +38,10 @@ def steps_per_epoch(size: int, batch_size: int, *, remainder: bool = False) -> i
     if remainder and size:
         return -(-size // batch_size)
     if size < batch_size:
-        raise UsageError(f"batch_size={batch_size} is more than the {size} training images: use a smaller one")
+        images = f"{size} training image{'s' if size != 1 else ''}"
+        smaller = 2 ** (size.bit_length() - 1) if size else 0
+        remedy = f"use a smaller one, such as {smaller}" if smaller > 1 else "expected more images"
+        raise UsageError(f"batch_size={batch_size} is more than the {images}: {remedy}")
     return size // batch_size
 
 
@@ -196,7 +199,7 @@ class _Cutter:
         # Drawn for the whole global batch, so that the number of hosts does not matter.
         uniforms = crop_uniforms(self._seed, part.number, self._batch_size, crops.draws)
         uniforms = uniforms[part.first : part.first + count].tolist()
-        views = np.empty((count, crops.count, side, side, 3), np.uint8)
+        views = np.empty((count, crops.count, side, side, self._source.channels), np.uint8)
         images = part.images.copy()
         bad: list[tuple[int, str]] = []
 

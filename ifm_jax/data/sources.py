@@ -1,5 +1,6 @@
 """Image sources: small protocols, and the source that a config names."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, overload, runtime_checkable
@@ -9,6 +10,7 @@ import numpy as np
 from ifm_jax import config as configs
 from ifm_jax.config import DataConfig, DigitsConfig
 from ifm_jax.data.digits import Digits
+from ifm_jax.data.random_bits import ViewsWithRandomBits, WithRandomBits
 from ifm_jax.data.trifeature import Trifeature
 from ifm_jax.drawing import Drawn
 from ifm_jax.errors import UsageError
@@ -63,10 +65,12 @@ class ViewSource(Source, Protocol):
     Attributes:
       image_size: side of a view in pixels.
       random_crops: the number of views and their size range.
+      channels: channels of an image, 3 unless it has random bits.
     """
 
     image_size: int
     random_crops: "RandomCrops"
+    channels: int
 
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Returns random crops of one image, each uint8 `(H, W, 3)`, cut independently. Thread-safe.
@@ -104,7 +108,8 @@ def open_source(data: DataConfig, split: str) -> Source:
       UsageError: if there is no such source, or it lacks what the config asks for.
     """
     if configs.drawn_source(data) and data.augmentation == "trifeature":
-        return _open_drawn(data, split)
+        bits, images = configs.random_bits(data)[0], _open_drawn(data, split)
+        return WithRandomBits(images, bits, split) if bits else images
     return open_views(data, split, count=2, least_area=_LEAST_AREA.get(data.augmentation, 0.2))
 
 
@@ -120,12 +125,16 @@ def open_views(data: DataConfig, split: str, *, count: int, least_area: float) -
     Raises:
       UsageError: see `open_source`.
     """
+    bits, source = configs.random_bits(data)
+    if bits:
+        plain = dataclasses.replace(data, source=source)
+        return ViewsWithRandomBits(open_views(plain, split, count=count, least_area=least_area), bits, split)
     # These import OpenCV, which drawn images alone do not need.
     from ifm_jax.data.crops import RandomCrops
     from ifm_jax.data.images import Cropped
 
     random_crops = RandomCrops(count, (least_area, 1.0))
-    kind, _, rest = data.source.partition(":")
+    kind, _, rest = source.partition(":")
     if configs.drawn_source(data):
         return Cropped(_open_drawn(data, split), random_crops)
     options = {"image_size": data.image_size, "classes": data.classes, "random_crops": random_crops}
@@ -209,6 +218,7 @@ class ViewSubset(Subset[ViewSource]):
     def __init__(self, source: ViewSource, indices: np.ndarray):
         super().__init__(source, indices)
         self.image_size, self.random_crops = source.image_size, source.random_crops
+        self.channels = source.channels
 
     def views(self, index: int, uniforms: Sequence[float]) -> tuple[np.ndarray, ...]:
         """Cuts random crops of one image; see `ViewSource`."""

@@ -21,13 +21,13 @@ import numpy as np
 
 from ifm_jax import config as configs
 from ifm_jax import files, sharding
-from ifm_jax.augment import ProbeAugmentation, example_rngs
+from ifm_jax.augment import ProbeAugmentation, example_rngs, sparing_bits
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
 from ifm_jax.data.sources import Images, Source, ViewSource, subset
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.evaluation import classifiers
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.evaluation.pretrained import Pretrained, chosen_labels
+from ifm_jax.evaluation.pretrained import Pretrained, required_labels
 from ifm_jax.models.encoder import Tree
 from ifm_jax.runs import checkpoint as checkpoints
 from ifm_jax.runs import metrics_log
@@ -111,6 +111,11 @@ class Result:
         return dataclasses.asdict(self.best) | dataclasses.asdict(self)
 
 
+def has_top5(classes: int) -> bool:
+    """Returns whether top-5 accuracy says anything with so many classes: with five or fewer it is always 100 %."""
+    return classes > 5
+
+
 def grid(config: configs.LinearConfig) -> list[tuple[float, float]]:
     """Returns learning rate and weight decay of every classifier."""
     return list(itertools.product(config.lr, config.weight_decay))
@@ -121,6 +126,7 @@ def run(
     directory: str | os.PathLike[str],
     *,
     fast: bool = False,
+    beside: bool = False,
     devices: list[jax.Device] | None = None,
     quiet: bool = False,
 ) -> dict[str, Result] | Outcome:
@@ -130,6 +136,8 @@ def run(
       checkpoint: checkpoint to evaluate.
       directory: directory for config.json, metrics.jsonl, checkpoints/, tensorboard/ and curves.png.
       fast: use the fast protocol.
+      beside: if the directory belongs to another evaluation, use the first of DIRECTORY-2, DIRECTORY-3, ... that does
+        not.
       devices: devices to run on; None: all.
       quiet: show no progress on the terminal.
 
@@ -137,12 +145,14 @@ def run(
       Label -> result, or if a signal stopped the training, its outcome.
 
     Raises:
-      UsageError: if the images have no labels, or the directory belongs to another evaluation.
+      UsageError: if the images have no labels, or the directory belongs to another evaluation (unless `beside`).
       RunError: if images cannot be read, or the loss is no longer finite.
     """
     probe = _Probe(checkpoint, fast, devices)
     config, frozen, digest = checkpoint.config, probe.frozen, probe.frozen.digest()
     workdir = Workdir(directory, "--output")
+    if beside:
+        workdir = together(lambda: probe.find(workdir, digest), lambda found: {"directory": str(found)})
     with workdir.held():
         together(lambda: probe.open(workdir, digest))
         # Unlike pre-training this starts from scratch if no checkpoint can be read: everything it needs is available.
@@ -166,7 +176,9 @@ def run(
                         state,
                         (Call(sharding.put_batch(frozen.mesh, batch)) for batch in batches),
                         frozen.mesh,
-                        evaluate=lambda state: _summary({part: of.evaluate(state) for part, of in held.items()}),
+                        evaluate=lambda state: _summary(
+                            {part: of.evaluate(state) for part, of in held.items()}, probe.classes
+                        ),
                         evaluate_every=probe.epoch_steps,
                         panels=PROBE,
                         remedy="A lower linear.lr may help",
@@ -202,7 +214,8 @@ class _Probe:
                 "change it, or use fewer devices"
             )
         every, self._test = checkpoint.images("train"), checkpoint.images("test")
-        self.labels = chosen_labels(self._config, every)
+        self.labels = required_labels(self._config, every)
+        self.classes = {label: len(every.label_names[label]) for label in self.labels}
         self._combinations = grid(linear)
         kept, self._aside = np.arange(len(every)), None
         if len(self._combinations) > 1:
@@ -228,16 +241,7 @@ class _Probe:
         Raises:
           UsageError: if the directory cannot be written or belongs to another evaluation.
         """
-        settings = configs.to_dict(self._config)
-        identity = {
-            "protocol": self._protocol,
-            "backbone": digest,
-            "linear": settings["linear"],
-            "label": self._config.data.label,
-            "image_size": self._config.data.image_size,
-            "train": self._train.fingerprint,
-            "test": self._test.fingerprint,
-        }
+        settings, identity = configs.to_dict(self._config), self._identity(digest)
         known = files.read_json(workdir.evaluation, "pass another --output, or delete it")
         if known is not None and known != identity:
             known, now = configs.flatten(known), configs.flatten(identity)
@@ -250,6 +254,32 @@ class _Probe:
             with workdir.writing():
                 files.write_json(workdir.config, settings)
                 files.write_json(workdir.evaluation, identity)
+
+    def find(self, first: Workdir, digest: str) -> Workdir:
+        """Returns the first directory that is free or this evaluation's: the given one, or one numbered from 2.
+
+        Args:
+          first: working directory to begin with.
+          digest: hash of the backbone.
+        """
+        identity = self._identity(digest)
+        for number in itertools.count(1):
+            path = first.path.with_name(f"{first.path.name}-{number}") if number > 1 else first.path
+            workdir = Workdir(path, first.flag)
+            if files.read_json(workdir.evaluation, f"pass another {first.flag}, or delete it") in (None, identity):
+                return workdir
+        raise AssertionError
+
+    def _identity(self, digest: str) -> dict[str, Any]:
+        return {
+            "protocol": self._protocol,
+            "backbone": digest,
+            "linear": configs.to_dict(self._config)["linear"],
+            "label": self._config.data.label,
+            "image_size": self._config.data.image_size,
+            "train": self._train.fingerprint,
+            "test": self._test.fingerprint,
+        }
 
     def held(self, session: Session) -> dict[str, "_Held"]:
         """Returns the images on which the classifiers are tested: "test", and with several classifiers "holdout"."""
@@ -372,7 +402,7 @@ class _Views:
         self._frozen, self._config, self._source, self._bad_images = frozen, config, source, bad_images
         self._labels = {name: source.labels()[name] for name in names}
         dtype = jnp.float64 if config.model.compute_dtype == "float64" else jnp.float32
-        self._augment = ProbeAugmentation(dtype=dtype)
+        self._augment = sparing_bits(ProbeAugmentation(dtype=dtype), configs.random_bits(config.data)[0])
 
     def _batches(self, source: Images, start: int, bad_images: BadImages | None = None) -> _HostBatches:
         linear = self._config.linear
@@ -509,16 +539,22 @@ def _step(
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, split), out_shardings=(whole, whole))
 
 
-def _summary(found: dict[str, dict[str, dict[str, list[float]]]]) -> dict[str, Any]:
-    """Returns the record of an epoch: the accuracy of the best classifier so far and of all of them."""
+def _summary(found: dict[str, dict[str, dict[str, list[float]]]], classes: Mapping[str, int]) -> dict[str, Any]:
+    """Returns the record of an epoch: the accuracy of the best classifier so far and of all of them.
+
+    Top-5 is left out for a label with too few `classes`.
+    """
     record: dict[str, Any] = {}
     for name, test in found["test"].items():
         chosen = int(np.argmax(found.get("holdout", found["test"])[name]["top1"]))
         suffix = "" if len(found["test"]) == 1 else f"/{name}"
-        record |= {f"val_acc1{suffix}": test["top1"][chosen], f"val_acc5{suffix}": test["top5"][chosen]}
+        record[f"val_acc1{suffix}"] = test["top1"][chosen]
+        if has_top5(classes[name]):
+            record[f"val_acc5{suffix}"] = test["top5"][chosen]
     if len(found["test"]) > 1:
         for top in ("val_acc1", "val_acc5"):
-            record[top] = float(np.mean([value for name, value in record.items() if name.startswith(f"{top}/")]))
+            if of_labels := [value for name, value in record.items() if name.startswith(f"{top}/")]:
+                record[top] = float(np.mean(of_labels))
     return record | {"heads": found}
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
 from ifm_jax.config import Config
-from ifm_jax.data.sources import SPLITS, Source, ViewSource, open_views, subset
+from ifm_jax.data.holdout import open_evaluated
+from ifm_jax.data.sources import Source, ViewSource, ViewSubset, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.runs import loading, snapshot
 from ifm_jax.runs.snapshot import Snapshot
 
+WITHOUT_LABELS = "--neighbors=FILE.png, --map=FILE.png, --features=FILE.npz and --diagnostics"
 PROBE_LEAST_AREA = 0.08  # of a training crop, relative to the image's
 
 
@@ -60,14 +62,14 @@ class Pretrained:
         return self._once(self._key("encoder", devices, layer), make)
 
     def images(self, split: str) -> ViewSource:
-        """Returns the labeled images of a split; see `labeled`."""
-        return self._once(("images", split), lambda: labeled(self.config, split))
+        """Returns the images of a split; see `evaluated`."""
+        return self._once(("images", split), lambda: evaluated(self.config, split))
 
     def features(self, split: str, devices: list[jax.Device] | None = None, layer: str = "backbone") -> np.ndarray:
-        """Returns the features of the labeled images of a split, `(images, features)`, extracted once.
+        """Returns the features of the images of a split, `(images, features)`, extracted once.
 
         Args:
-          split: "train" or "test".
+          split: see `evaluated`.
           devices: see `frozen`.
           layer: likewise.
         """
@@ -78,6 +80,29 @@ class Pretrained:
     def has_features(self, split: str, devices: list[jax.Device] | None = None) -> bool:
         """Returns whether the features of the backbone are extracted already; arguments as for `features`."""
         return self._key(split, devices, "backbone") in self._known
+
+    def untrained(self, devices: list[jax.Device] | None = None) -> "Pretrained":
+        """Returns the network as a run of this config and seed begins, with random weights, for the same images.
+
+        Args:
+          devices: see `frozen`.
+        """
+
+        def make() -> Pretrained:
+            frozen, create = self.frozen(devices), assembly.state_creator(self.config)
+            params, batch_stats = jax.jit(
+                lambda: (create().params, create().batch_stats), out_shardings=sharding.replicated(frozen.mesh)
+            )()
+            state = self.snapshot.state._replace(
+                step=np.int32(0), params=params, batch_stats=batch_stats, opt_state=None
+            )
+            fresh = Pretrained(self.config, dataclasses.replace(self.snapshot, state=state), "untrained")
+            fresh._known[self._key("encoder", devices, "backbone")] = frozen.holding(params, batch_stats)
+            for split in ("train", "test"):
+                fresh._known["images", split] = self.images(split)
+            return fresh
+
+        return self._once(self._key("untrained", devices, "backbone"), make)
 
     @staticmethod
     def _key(split: str, devices: list[jax.Device] | None, layer: str) -> tuple[Any, ...]:
@@ -101,7 +126,20 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
     Raises:
       UsageError: if there is nothing to read at `path`, or the config describes another network.
     """
-    found = loading.read(path, prefix=prefix)
+    return of_snapshot(loading.read(path, prefix=prefix), config, os.fspath(path))
+
+
+def of_snapshot(found: Snapshot, config: Config | None, path: str) -> Pretrained:
+    """Returns a snapshot with the config for its evaluation.
+
+    Args:
+      found: snapshot to evaluate.
+      config: see `load`.
+      path: path of the snapshot, for results and errors.
+
+    Raises:
+      UsageError: if the config describes another network.
+    """
     config = configs.from_dict(configs.to_dict(found.config if config is None else config))
     plain = Config()
     if config.method == plain.method:
@@ -114,48 +152,83 @@ def load(path: str | os.PathLike[str], config: Config | None = None, prefix: str
     configs.validate(config)
     config = assembly.resolve(config, found.config if found.config.model.compute_dtype != "auto" else None)
     assembly.configure_jax(config.model.compute_dtype)
-    return Pretrained(config, found, os.fspath(path))
+    return Pretrained(config, found, path)
 
 
-def labeled(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:
-    """Returns the labeled images of a split, for evaluation or to train a classifier.
+def evaluated(config: Config, split: str, count: int = 1, least_area: float = PROBE_LEAST_AREA) -> ViewSource:
+    """Returns the images of a split for evaluation: the labeled ones, or if the source has no labels, all of them.
+
+    Where a source has no held-out images of its own, a tenth of its training images is held out; see `data.holdout`.
 
     Args:
       config: validated config.
-      split: "train" or "test".
+      split: "train", "test" or, where the source has one set of images only, "all".
       count: number of views per image.
       least_area: least area of a view, relative to the image's.
 
     Returns:
-      The source; if `data.label` names a label, the source has only that one.
+      The source.
 
     Raises:
-      UsageError: if there are no labels, no label of that name, or no images.
+      UsageError: if there is no label of the name in `data.label`, or there are no images.
     """
-    if split not in SPLITS:
-        raise UsageError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-    source = open_views(config.data, split, count=count, least_area=least_area)
-    said = f"data.source={config.data.source!r}"
-    if not source.label_names:
-        raise UsageError(f"{said} has no labels: expected a source with labels, such as a folder for each class")
-    chosen_labels(config, source)
+    source = open_evaluated(config.data, split, count=count, least_area=least_area)
+    if not chosen_labels(config, source):
+        return source
     known = np.all([values >= 0 for values in source.labels().values()], axis=0)
-    if split == "train" and config.data.limit:
-        known[config.data.limit :] = False
     if not known.any():
-        raise UsageError(f"{said}: none of its {len(source)} {split} images has a label; expected labeled ones")
-    return source if known.all() else subset(source, np.flatnonzero(known))
+        raise UsageError(
+            f"data.source={config.data.source!r}: none of its {len(source)} {split} images has a label; expected "
+            "labeled ones"
+        )
+    if known.all():
+        return source
+    if isinstance(source, ViewSubset):
+        return subset(source.source, source.indices[known])
+    return subset(source, np.flatnonzero(known))
+
+
+def labeled(config: Config, split: str) -> ViewSource:
+    """Returns the labeled images of a split; see `evaluated`.
+
+    Raises:
+      UsageError: if there are no labels, no label of the name in `data.label`, or no images.
+    """
+    source = evaluated(config, split)
+    required_labels(config, source)
+    return source
+
+
+def required_labels(config: Config, source: Source) -> list[str]:
+    """Returns the names of the labels to evaluate, at least one.
+
+    Raises:
+      UsageError: if there is none, or one that all images share, or the source lacks the label that the config names.
+    """
+    said = f"data.source={config.data.source!r}"
+    if not (names := chosen_labels(config, source)):
+        raise UsageError(
+            f"{said} has no labels, which --knn, --fast, the linear protocol and eval.every need: expected a folder "
+            f"for each class; {WITHOUT_LABELS} need none"
+        )
+    for name in names:
+        if len(source.label_names[name]) < 2:
+            raise UsageError(
+                f"{said} has a single {name}, {source.label_names[name][0]!r}, so there is nothing to classify: "
+                f"expected at least two; {WITHOUT_LABELS} need none"
+            )
+    return names
 
 
 def chosen_labels(config: Config, source: Source) -> list[str]:
-    """Returns the names of the labels to evaluate.
+    """Returns the names of the labels to evaluate; none if the source has no labels.
 
     Raises:
       UsageError: if the source lacks the label that the config names.
     """
     if config.data.label and config.data.label not in source.label_names:
         raise UsageError(
-            f"data.label={config.data.label!r} is not a label of data.source={config.data.source!r}: expected one of "
-            f"{', '.join(source.label_names)}"
+            f"data.label={config.data.label!r} is not a label of data.source={config.data.source!r}: expected "
+            + (f"one of {', '.join(source.label_names)}" if source.label_names else "none, since it has no labels")
         )
     return [config.data.label] if config.data.label else list(source.label_names)

@@ -7,13 +7,14 @@ from step to step in a *memory*, a NamedTuple of arrays (`()` for none). `docs/m
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from ifm_jax import sharding
 from ifm_jax.augment import example_rngs
+from ifm_jax.choices import OBJECTIVES, Kind
 from ifm_jax.methods import losses
 from ifm_jax.methods.shuffle import Order
 from ifm_jax.models import Encoder
@@ -146,10 +147,6 @@ class Method(Protocol[Memory]):
           batch_stats: statistics of that network.
           same_head: whether the new run uses the other run's projection head.
         """
-
-
-Kind = Literal["infonce", "ifm", "ifm_only"]
-OBJECTIVES: tuple[str, ...] = get_args(Kind)
 
 
 @dataclasses.dataclass(frozen=True)

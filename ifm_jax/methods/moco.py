@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ifm_jax import sharding
+from ifm_jax.choices import ShuffleBN
 from ifm_jax.methods import losses, queue
 from ifm_jax.methods.method import Leaf, Objective, Outcome, Part, Tree, Views
-from ifm_jax.methods.shuffle import Order, ShuffleBN, balanced_order, uniform_order
+from ifm_jax.methods.shuffle import Order, balanced_order, uniform_order
 from ifm_jax.models import Encoder
 
 

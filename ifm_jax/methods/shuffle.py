@@ -11,14 +11,11 @@ single all-to-all: each receives as many images as it computes.
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from ifm_jax import sharding
-
-ShuffleBN = bool | Literal["balanced"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,13 +1,12 @@
 """Networks: torchvision's ResNet family, grouped BatchNorm, projection heads."""
 
-from ifm_jax.models.batch_norm import BatchNorm, RunningStats
+from ifm_jax.choices import HEADS, STEMS, Head, RunningStats, Stem
+from ifm_jax.models.batch_norm import BatchNorm
 from ifm_jax.models.encoder import Encoder, only_head, without_head
-from ifm_jax.models.heads import HEADS, HCLHead, Head, MLPHead
+from ifm_jax.models.heads import HCLHead, MLPHead
 from ifm_jax.models.resnet import (
     ARCHITECTURES,
-    STEMS,
     ResNet,
-    Stem,
     create,
     resnet8,
     resnet18,

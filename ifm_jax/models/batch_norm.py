@@ -6,7 +6,7 @@ normalized with its own statistics, for any number of devices.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,7 @@ import numpy as np
 from flax import nnx
 
 from ifm_jax import platforms
-
-RunningStats = Literal["first_group", "mean"]
+from ifm_jax.choices import RunningStats
 
 
 class BatchNorm(nnx.Module):

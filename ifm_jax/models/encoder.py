@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ifm_jax.models import heads, resnet
-from ifm_jax.models.batch_norm import RunningStats
+from ifm_jax.choices import Head, RunningStats, Stem
+from ifm_jax.models import resnet
 
 Tree = dict[str, Any]
 _HEAD = "fc"
@@ -43,19 +43,21 @@ class Encoder:
       compute_dtype: dtype of convolutions and products.
       param_dtype: dtype of parameters and running averages.
       reduce_over: mesh of the devices over which gradients are summed in `param_dtype`; None: in `compute_dtype`.
+      in_channels: channels of an image.
       mlp: only an argument: whether the head is "mlp" or "linear", the spelling from before there were more heads.
     """
 
     arch: str
     dim: int = 128
-    head: heads.Head = "mlp"
-    stem: resnet.Stem = "imagenet"
+    head: Head = "mlp"
+    stem: Stem = "imagenet"
     width: int = 0
     bn_groups: int = 1
     running_stats: RunningStats = "first_group"
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
     reduce_over: jax.sharding.Mesh | None = None
+    in_channels: int = 3
     mlp: dataclasses.InitVar[bool | None] = None
 
     def __post_init__(self, mlp: bool | None):
@@ -75,6 +77,7 @@ class Encoder:
             dtype=jnp.dtype(self.compute_dtype),
             param_dtype=jnp.dtype(self.param_dtype),
             reduce_over=self.reduce_over,
+            in_channels=self.in_channels,
             rngs=rngs,
         )
 
@@ -100,7 +103,7 @@ class Encoder:
         Args:
           params: parameters of this encoder.
           batch_stats: running averages of this encoder.
-          images: `(N, H, W, 3)` float, normalized.
+          images: `(N, H, W, in_channels)` float, normalized.
           train: normalize with the batch's statistics and move the running averages.
         """
         module = self.bind(params, batch_stats)

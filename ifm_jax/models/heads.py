@@ -1,17 +1,15 @@
 """Heads for the pooled features: a linear layer, or a projection head of two."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ifm_jax.choices import HEADS, Head
 from ifm_jax.models.batch_norm import BatchNorm
 from ifm_jax.models.layers import Linear
-
-Head = Literal["linear", "mlp", "hcl"]
-HEADS: tuple[str, ...] = get_args(Head)
 
 
 def linear(

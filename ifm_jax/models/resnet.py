@@ -9,20 +9,18 @@ Sources: He et al. 2016; torchvision.models.resnet; Xie et al. 2017 (ResNeXt); Z
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ifm_jax.choices import STEMS, Head, RunningStats, Stem
 from ifm_jax.models import convolution, heads, layers
 from ifm_jax.models.activation import block_relu
-from ifm_jax.models.batch_norm import BatchNorm, RunningStats
+from ifm_jax.models.batch_norm import BatchNorm
 from ifm_jax.models.pooling import max_pool
-
-Stem = Literal["imagenet", "small", "small_stride2"]
-STEMS: tuple[str, ...] = get_args(Stem)
 
 
 class Architecture(NamedTuple):
@@ -182,6 +180,7 @@ class ResNet(nnx.Module):
       param_dtype: dtype of parameters and running averages.
       reduce_over: mesh of the devices over which gradients are summed in `param_dtype` (see `layers`); None: in
         `dtype`, if there are several.
+      in_channels: channels of an image.
       rngs: an `nnx.Rngs` with a `params` stream.
     """
 
@@ -190,7 +189,7 @@ class ResNet(nnx.Module):
         arch: Architecture,
         *,
         num_classes: int = 1000,
-        head: heads.Head = "linear",
+        head: Head = "linear",
         mlp: bool = False,
         stem: Stem = "imagenet",
         bn_groups: int = 1,
@@ -198,6 +197,7 @@ class ResNet(nnx.Module):
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         reduce_over: jax.sharding.Mesh | None = None,
+        in_channels: int = 3,
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "param_dtype": param_dtype, "reduce_over": reduce_over, "rngs": rngs}
@@ -208,11 +208,11 @@ class ResNet(nnx.Module):
         self.arch = arch
         self.stem = stem
         if stem == "imagenet":
-            self.conv1 = conv(3, arch.width, 7, stride=2)
+            self.conv1 = conv(in_channels, arch.width, 7, stride=2)
         elif stem == "small":
-            self.conv1 = conv(3, arch.width, 3)
+            self.conv1 = conv(in_channels, arch.width, 3)
         elif stem == "small_stride2":
-            self.conv1 = conv(3, arch.width, 5, stride=2)
+            self.conv1 = conv(in_channels, arch.width, 5, stride=2)
         else:
             raise ValueError(f"unknown stem {stem!r}: expected one of {', '.join(STEMS)}")
         self.bn1 = norm(arch.width)
@@ -232,14 +232,14 @@ class ResNet(nnx.Module):
         if num_classes:
             self.fc = heads.create("mlp" if mlp else head, in_features, num_classes, norm=norm, **options)
 
-    def features(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    def features(self, images: jax.Array | np.ndarray, *, train: bool = False) -> jax.Array:
         """Returns the `(N, num_features)` globally pooled features before the head, in the compute dtype.
 
         Args:
-          images: `(N, H, W, 3)` float, normalized.
+          images: `(N, H, W, in_channels)` float, normalized.
           train: normalize with the batch's statistics and move the running averages.
         """
-        x = self.bn1(self.conv1(images), train=train, relu=True)
+        x = self.bn1(self.conv1(jnp.asarray(images)), train=train, relu=True)
         if self.stem == "imagenet":
             x = max_pool(x)
         for stage, depth in enumerate(self.arch.depths):
@@ -248,7 +248,7 @@ class ResNet(nnx.Module):
                 x = blocks[str(i)](x, train=train)
         return jnp.mean(x, axis=(1, 2), dtype=np.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array | np.ndarray, *, train: bool = False) -> jax.Array:
         """Returns `(N, num_classes)`, or the features if there is no head; arguments as for `features`."""
         x = self.features(images, train=train)
         if self.fc is None:
@@ -256,13 +256,38 @@ class ResNet(nnx.Module):
         return self.fc(x, train=train) if isinstance(self.fc, heads.HCLHead) else self.fc(x)
 
 
-def create(arch: str, *, width: int = 0, **options: Any) -> ResNet:
+def create(
+    arch: str,
+    *,
+    num_classes: int = 1000,
+    head: heads.Head = "linear",
+    mlp: bool = False,
+    stem: Stem = "imagenet",
+    width: int = 0,
+    in_channels: int = 3,
+    bn_groups: int = 1,
+    running_stats: RunningStats = "first_group",
+    dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype = jnp.float32,
+    reduce_over: jax.sharding.Mesh | None = None,
+    rngs: nnx.Rngs,
+) -> ResNet:
     """Builds a ResNet by name.
 
     Args:
       arch: one of `ARCHITECTURES`.
+      num_classes: see `ResNet`; likewise the others.
+      head: kind of `fc`.
+      mlp: another spelling of `head="mlp"`.
+      stem: "imagenet", "small" or "small_stride2".
       width: channels of the first stage; 0: the architecture's own (64; 16 for resnet8).
-      **options: options of `ResNet`.
+      in_channels: channels of an image.
+      bn_groups: groups of every BatchNorm in training.
+      running_stats: which statistics the running averages follow.
+      dtype: dtype of convolutions and products.
+      param_dtype: dtype of parameters and running averages.
+      reduce_over: mesh of the devices over which gradients are summed in `param_dtype`.
+      rngs: an `nnx.Rngs` with a `params` stream.
 
     Raises:
       ValueError: if the name is unknown.
@@ -270,17 +295,109 @@ def create(arch: str, *, width: int = 0, **options: Any) -> ResNet:
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: expected one of {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[arch]
-    return ResNet(architecture._replace(width=width) if width else architecture, **options)
+    return ResNet(
+        architecture._replace(width=width) if width else architecture,
+        num_classes=num_classes,
+        head=head,
+        mlp=mlp,
+        stem=stem,
+        in_channels=in_channels,
+        bn_groups=bn_groups,
+        running_stats=running_stats,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        reduce_over=reduce_over,
+        rngs=rngs,
+    )
 
 
-def _factory(name: str) -> Callable[..., ResNet]:
-    """Returns a function that builds the named architecture from `ResNet`'s options, as in torchvision.models."""
+class Factory(Protocol):
+    """A function that builds one architecture, such as `resnet50`."""
 
-    def build(**options: Any) -> ResNet:
-        return create(name, **options)
+    def __call__(
+        self,
+        *,
+        num_classes: int = 1000,
+        head: heads.Head = "linear",
+        mlp: bool = False,
+        stem: Stem = "imagenet",
+        width: int = 0,
+        in_channels: int = 3,
+        bn_groups: int = 1,
+        running_stats: RunningStats = "first_group",
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        reduce_over: jax.sharding.Mesh | None = None,
+        rngs: nnx.Rngs,
+    ) -> ResNet:
+        """Builds it; arguments as for `create`."""
+        ...
 
+
+_FACTORY_DOC = """Builds a {name} with fresh parameters: images `(N, H, W, 3)` -> `(N, num_classes)`.
+
+    {layout}
+
+    Args:
+      num_classes: number of outputs of `fc`; 0: no head, the result is the `(N, num_features)` pooled features.
+      head: kind of `fc`: "linear" (one layer), "mlp" (MoCo-v2's and SimCLR's) or "hcl"; see `heads`.
+      mlp: another spelling of `head="mlp"`.
+      stem: "imagenet" (7x7 stride 2, max-pooling), "small" (3x3, no pooling: images of 32 to 64 px) or
+        "small_stride2" (5x5 stride 2, no pooling).
+      width: channels of the first stage; 0: the architecture's own, {width}.
+      in_channels: channels of an image.
+      bn_groups: groups of every BatchNorm in training (see `batch_norm`).
+      running_stats: which statistics the running averages follow, "first_group" or "mean".
+      dtype: dtype of convolutions and products; None: the promoted dtype of images and parameters.
+      param_dtype: dtype of parameters and running averages.
+      reduce_over: mesh of the devices over which gradients are summed in `param_dtype`; None: in `dtype`, if there are
+        several.
+      rngs: an `nnx.Rngs` with a `params` stream.
+    """
+
+
+def _factory(name: str) -> Factory:
+    """Returns a function that builds the named architecture, as in torchvision.models."""
+
+    def build(
+        *,
+        num_classes: int = 1000,
+        head: heads.Head = "linear",
+        mlp: bool = False,
+        stem: Stem = "imagenet",
+        width: int = 0,
+        in_channels: int = 3,
+        bn_groups: int = 1,
+        running_stats: RunningStats = "first_group",
+        dtype: jnp.dtype | None = None,
+        param_dtype: jnp.dtype = jnp.float32,
+        reduce_over: jax.sharding.Mesh | None = None,
+        rngs: nnx.Rngs,
+    ) -> ResNet:
+        return create(
+            name,
+            num_classes=num_classes,
+            head=head,
+            mlp=mlp,
+            stem=stem,
+            width=width,
+            in_channels=in_channels,
+            bn_groups=bn_groups,
+            running_stats=running_stats,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            reduce_over=reduce_over,
+            rngs=rngs,
+        )
+
+    architecture = ARCHITECTURES[name]
+    torchvisions = len(architecture.depths) == 4
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"Builds a {name}, torchvision's layout; options of `ResNet` (num_classes, head, stem, rngs, ...)."
+    build.__doc__ = _FACTORY_DOC.format(
+        name=name,
+        layout="It has torchvision's layout." if torchvisions else "It is He et al.'s smallest network for CIFAR.",
+        width=architecture.width,
+    )
     return build
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import jax
 
+from ifm_jax import config as configs
 from ifm_jax import sharding
 from ifm_jax.config import Config
 from ifm_jax.data import Source, steps_per_epoch, training_batches
@@ -96,7 +97,7 @@ class DeviceFeed:
     def _find_side(self) -> int:
         """Returns the side of the copies that the devices hold, after checking that they fit."""
         side = copies_side(self._source, self._config.data.image_size, self._config.data.cache_size)
-        check_memory(self._size, side, memory.of_device(self._mesh))
+        check_memory(self._size, side, memory.of_device(self._mesh), configs.channels(self._config.data))
         return side
 
     def step(self, step: PretrainStep) -> OnDeviceStep:

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ifm_jax.methods import Method
@@ -22,10 +22,21 @@ class Health:
       queue: whether the negatives come from a queue.
       full_step: step after which all negatives are real keys; 0: from the start.
       window: number of logged steps in a mean; those of an epoch, so that its order does not matter.
+      remedy: advice for the user when training erases a feature, a sentence.
     """
 
-    def __init__(self, negatives: int, images: int, *, queue: bool, full_step: int, window: int = LEAST_WINDOW):
+    def __init__(
+        self,
+        negatives: int,
+        images: int,
+        *,
+        queue: bool,
+        full_step: int,
+        window: int = LEAST_WINDOW,
+        remedy: str = "A lower temperature or more epochs may bring it back.",
+    ):
         self._negatives, self._images, self._queue, self.full_step = negatives, images, queue, full_step
+        self._remedy = remedy
         self._window = max(window, LEAST_WINDOW)
         self._losses: collections.deque[float] = collections.deque(maxlen=self._window)
         self._accuracies: collections.deque[float] = collections.deque(maxlen=self._window)
@@ -33,7 +44,7 @@ class Health:
         self._warned: set[str] = set()
 
     @classmethod
-    def of(cls, method: Method[Any], batch_size: int, images: int, window: int) -> "Health":
+    def of(cls, method: Method[Any], batch_size: int, images: int, window: int, remedy: str) -> "Health":
         """Returns the `Health` of a run of a method.
 
         Args:
@@ -41,9 +52,11 @@ class Health:
           batch_size: number of images in a global batch.
           images: number of images in the training set.
           window: number of logged steps in an epoch.
+          remedy: advice for the user when training erases a feature, a sentence.
         """
         full_step = method.full_step(batch_size)
-        return cls(method.negatives(batch_size), images, queue=full_step > 0, full_step=full_step, window=window)
+        queue = full_step > 0
+        return cls(method.negatives(batch_size), images, queue=queue, full_step=full_step, window=window, remedy=remedy)
 
     @property
     def chance(self) -> float:
@@ -72,8 +85,33 @@ class Health:
         """Processes a logged record; returns warnings, each only once per run.
 
         Args:
-          record: record with `step`, `epoch`, `loss_clean` and `acc1`, as in metrics.jsonl.
+          record: record with `step`, `epoch`, `loss_clean` and `acc1`, as in metrics.jsonl, and what an evaluation
+            found, if there was one.
         """
+        return self._of_features(record) + self._of_training(record)
+
+    def recall(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Takes note of the warnings about features that an earlier process of the run has given.
+
+        Args:
+          records: records of that process.
+        """
+        for record in records:
+            self._of_features(record)
+
+    def _of_features(self, record: Mapping[str, Any]) -> list[str]:
+        said: list[str] = []
+        for label in record.get("erased", ()):
+            now, gain = (record.get(f"{name}/{label}", record.get(name)) for name in ("linear", "gain"))
+            if now is not None and gain is not None:
+                said += self._once(
+                    f"erased {label}",
+                    f"Warning: training has erased {label}, in whole or in part: a linear readout finds "
+                    f"{now - gain:.1f} % before training, {now:.1f} % after step {record['step']}. {self._remedy}",
+                )
+        return said
+
+    def _of_training(self, record: Mapping[str, Any]) -> list[str]:
         if record["step"] <= self.full_step:
             return []
         self._losses.append(record["loss_clean"])

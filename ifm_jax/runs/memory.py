@@ -74,7 +74,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     Raises:
       UsageError: if the least memory it needs is more than there is.
     """
-    size, source, machine = config.data.image_size, config.data.source, of_machine()
+    size, source, machine = config.data.image_size, configs.random_bits(config.data)[1], of_machine()
     if drawn := configs.drawn_source(config.data):  # their number is known before they are drawn
         needs = drawn.train_size * size * size * 3
         if machine is not None and needs > machine:
@@ -92,7 +92,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"batch_size={config.batch_size}, data.image_size={size}: a step of {config.model.arch} needs at least "
             f"{(state + images) / 1e9:.1f} GB on each device ({state / 1e9:.1f} for weights, optimizer and queue, "
             f"{images / 1e9:.1f} for {config.batch_size // mesh.size} images), which has {has / 1e9:.1f} GB: use a "
-            "smaller batch_size, data.image_size or network, or a smaller recipe: --config=configs/trifeature.py"
+            "smaller batch_size, data.image_size or network, or a smaller recipe: --config=trifeature"
         )
 
 
@@ -115,12 +115,13 @@ def check_steps(config: Config, epoch_steps: int) -> None:
         )
 
 
-def estimate(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+def estimate(config: Config, mesh: jax.sharding.Mesh, held: float | None = None) -> tuple[int, int]:
     """Returns the least bytes that a step needs on one device: for state and gradient, and for its images.
 
     Args:
       config: validated and resolved config.
       mesh: mesh of the devices.
+      held: share of the convolutions' inputs and outputs that a step holds; None: the least on these devices.
     """
     encoder = assembly.make_encoder(config)
     params, batch_stats = _variables(encoder)
@@ -137,7 +138,7 @@ def estimate(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
     )
     # The network, its gradient, and the method's memory.
     state = 2 * _bytes(params) + _bytes(batch_stats) + _bytes(opt_state) + sum(carried)
-    held = _HELD.get(mesh.devices.flat[0].platform, _HELD_ELSEWHERE)
+    held = _HELD.get(mesh.devices.flat[0].platform, _HELD_ELSEWHERE) if held is None else held
     images = held * _bytes_per_image(encoder, config.data.image_size) * (config.batch_size // mesh.size)
     images *= method.trained_views
     return state, int(images)
@@ -153,7 +154,7 @@ def _variables(encoder: Encoder):
 def _bytes_per_image(encoder: Encoder, size: int) -> float:
     """Returns the bytes of the inputs and outputs of all convolutions, each counted once, for one image."""
     batch = 2 * encoder.bn_groups
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.dtype(encoder.param_dtype))
+    images = jax.ShapeDtypeStruct((batch, size, size, encoder.in_channels), jnp.dtype(encoder.param_dtype))
     traced = jax.make_jaxpr(lambda *args: encoder(*args, train=True)[0])(*_variables(encoder), images)
     held = {id(var): var.aval for var in _convolved(traced.jaxpr)}
     return sum(aval.size * aval.dtype.itemsize for aval in held.values()) / batch

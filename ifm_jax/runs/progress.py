@@ -1,4 +1,4 @@
-"""The live progress line of a run: a bar on a terminal, plain lines elsewhere. Imports rich only for a terminal."""
+"""The live progress of a run: a bar on a terminal, a line an epoch elsewhere. Imports rich only for a terminal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 _REFRESH_PER_SECOND = 4
 _SPEED_WINDOW = 60.0  # seconds over which the speed for the time left is measured
+_SILENCE = 600.0  # most seconds without a plain line, in long epochs
 _BAR_WIDTHS = (10, 40)  # columns: fields are dropped before the bar gets shorter; it never gets longer
+_FOUND = ("knn", "linear")  # held-out accuracy in percent, by evaluations during the run
 
 
 class Progress:
-    """Live progress of a run: a bar on a terminal, elsewhere a plain line for each logged record.
+    """Live progress of a run: a bar on a terminal, elsewhere plain lines.
 
         with Progress(total_steps=256, epochs=8) as progress:
             progress.message("compiling the training step")
@@ -32,10 +34,15 @@ class Progress:
                 ...
                 progress.update(step, record if step % 10 == 0 else None)
 
-    On a terminal: epoch, bar, step, loss, contrast accuracy, learning rate, images/s, time elapsed and time left, if
-    the width allows. Other output appears above the bar. `update` only stores the numbers; a thread draws them, four
-    times a second. The time left follows from the speed of the last minute, and the clock starts at the first update,
-    so compilation does not count.
+    On a terminal: epoch, bar, step, loss, contrast accuracy, gain, learning rate, images/s, time elapsed and time left,
+    if the width allows. The gain is that of the last evaluation: for each label, or for more than three the mean and
+    the least, the linear readout minus that before training, in points. Other output appears above the bar. `update`
+    only stores the numbers; a thread draws them, four times a second. The time left follows from the speed of the last
+    minute, and the clock starts at the first update, so compilation does not count.
+
+    Elsewhere: a plain line for the first logged record, for the first in or after the end of each epoch, for the last,
+    and at least one every ten minutes. What an evaluation found (`knn`, `linear`) is in the line of its record; the bar
+    keeps showing it.
 
     Args:
       total_steps: last step of the run.
@@ -43,6 +50,7 @@ class Progress:
       start_step: step from which the run continues; 0 for a new run.
       steps_per_epoch: default: `total_steps / epochs`; needed when the run ends before its recipe does.
       full_step: step at which MoCo's queue is full of real keys; until then, the filled share is shown.
+      verbose: print a plain line for every logged record.
       file: stream to write to; default: standard output. A bar is drawn if it is a terminal.
       console: a rich console to write to instead of `file`.
       clock: returns the time in seconds.
@@ -56,6 +64,7 @@ class Progress:
         start_step: int = 0,
         steps_per_epoch: float | None = None,
         full_step: int = 0,
+        verbose: bool = False,
         file: TextIO | None = None,
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -67,6 +76,10 @@ class Progress:
         self._file = Output(console.file if console is not None else (file if file is not None else sys.stdout))
         self._console = console
         self._record: Mapping[str, Any] = {}
+        self._found: dict[str, float] = {}  # by the last evaluation
+        self._gain = ""
+        self._verbose = verbose
+        self._printed: tuple[int, float] | None = None  # epoch and time of the last plain line
         self._began = clock()
         self._samples: collections.deque[tuple[float, int]] = collections.deque()  # (time, step), about one per second
         self._ends: float | None = None  # time on `clock`
@@ -115,11 +128,31 @@ class Progress:
         if record is None:
             return
         self._record = dict(record)
-        if self._live is None:
+        self._found |= {name: record[name] for name in _FOUND if record.get(name) is not None}
+        self._gain = _gain(record) or self._gain
+        if self._live is None and self._is_due(now):
             fields = self._fields()
-            names = ("step", "epoch", "loss", "acc1", "queue", "lr", "rate", "left")
+            for name in (*_FOUND, "gain"):  # a line has what is new; a bar has what is known
+                if name not in record:
+                    fields.pop(name, None)
+            names = ("step", "epoch", "loss", "acc1", *_FOUND, "gain", "queue", "lr", "rate", "left")
             line = "  ".join(_labeled(*fields[name]) for name in names if name in fields)
             print(line, file=self._file, flush=True)
+
+    def _is_due(self, now: float) -> bool:
+        """Whether the present record gets a plain line; if so, it is counted as printed."""
+        epoch = math.floor(self._step / self._steps_per_epoch + 1e-9)
+        due = (
+            self._verbose
+            or self._printed is None
+            or epoch > self._printed[0]
+            or self._step >= self._total
+            or any(name in self._record for name in _FOUND)
+            or now - self._printed[1] >= _SILENCE
+        )
+        if due:
+            self._printed = epoch, now
+        return due
 
     def message(self, text: str) -> None:
         """Prints a line: above the bar on a terminal, elsewhere between the plain lines."""
@@ -142,6 +175,9 @@ class Progress:
         for name, as_text in formats.items():
             if record.get(name) is not None:
                 fields[name] = (name, as_text(record[name]))
+        fields |= {name: (name, f"{value:.1f} %") for name, value in self._found.items()}
+        if self._gain:
+            fields["gain"] = ("gain", self._gain)
         if self._step < self._full_step:
             fields["queue"] = ("queue", f"{100 * self._step // self._full_step} % real")
         rate = record.get("images_per_sec")
@@ -173,7 +209,8 @@ class Progress:
         else:
             fields.setdefault("left", ("left", "-:--:--"))
 
-        order = [name for name in ("step", "loss", "acc1", "queue", "lr", "rate", "elapsed", "left") if name in fields]
+        names = ("step", "loss", "acc1", *_FOUND, "gain", "queue", "lr", "rate", "elapsed", "left")
+        order = [name for name in names if name in fields]
         assert self._console is not None  # only a console draws the line
         available = self._console.width
 
@@ -181,7 +218,17 @@ class Progress:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
             return sum(len(_labeled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
-        for name in ("elapsed", "rate", "lr", "queue", "acc1", "loss", "left"):  # least important first
+        for name in (
+            "elapsed",
+            "rate",
+            "lr",
+            "queue",
+            *_FOUND,
+            "gain",
+            "acc1",
+            "loss",
+            "left",
+        ):  # least important first
             wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # the time left matters more than the bar
             if width() + wanted > available and name in order:
                 order.remove(name)
@@ -221,6 +268,17 @@ class Silence:
 
 def _is_terminal(file: Output) -> bool:
     return file.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def _gain(record: Mapping[str, Any]) -> str:
+    """Returns what an evaluation found to have been gained since the start; empty if there was no evaluation."""
+    if record.get("gain") is None:
+        return ""
+    gains = {name.partition("/")[2]: value for name, value in record.items() if name.startswith("gain/")}
+    if len(gains) > 3:
+        least = min(gains, key=lambda label: gains[label])
+        return f"{record['gain']:+.1f}, least {least} {gains[least]:+.1f}"
+    return ", ".join(f"{label} {value:+.1f}" for label, value in gains.items()) or f"{record['gain']:+.1f}"
 
 
 def _labeled(label: str, value: str) -> str:

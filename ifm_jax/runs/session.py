@@ -71,6 +71,7 @@ class Session:
                         start_step=self._length.first,
                         steps_per_epoch=self._length.epoch_steps,
                         full_step=self._full_step,
+                        verbose=self._config.verbose,
                     )
             stack.enter_context(self.progress)
             self._stack = stack.pop_all()
@@ -101,7 +102,7 @@ class Session:
         *,
         evaluate: Callable[[State], Mapping[str, Any]] | None = None,
         evaluate_every: int = 0,
-        measured: Callable[[State], Mapping[str, float] | None] = lambda state: None,
+        measured: Callable[[State], Mapping[str, Any] | None] = lambda state: None,
         checkpoint_minutes: float = 0.0,
         health: Health | None = None,
         panels: Panels = PRETRAINING,

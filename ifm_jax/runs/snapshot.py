@@ -129,6 +129,11 @@ def check_config(config: Config, snapshot: Snapshot, path: str | os.PathLike[str
         for name in given
         if given[name] != found.get(name)
     ]
+    given_channels, found_channels = (configs.channels(of.data) for of in (config, snapshot.config))
+    if given_channels != found_channels:
+        wrong.append(
+            f"data.source={config.data.source!r} has {given_channels} channels, but the network takes {found_channels}"
+        )
     wrong = [text for text in wrong if text.split("=")[0] not in unknown]
     if wrong:
         raise UsageError(

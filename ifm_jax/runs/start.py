@@ -98,17 +98,26 @@ def place(begin: Start, config: Config, mesh: jax.sharding.Mesh, method: Method[
       mesh: mesh of the devices.
       method: method of the run.
     """
-    placement = placements(mesh, method)
-    create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placement)
-    rng = sharding.place_key(mesh, assembly.initial_rngs(config)[0])
     state, weights = begin.state, begin.weights
     begin.state = begin.weights = None  # free their memory
     if weights is not None:
-        state, notes = started_with(weights, jax.device_get(create(rng)), config.method)
+        state, notes = started_with(weights, jax.device_get(untrained(config, mesh, method)), config.method)
         begin.said.append(f"Starting with {config.init_from}: {'; '.join([*notes, *weights.notes])}.")
     if state is None:
-        return create(rng)
-    return jax.tree.map(lambda where, part: sharding.place(part, where), placement, state)
+        return untrained(config, mesh, method)
+    return jax.tree.map(lambda where, part: sharding.place(part, where), placements(mesh, method), state)
+
+
+def untrained(config: Config, mesh: jax.sharding.Mesh, method: Method[Any]) -> DeviceState[Any]:
+    """Returns the state with which a run from scratch starts, on the devices; config and seed determine it.
+
+    Args:
+      config: resolved config.
+      mesh: mesh of the devices.
+      method: method of the run.
+    """
+    create = jax.jit(assembly.state_creator(config, mesh), out_shardings=placements(mesh, method))
+    return create(sharding.place_key(mesh, assembly.initial_rngs(config)[0]))
 
 
 def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Config, Source]:
@@ -118,7 +127,8 @@ def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Co
       UsageError: if the config cannot be run.
     """
     configs.validate(config, devices=mesh.size)
-    config = assembly.resolve(config, workdir.find_config())
+    known = workdir.find_config()
+    config = assembly.resolve(config, known)
     assembly.configure_jax(config.model.compute_dtype)
     assembly.make_augmentation(config)
     memory.check(config, mesh)
@@ -126,12 +136,29 @@ def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Co
     source = open_source(config.data, "train")
     size = min(config.data.limit or len(source), len(source))
     memory.check_steps(config, steps_per_epoch(size, config.batch_size))
+    if known is None:  # a run that has begun goes on, with a warning
+        _check_queue(config, size)
     if workdir.converted.exists() and (missing := loading.read(workdir.path).missing):
         raise UsageError(
             f"workdir {workdir} has a converted checkpoint without {', '.join(missing)}, from which training cannot "
             "resume: expected a complete one (query and key encoder, queue); init_from accepts an incomplete one"
         )
     return config, source
+
+
+def _check_queue(config: Config, images: int) -> None:
+    """Checks that an image does not meet its own older keys in the queue.
+
+    Raises:
+      UsageError: if the queue holds more keys than there are images, and the config does not accept that.
+    """
+    moco, batch_size = config.moco, config.batch_size
+    if config.method == "moco" and moco.queue_size > images and not moco.queue_beyond_images:
+        raise UsageError(
+            f"moco.queue_size={moco.queue_size} is more than the {images:,} images, each of which would meet its own "
+            f"older keys as negatives: use {images // batch_size * batch_size} or less (ifm-jax config --suggest "
+            f"--images={images}), or accept it with --config.moco.queue_beyond_images"
+        )
 
 
 def _identity(config: Config, source: Source) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Workdir:
       path: absolute path.
       config: config.json, the resolved config.
       data: data.json, identifies the run's images.
+      before_training: before_training.json, readouts of the network with which a run with `eval.every` started.
       evaluation: evaluation.json, identifies the evaluation, in the directory of an evaluation.
       checkpoints: checkpoints/, Orbax, one folder per step.
       damaged: damaged/, checkpoints that could not be read.
@@ -35,6 +36,7 @@ class Workdir:
       metrics: metrics.jsonl, one line per logged step.
       tensorboard: tensorboard/, event files.
       curves: curves.png.
+      samples: samples.png, a few images and their views.
       results: results.json, results of evaluations.
     """
 
@@ -42,6 +44,7 @@ class Workdir:
         self.path, self.flag = pathlib.Path(path).absolute(), flag
         self.config = self.path / "config.json"
         self.data = self.path / "data.json"
+        self.before_training = self.path / "before_training.json"
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
         self.damaged = self.path / "damaged"
@@ -49,6 +52,7 @@ class Workdir:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.curves = self.path / "curves.png"
+        self.samples = self.path / "samples.png"
         self.results = self.path / "results.json"
         self._lock = self.path / ".lock"
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,7 +22,9 @@ from ifm_jax.studies.statistics import Rows
 _COLORS = (BLUE, ORANGE, GREEN, "#cc79a7", SKY, "#e69f00", INK, GREY)
 _MARKERS = "os^Dv"
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_MOST_ARMS = 24  # more names would be larger than the picture
 _PALE = "#bbbbbb"
+_OBJECTIVES = {"infonce": "InfoNCE", "ifm": "IFM", "ifm_only": "IFM only"}
 AXES = ("temperature", "beta", "epsilon")
 _X_LABELS = {
     "temperature": "temperature",
@@ -118,11 +120,20 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
     inches = 0.25
     figure, canvas = _figure(9.5, inches * sum(heights) + 0.75 * len(sources) + 1.3)
     grid = figure.subplots(len(sources), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, source, lines, height in zip(grid, sources, lists, heights, strict=True):
+    pairs_of = [
+        statistics.differences(rows, entry["source"], entry["a"], entry["b"], entry["label"]).values()
+        for entry in entries
+    ]
+    limits = [
+        _limit([(entry, pairs) for entry, pairs in zip(entries, pairs_of, strict=True) if entry["source"] == source])
+        for source in sources
+    ]
+    if max(limits) < 3 * min(limits):  # one scale for all sources, unless it would hide the effects of one
+        limits = [max(limits)] * len(limits)
+    for axes, source, lines, height, limit in zip(grid, sources, lists, heights, limits, strict=True):
         places: list[float] = []
         shown: list[Mapping[str, Any]] = []
         top = 0.0
-        pairs = []
         for content, size in lines:
             if isinstance(content, str):
                 axes.text(
@@ -135,17 +146,16 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
                     color=INK,
                     weight="bold",
                     linespacing=1.15,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
                 )
             else:
                 places.append(top + size / 2)
                 shown.append(content)
-                of_pairs = statistics.differences(rows, source, content["a"], content["b"], content["label"])
-                pairs.append(list(of_pairs.values()))
             top += size
-        limit = _limit(shown, pairs)
         axes.axvline(0, color=INK, linewidth=1, zorder=1)
-        for place, entry, values in zip(places, shown, pairs, strict=True):
-            _draw_effect(axes, place, entry, values, limit)
+        of_source = [list(pairs) for entry, pairs in zip(entries, pairs_of, strict=True) if entry["source"] == source]
+        for place, entry, pairs in zip(places, shown, of_source, strict=True):
+            _draw_effect(axes, place, entry, pairs, limit)
         axes.set_xlim(-limit, limit)
         axes.set_ylim(height - 0.1, -0.1)
         axes.set_yticks(places, [entry["label"] for entry in shown])
@@ -172,6 +182,8 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
         Line2D([], [], label="exploratory", **style | {"color": GREY, "markerfacecolor": "white"}),
         Line2D([], [], label="one pair of runs", marker="o", color=SKY, linestyle="", markersize=3.5, alpha=0.7),
     ]
+    if all(entry["pairs"] == 1 for entry in entries):
+        del marks[2]
     if not any(entry["confirmatory"] for entry in entries):
         del marks[0]
     elif all(entry["confirmatory"] for entry in entries):
@@ -181,14 +193,9 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
     return True
 
 
-def confirmatory_first(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the entries in their order, but those of confirmatory comparisons before all others."""
-    return sorted(comparisons, key=lambda entry: not entry["confirmatory"])
-
-
 def _by_name(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Returns the entries with all those of one name together: names in `confirmatory_first`'s order."""
-    ordered = confirmatory_first(comparisons)
+    """Returns the entries with all those of one name together, in the order of `statistics.confirmatory_first`."""
+    ordered = statistics.confirmatory_first(comparisons)
     names = dict.fromkeys(entry["name"] for entry in ordered)
     return [entry for name in names for entry in ordered if entry["name"] == name]
 
@@ -200,16 +207,16 @@ def _lines_of(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str | Mapping[
     for entry in entries:
         if entry["name"] != last:
             last = entry["name"]
-            text = _wrapped(entry["name"], 68)
+            text = _wrapped(entry["name"], 76)
             lines.append((text, 0.55 + 0.65 * (1 + text.count("\n"))))
         lines.append((entry, 0.85))
     return lines
 
 
-def _limit(entries: Sequence[Mapping[str, Any]], pairs: Sequence[Sequence[float]]) -> float:
+def _limit(entries: Sequence[tuple[Mapping[str, Any], Iterable[float]]]) -> float:
     """Returns the end of the x axis: all dots fit, and the intervals, unless so few pairs make them enormous."""
-    dots = max((abs(value) for values in pairs for value in values), default=0.0)
-    ends = [max(map(abs, entry["ci95"])) for entry in entries if entry["ci95"]]
+    dots = max((abs(value) for _, pairs in entries for value in pairs), default=0.0)
+    ends = [max(map(abs, entry["ci95"])) for entry, _ in entries if entry["ci95"]]
     widest = max((end for end in ends if end <= 2 * dots), default=0.0)
     return 1.08 * max(dots, widest) or 1.0
 
@@ -218,7 +225,8 @@ def _draw_effect(axes: Axes, place: float, entry: Mapping[str, Any], pairs: Sequ
     color = BLUE if entry["confirmatory"] else GREY
     # Beside the line, which would hide them, and on both sides, since equal ones would hide each other.
     heights = [place + (0.2 if number % 2 else -0.2) for number in range(len(pairs))]
-    axes.scatter(pairs, heights, s=11, color=SKY, alpha=0.6, linewidths=0, zorder=2)
+    if len(pairs) > 1:
+        axes.scatter(pairs, heights, s=11, color=SKY, alpha=0.6, linewidths=0, zorder=2)
     if entry["ci95"]:
         low, high = entry["ci95"]
         axes.hlines(place, max(low, -limit), min(high, limit), color=color, linewidth=2, zorder=3)
@@ -231,9 +239,9 @@ def _draw_effect(axes: Axes, place: float, entry: Mapping[str, Any], pairs: Sequ
 
 
 def _numbers(entry: Mapping[str, Any]) -> str:
-    text = f"{entry['mean']:+.1f}"
+    text = f"{entry['mean']:+z.1f}"
     if entry["ci95"]:
-        text += " [{:+.1f}, {:+.1f}]".format(*entry["ci95"])
+        text += " [{:+z.1f}, {:+z.1f}]".format(*entry["ci95"])
     return (text + f"  {entry['positive']}/{entry['pairs']}").replace("-", "−")
 
 
@@ -285,13 +293,15 @@ def draw_trade_offs(rows: Rows, path: str | os.PathLike[str]) -> bool:
 
 def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[str, str]], rows: Rows) -> None:
     axis = panel[0].axis
-    chosen = sorted(panel, key=lambda series: -len(series.points))[: len(_LINES)]
-    chosen = [series for series in panel if series in chosen]
+    chosen = sorted(panel, key=_priority)[: len(_LINES)]
     varied = {name for name in (*AXES, "alpha") if len({row.get(name) for row in rows}) > 1}
+    ticks = sorted({x for series in chosen for x in series.points})
+    log = axis == "temperature"
     texts = []
     for series, line in zip(chosen, _LINES, strict=False):
         xs = list(series.points)
-        for label, (color, marker) in labels.items():
+        for number, (label, (color, marker)) in enumerate(labels.items()):
+            aside = 0.012 * (number - (len(labels) - 1) / 2)  # or error bars would lie on each other
             points = [
                 [value for row in runs if (value := row["readout"].get(label)) is not None]
                 for runs in series.points.values()
@@ -300,9 +310,12 @@ def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[
             if not known:
                 continue
             axes.errorbar(
-                [x for x, _, _ in known],
+                [
+                    x * (ticks[-1] / ticks[0]) ** aside if log else x + aside * (ticks[-1] - ticks[0])
+                    for x, _, _ in known
+                ],
                 [mean for _, mean, _ in known],
-                [stderr or 0.0 for _, _, stderr in known],
+                [math.nan if stderr is None else stderr for _, _, stderr in known],
                 color=color,
                 linestyle=line,
                 marker=marker,
@@ -312,8 +325,7 @@ def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[
                 capsize=2.5,
             )
         texts.append(Line2D([], [], color=INK, linestyle=line, linewidth=1.8, label=_series_text(series, varied)))
-    ticks = sorted({x for series in chosen for x in series.points})
-    if axis == "temperature" and ticks[0] > 0:
+    if log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -336,9 +348,15 @@ def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[
     legend.get_title().set_fontsize(8.5)
 
 
+def _priority(series: Series) -> tuple[float, ...]:
+    """Returns what decides which series are drawn: the longest, of the plainest loss, InfoNCE before IFM."""
+    others = series.others
+    return -len(series.points), others.get("beta", 0.0), others.get("temperature", 0.0), others.get("epsilon", 0.0)
+
+
 def _series_text(series: Series, varied: set[str]) -> str:
     """Returns what the arms of a series share and those of other series may not."""
-    name = {"infonce": "InfoNCE", "ifm": "IFM", "ifm_only": "IFM only"}.get(series.objective, series.objective)
+    name = _OBJECTIVES[series.objective]
     if series.objective != "infonce" and series.axis != "epsilon":
         name += f" {series.others['epsilon']:g}"
     if series.alpha is not None and "alpha" in varied:
@@ -363,7 +381,8 @@ def draw_loss_against_error(rows: Rows, path: str | os.PathLike[str]) -> bool:
     As in figure 2 of Robinson et al. (2021): a lower loss need not come with a lower error.
 
     Args:
-      rows: the runs of the study, colored by arm.
+      rows: the runs of the study, colored by arm; if there are more arms than colors and marks can tell apart, by
+        objective and temperature.
       path: path of the PNG file, which is replaced atomically.
 
     Returns:
@@ -373,7 +392,10 @@ def draw_loss_against_error(rows: Rows, path: str | os.PathLike[str]) -> bool:
         return False
     sources = list(dict.fromkeys(row["source"] for row in rows))
     of_source = {source: list(_labels([row for row in rows if row["source"] == source])) for source in sources}
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    names = [row["arm"] for row in rows]
+    if len(set(names)) > _MOST_ARMS:
+        names = [f"{_OBJECTIVES[row['objective']]}, temperature {row['temperature']:g}" for row in rows]
+    arms = list(dict.fromkeys(names))
     columns = min(4, max(1, *(len(labels) for labels in of_source.values())))
     panels: list[tuple[str, str] | None] = []  # None: nothing, so that each source begins a line
     for source, labels in of_source.items():
@@ -387,9 +409,12 @@ def draw_loss_against_error(rows: Rows, path: str | os.PathLike[str]) -> bool:
             axes.set_axis_off()
             continue
         source, label = panel
-        of_panel = [row for row in rows if row["source"] == source and row["readout"].get(label) is not None]
         for number, arm in enumerate(arms):
-            points = [(row["loss_clean"], 100 - row["readout"][label]) for row in of_panel if row["arm"] == arm]
+            points = [
+                (row["loss_clean"], 100 - row["readout"][label])
+                for row, name in zip(rows, names, strict=True)
+                if (row["source"], name) == (source, arm) and label in row["readout"]
+            ]
             color, marker = _style(number)
             axes.plot(
                 [loss for loss, _ in points],

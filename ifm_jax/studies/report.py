@@ -64,7 +64,7 @@ def markdown(results: Mapping[str, Any], shown: Sequence[str] = ()) -> str:
         parts += [_table(columns, lines)] if len(columns) > 1 else []
     parts += ["## Comparisons", _comparison_text(comparisons)]
     if comparisons:
-        ordered = pictures.confirmatory_first(comparisons)
+        ordered = statistics.confirmatory_first(comparisons)
         lines = _comparison_lines(ordered)
         for line, entry in zip(lines, ordered, strict=True):
             if entry["confirmatory"]:
@@ -92,7 +92,8 @@ def print_report(results: Mapping[str, Any], console: rich.console.Console | Non
             short = [cell.replace(" ± ", "±") for cell in cells[:-3]] + [cell.split(" ")[0] for cell in cells[-3:-1]]
             table.add_row(rich.markup.escape(name), *short)
         console.print(table)
-    ordered = pictures.confirmatory_first(comparisons)
+        console.print()
+    ordered = statistics.confirmatory_first(comparisons)
     for source in dict.fromkeys(entry["source"] for entry in ordered):
         of_source = [entry for entry in ordered if entry["source"] == source]
         columns = [column for column in _COMPARISON_COLUMNS if column not in ("source", "s.e.")]
@@ -103,6 +104,7 @@ def print_report(results: Mapping[str, Any], console: rich.console.Console | Non
             table.add_row(rich.markup.escape(name if name != last else ""), label, mean, *cells, style=style)
             last = name
         console.print(table)
+        console.print()
 
 
 def write(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
@@ -128,7 +130,8 @@ def write(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None
     for name in (name for name, is_drawn in drawn.items() if not is_drawn):
         (directory / name).unlink(missing_ok=True)
     with files.replacing(directory / "results.md") as temporary:
-        temporary.write_text(markdown(results, [name for name, is_drawn in drawn.items() if is_drawn]))
+        text = markdown(results, [name for name, is_drawn in drawn.items() if is_drawn])
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _distinct(rows: Rows, field: str) -> list[Any]:
@@ -247,9 +250,9 @@ def _comparison_lines(comparisons: Sequence[Mapping[str, Any]]) -> list[list[str
                 entry["name"],
                 entry["source"],
                 entry["label"],
-                f"{entry['mean']:+.2f}",
+                f"{entry['mean']:+z.2f}",
                 "-" if entry["stderr"] is None else f"{entry['stderr']:.2f}",
-                "-" if low is None else f"{low:+.2f} to {high:+.2f}",
+                "-" if low is None else f"{low:+z.2f} to {high:+z.2f}",
                 f"{entry['positive']}/{entry['pairs']}",
                 _p(entry["p"]),
                 _p(entry["p_holm"]),
@@ -285,11 +288,11 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1
 
 def _rich_table(title: str, columns: Sequence[str]) -> rich.table.Table:
     """Returns an empty table; all but the first column are aligned to the right."""
-    table = rich.table.Table(title=rich.markup.escape(title), box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = rich.table.Table(title=rich.markup.escape(title), box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False)
     for number, column in enumerate(columns):
         name = rich.markup.escape(column)
         if number:
             table.add_column(name, justify="right", overflow="fold")
         else:
-            table.add_column(name, overflow="fold", min_width=14)
+            table.add_column(name, overflow="fold", min_width=16)
     return table

@@ -126,13 +126,12 @@ def write_results(study: Study, name: str, directory: pathlib.Path, rows: Sequen
       directory: directory of the study.
       rows: rows of the finished runs.
     """
-    versions = {json.dumps(row["versions"], sort_keys=True): row["versions"] for row in rows}
     results = {
         "study": name,
         "question": study.question,
         "date": datetime.date.today().isoformat(),
         "device": ", ".join(sorted({row["device"] for row in rows})),
-        "versions": next(reversed(versions.values()), {}),
+        "versions": rows[-1]["versions"] if rows else None,
         "commit": ", ".join(sorted({str(row["commit"]) for row in rows})),
         "runs": len(study.runs()),
         "rows": list(rows),

@@ -116,6 +116,11 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
+def confirmatory_first(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the entries in their order, but those of confirmatory comparisons before all others."""
+    return sorted(comparisons, key=lambda entry: not entry["confirmatory"])
+
+
 def mean_and_stderr(values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the mean and its standard error, which is None for a single value."""
     if len(values) < 2:

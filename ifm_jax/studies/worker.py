@@ -9,9 +9,9 @@ if __name__ == "__main__":  # before JAX is imported, which counts the processor
     import os
     import sys
 
-    _order = json.loads(sys.stdin.readline())
-    if _order["processors"]:
-        os.sched_setaffinity(0, _order["processors"])
+    _given = json.loads(sys.stdin.readline())
+    if _given["processors"]:
+        os.sched_setaffinity(0, _given["processors"])
 
 import dataclasses
 import datetime
@@ -35,7 +35,7 @@ from ifm_jax import assembly, files, process
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.evaluation import suppression
+from ifm_jax.evaluation import comparison
 from ifm_jax.runs import metrics_log, training
 from ifm_jax.runs.workdir import Workdir
 from ifm_jax.studies.study import Run, config_sha256
@@ -87,7 +87,7 @@ def work(order: Order) -> int:
     outcome = training.train(run.config, directory, devices=devices)
     if outcome.stopped_by is not None:
         return 128 + outcome.stopped_by
-    readout = suppression.read_out_workdir(directory, devices=devices).accuracy
+    readout = comparison.read_out_workdir(directory, devices=devices).accuracy
     untrained = _untrained(config, pathlib.Path(order.study), devices)
     records = metrics_log.read(Workdir(directory).metrics)
     row = describe(run) | summarize(records, config.batch_size)
@@ -181,7 +181,7 @@ def _untrained(config: Config, study: pathlib.Path, devices: list[jax.Device]) -
     with filelock.FileLock(path.with_suffix(".lock")):
         found = files.read_json(path, "delete it")
         if found is None:
-            found = {"readout": suppression.read_out_untrained(config, devices).accuracy}
+            found = {"readout": comparison.read_out_untrained(config, devices).accuracy}
             files.write_json(path, found)
     return found["readout"]
 
@@ -221,4 +221,4 @@ def _main(order: Order) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Order(**_order)))
+    sys.exit(_main(Order(**_given)))  # pyrefly: ignore[unbound-name] (the same condition as above)

@@ -11,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from ifm_jax import config as configs
+from ifm_jax.choices import Head, Stem
 from ifm_jax.config import Config
 from ifm_jax.models import ARCHITECTURES, BatchNorm, HCLHead, heads
-from ifm_jax.models.heads import Head, MLPHead
-from ifm_jax.models.resnet import Architecture, Downsample, ResNet, Stem
+from ifm_jax.models.heads import MLPHead
+from ifm_jax.models.resnet import Architecture, Downsample, ResNet
 
 Tree = dict[str, Any]
 

@@ -7,11 +7,13 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from ifm_jax import config as configs
 from ifm_jax import files
+from ifm_jax.choices import TARGETS, Target
 from ifm_jax.errors import UsageError
 from ifm_jax.models import without_head
 from ifm_jax.runs import loading
@@ -20,8 +22,7 @@ from ifm_jax.torch_interop import torch_file
 from ifm_jax.torch_interop.description import describe_architecture, has_momentum, moco_memory, momentum_of
 from ifm_jax.torch_interop.names import COUNTER, Tree, architecture_of, encoder_table, get, to_torch_layout
 
-Target = Literal["moco", "torchvision"]
-TARGETS = ("moco", "torchvision")
+SUFFIXES = (".pth", ".pth.tar", ".pt", ".safetensors")
 
 
 def state_dict(found: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
@@ -72,8 +73,8 @@ def to_torch(
       source: workdir of a run or one of its checkpoints.
       path: `.pth`, `.pth.tar` or `.pt`; `.safetensors` holds the tensors alone.
       target: "moco": both encoders, queue and momentum buffers, as the original's code loads them with strict key
-        matching, and as MoCo's scripts for linear evaluation and detection (detectron2) read it; "torchvision": the
-        backbone under torchvision's names, for torchvision and timm.
+        matching, and as MoCo's scripts for linear evaluation and detection (detectron2) read it; "torchvision" and
+        "timm": the backbone under torchvision's names, which are timm's too (`timm_folder` writes more for timm).
       epoch: epochs done, for "moco"; None: derived from the run's metrics or the converted file.
       prefix: see `reading.read`, if the source is a PyTorch checkpoint.
       overwrite: replace an existing file.
@@ -87,7 +88,7 @@ def to_torch(
     path = pathlib.Path(path)
     if target not in TARGETS:
         raise UsageError(f"--for={target}: expected one of {', '.join(TARGETS)}")
-    if not path.name.endswith((".pth", ".pth.tar", ".pt", ".safetensors")):
+    if not path.name.endswith(SUFFIXES):
         raise UsageError(f"{path}: expected a name that ends in .pth, .pth.tar, .pt or .safetensors")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} already exists: name another file, or pass --overwrite")
@@ -98,17 +99,22 @@ def to_torch(
             f"--for=moco: {source} is a run with method={found.config.method}, whose state does not fit MoCo's format: "
             "expected --for=torchvision, which writes the backbone"
         )
+    if (channels := configs.channels(found.config.data)) != 3:
+        raise UsageError(
+            f"{source} is a run on data.source={found.config.data.source!r}, whose network takes {channels} channels: "
+            "expected a run on images of three, the only ones that PyTorch's formats describe"
+        )
     architecture = architecture_of(found.config)
     if found.config.model.stem != "imagenet" or architecture.width != 64 or len(architecture.depths) != 4:
         notes.append(
             f"{describe_architecture(found.config)} is not one of torchvision's networks: the names are torchvision's, "
             "but its classes have other shapes"
         )
-    tensors = _torchvision_tensors(found) if target == "torchvision" else _moco_tensors(found, notes)
+    tensors = _moco_tensors(found, notes) if target == "moco" else backbone_tensors(found)
     if path.suffix == ".safetensors":
         if target == "moco" and has_momentum(found):
             notes.append("safetensors stores only named tensors: the momentum buffers are left out")
-        _write(path, lambda file: _save_safetensors(tensors, found.config.model.arch, file))
+        write_file(path, lambda file: save_safetensors(tensors, found.config.model.arch, file))
         return dataclasses.replace(found, notes=tuple(notes))
     torch = torch_file.import_torch()
     content: dict[str, Any] = {name: _tensor(values) for name, values in tensors.items()}
@@ -122,7 +128,7 @@ def to_torch(
             "state_dict": content,
             "optimizer": _optimizer(found, notes),
         }
-    _write(path, lambda file: torch.save(content, file))
+    write_file(path, lambda file: torch.save(content, file))
     return dataclasses.replace(found, notes=tuple(notes))
 
 
@@ -138,8 +144,8 @@ def _moco_tensors(found: Snapshot, notes: list[str]) -> dict[str, np.ndarray]:
     return {f"module.{name}": values for name, values in named}
 
 
-def _torchvision_tensors(found: Snapshot) -> dict[str, np.ndarray]:
-    """Returns the query encoder without its projection head; keeps `fc` if it is a classifier."""
+def backbone_tensors(found: Snapshot) -> dict[str, np.ndarray]:
+    """Returns the query encoder under torchvision's names, in PyTorch's layout; only a classifier's `fc` is kept."""
     if found.origin and found.origin.kind == "torchvision":
         return dict(state_dict(found))
     params, batch_stats = without_head(found.state.params), without_head(found.state.batch_stats)
@@ -186,7 +192,18 @@ def _optimizer(found: Snapshot, notes: list[str]) -> Tree:
     return {"state": buffers, "param_groups": [group]}
 
 
-def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.Path) -> None:
+def save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.Path) -> None:
+    """Writes named tensors, with the architecture's name as metadata.
+
+    Args:
+      tensors: name -> values, in PyTorch's layout.
+      arch: name of the architecture, one of `models.ARCHITECTURES`.
+      file: path of the file.
+
+    Raises:
+      UsageError: if safetensors is not installed.
+      OSError: if the file cannot be written.
+    """
     try:
         import safetensors.numpy
     except ImportError:
@@ -198,8 +215,16 @@ def _save_safetensors(tensors: dict[str, np.ndarray], arch: str, file: pathlib.P
         raise OSError(str(error)) from None
 
 
-def _write(path: pathlib.Path, save: Callable[[pathlib.Path], None]) -> None:
-    """Saves under a temporary name, then renames; the file has the permissions of any new file."""
+def write_file(path: pathlib.Path, save: Callable[[pathlib.Path], Any]) -> None:
+    """Saves under a temporary name, then renames; the file has the permissions of any new file.
+
+    Args:
+      path: path of the file; missing folders are created.
+      save: writes the file under the path that it gets.
+
+    Raises:
+      UsageError: if the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(path) as temporary:
