@@ -1,4 +1,4 @@
-"""Pre-trains MoCo and IFM on the embedded images: the same as `ifm-jax demo`, from a clone."""
+"""Pre-trains with InfoNCE and IFM on drawn images: the same as `ifm-jax demo`, from a clone."""
 
 if __name__ == "__main__":
     from ifm_jax.cli.main import run

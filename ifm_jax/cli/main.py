@@ -27,7 +27,7 @@ COMMANDS = {
     "study": "runs a study: settings x seeds, compared in pairs",
     "suppression": "reads out every label of several runs; compares methods over seeds",
     "replay": "trains on recorded views and compares with a reference, step by step",
-    "demo": "pre-trains MoCo and IFM on the embedded images and shows what each has learned",
+    "demo": "pre-trains with InfoNCE and IFM on drawn images, and shows what each has learned",
 }
 _MODULES = {"eval": "evaluate"}  # where its name is not the command's
 _SEVERAL_HOSTS = ("train", "eval")  # commands that may be one of several processes

@@ -80,7 +80,7 @@ def run(
     failed: list[str] = []
     if pending:
         with _Pool(directory, jobs) as pool:
-            progress = _Progress(pending, jobs, len(runs))
+            progress = _Progress(pending, len(runs))
             for ended, status, last in pool.run(pending):
                 row = read_row(directory, ended) if status == 0 else None
                 if row is None:
@@ -88,7 +88,7 @@ def run(
                     say(f"FAILED {failed[-1]}")
                     continue
                 rows[ended] = row
-                say(progress.line(ended, row, len(rows)))
+                say(progress.line(ended, row, len(rows), pool.under_way))
             if pool.stopped_by is not None:
                 write_results(study, name, directory, [rows[run] for run in runs if run in rows])
                 raise Stopped(pool.stopped_by, len(rows), len(runs))
@@ -211,6 +211,11 @@ class _Pool:
         self.stopped_by = self.stopped_by or signal.Signals(number)
         self._ended.put(None)  # reentrant, as SimpleQueue documents
 
+    @property
+    def under_way(self) -> list[Run]:
+        """The runs that are being done."""
+        return [each.run for each in self._under_way.values()]
+
     def run(self, runs: Sequence[Run]) -> Iterator[tuple[Run, int, str]]:
         """Does runs; yields each with its exit status and its last line, as it ends; stops early after a signal."""
         pending, free = list(runs), list(range(self._jobs))
@@ -264,21 +269,20 @@ class _Progress:
 
     Args:
       pending: runs to do.
-      jobs: runs at a time.
       total: runs of the study.
     """
 
-    def __init__(self, pending: Sequence[Run], jobs: int, total: int):
-        self._total, self._jobs = total, jobs
+    def __init__(self, pending: Sequence[Run], total: int):
+        self._total = total
         self._left = {run: _images(run) for run in pending}
         self._all = sum(self._left.values())
         self._begun = time.monotonic()
 
-    def line(self, ended: Run, row: dict[str, Any], done: int) -> str:
+    def line(self, ended: Run, row: dict[str, Any], done: int, under_way: Sequence[Run]) -> str:
         """Returns the line of a finished run."""
         self._left.pop(ended, None)
-        left = sum(self._left.values())
-        # While the first runs are under way, what they have done is not known: it counts as nothing.
+        # How far the runs under way are is not known: they count as half done.
+        left = sum(self._left.values()) - sum(self._left[run] for run in under_way) / 2
         seconds = (time.monotonic() - self._begun) * left / max(self._all - left, 1)
         readout = "  ".join(f"{label} {value:.1f}" for label, value in row["readout"].items())
         width = len(str(self._total))
