@@ -43,7 +43,8 @@ def test_pages_show_what_they_are_made_from(site):
         assert f'id="{recipe.stem}"' in page(site, "reference/recipes")
     assert 'id="ifm_jax.train"' in page(site, "reference/ifm_jax")
     assert 'id="ifm_jax.methods.losses.ifm_info_nce"' in page(site, "reference/losses")
-    assert 'src="images/readouts.png"' in (site / "index.html").read_text()
+    title = (ROOT / "README.md").read_text().partition("\n")[0].removeprefix("# ")
+    assert f">{title}<" in (site / "index.html").read_text()
     assert 'href="../methods/"' in page(site, "contributing")
 
 
