@@ -12,13 +12,11 @@ from ifm_jax.config import DataConfig, DigitsConfig
 from ifm_jax.data.digits import Digits
 from ifm_jax.data.random_bits import ViewsWithRandomBits, WithRandomBits
 from ifm_jax.data.trifeature import Trifeature
-from ifm_jax.drawing import Drawn
+from ifm_jax.drawing import SPLITS, Drawn
 from ifm_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from ifm_jax.data.crops import RandomCrops
-
-SPLITS = ("train", "test")
 
 # Least area of a training crop, relative to the image's; the greatest is the whole.
 _LEAST_AREA = {"moco_v1": 0.2, "moco_v2": 0.2, "moco_cifar": 0.08}
