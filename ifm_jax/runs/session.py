@@ -1,6 +1,7 @@
 """The surroundings of every loop in a working directory: checkpoints, metrics, progress, signals."""
 
 import contextlib
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class Session:
       best: name of a measurement; the checkpoint with its highest value is kept too; empty: none.
       full_step: step at which MoCo's queue is full of real keys, for the progress line.
       quiet: show no progress on the terminal.
+      group: group of the metrics in TensorBoard; see `metrics_log.grouped`.
 
     Attributes:
       progress: shows lines and the progress of the loop.
@@ -50,7 +52,9 @@ class Session:
         best: str = "",
         full_step: int = 0,
         quiet: bool = False,
+        group: str = "train",
     ):
+        self._group = group
         self._workdir, self._config, self._length = workdir, config, length
         self._keep, self._best, self._full_step, self._quiet = keep, best, full_step, quiet
         self._stack = contextlib.ExitStack()
@@ -64,6 +68,8 @@ class Session:
             if jax.process_index() == 0:
                 self._log = stack.enter_context(MetricsLog(self._workdir.metrics, self._length.first))
                 self._tensorboard = stack.enter_context(TensorBoardLog(self._workdir.tensorboard, self._length.first))
+                metrics = ("probe/val_acc1",) if self._group == "probe" else ("train/loss", "eval/linear")
+                self._tensorboard.write_config(self._length.first, self._config, metrics)
                 if not self._quiet:
                     self.progress = Progress(
                         self._length.last_step,
@@ -84,6 +90,16 @@ class Session:
         """Shows lines to the user, one after another."""
         for line in lines:
             self.progress.message(line)
+
+    def show(self, name: str, path: pathlib.Path) -> None:
+        """Adds a picture of the run's start, a PNG file, to TensorBoard; on process 0.
+
+        Args:
+          name: name of the picture, without a group.
+          path: path of the file.
+        """
+        if self._tensorboard is not None:
+            self._tensorboard.write_picture(self._length.first, f"{self._group}/{name}", path)
 
     def bad_images(self, count: int) -> BadImages:
         """Returns the record of unreadable images.
@@ -141,6 +157,7 @@ class Session:
             panels,
             remedy,
             health,
+            group=self._group,
         )
         with StopSignals(self.progress) as stop:
             done, state = loop.run(
