@@ -18,6 +18,7 @@ from ifm_jax.errors import RunError
 from ifm_jax.runs import metrics_log
 from ifm_jax.runs.curves import PRETRAINING, Panels, draw_curves
 from ifm_jax.runs.health import Health
+from ifm_jax.runs.loggers import Loggers
 from ifm_jax.runs.metrics_log import MetricsLog
 from ifm_jax.runs.progress import Progress, Silence
 from ifm_jax.runs.tensorboard import TensorBoardLog
@@ -231,6 +232,7 @@ class Recorder:
         health: Health | None = None,
         *,
         group: str = "train",
+        loggers: Loggers | None = None,
     ):
         """Stores where the metrics go.
 
@@ -246,8 +248,9 @@ class Recorder:
           remedy: advice for the user when a loss is not finite.
           health: watches the metrics; None: no warnings.
           group: group of the metrics in TensorBoard; see `metrics_log.grouped`.
+          loggers: the services of `log_to`; None on all hosts but the first.
         """
-        self._health, self._group = health, group
+        self._health, self._group, self._loggers = health, group, loggers
         self._log, self._tensorboard, self.progress = log, tensorboard, progress
         self._batch_size, self._epoch_steps, self._log_every = batch_size, epoch_steps, log_every
         self._curves, self._panels, self._remedy = curves, panels, remedy
@@ -352,6 +355,8 @@ class Recorder:
         if self._log is not None and self._tensorboard is not None:
             self._log.write(record)
             self._tensorboard.write(step, record, self._group)
+        if self._loggers is not None:
+            self._loggers.log(step, record)
         self.progress.update(step, record)
         for warning in self._health.watch(record) if self._health else ():
             self.progress.message(warning)
@@ -365,11 +370,13 @@ class Recorder:
 
 
     def show(self) -> None:
-        """Draws the curves, and adds the picture to TensorBoard."""
+        """Draws the curves, and shows the picture in TensorBoard and in the services of `log_to`."""
         self.draw()
         self._shown_at = time.perf_counter()
         if self._tensorboard is not None and self._curves.exists():
             self._tensorboard.write_picture(self._step, f"{self._group}/curves", self._curves)
+        if self._loggers is not None and self._curves.exists():
+            self._loggers.picture("curves", self._curves, again=True)
 
 
 class StopSignals:

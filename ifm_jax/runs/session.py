@@ -11,10 +11,11 @@ from ifm_jax import config as configs
 from ifm_jax import sharding
 from ifm_jax.config import Config
 from ifm_jax.data import BadImages
-from ifm_jax.runs import loop
+from ifm_jax.runs import loop, metrics_log
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.curves import PRETRAINING, Panels
 from ifm_jax.runs.health import Health
+from ifm_jax.runs.loggers import Loggers
 from ifm_jax.runs.loop import Call, Length, Outcome, Recorder, State, StopSignals
 from ifm_jax.runs.metrics_log import MetricsLog
 from ifm_jax.runs.progress import Progress, Silence
@@ -26,7 +27,7 @@ class Session:
     """One process's work on a loop, in a working directory that it holds.
 
     Entering it opens checkpoints, logs and progress; leaving it closes them and finishes a checkpoint in progress. Of
-    several hosts only process 0 logs.
+    several hosts only process 0 logs, there and to the services of `log_to`.
 
     Args:
       workdir: existing working directory whose lock is held.
@@ -60,6 +61,7 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._log: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
+        self._loggers: Loggers | None = None
         self.progress: Progress | Silence = Silence()
 
     def __enter__(self) -> "Session":
@@ -80,6 +82,10 @@ class Session:
                         verbose=self._config.verbose,
                     )
             stack.enter_context(self.progress)
+            if jax.process_index() == 0 and self._config.log_to:
+                records = metrics_log.read(self._workdir.metrics)
+                notes = self._workdir.loggers
+                self._loggers = stack.enter_context(Loggers(self._config, notes, records, self._group, self.say))
             self._stack = stack.pop_all()
         return self
 
@@ -92,7 +98,7 @@ class Session:
             self.progress.message(line)
 
     def show(self, name: str, path: pathlib.Path) -> None:
-        """Adds a picture of the run's start, a PNG file, to TensorBoard; on process 0.
+        """Shows a picture of the run's start, a PNG file, in TensorBoard and the services of `log_to`; on process 0.
 
         Args:
           name: name of the picture, without a group.
@@ -100,6 +106,8 @@ class Session:
         """
         if self._tensorboard is not None:
             self._tensorboard.write_picture(self._length.first, f"{self._group}/{name}", path)
+        if self._loggers is not None:
+            self._loggers.picture(name, path)
 
     def bad_images(self, count: int) -> BadImages:
         """Returns the record of unreadable images.
@@ -158,6 +166,7 @@ class Session:
             remedy,
             health,
             group=self._group,
+            loggers=self._loggers,
         )
         with StopSignals(self.progress) as stop:
             done, state = loop.run(
