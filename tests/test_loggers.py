@@ -162,7 +162,7 @@ def test_an_error_of_the_run_is_told(tmp_path, kept):
     assert run["ends"] == [True]
 
 
-# --- the services themselves, as far as they are installed -------------------------------------------------------------
+# --- the services themselves, as far as they are installed ------------------------------------------------------------
 
 
 def of_wandb(workdir):

@@ -264,7 +264,15 @@ def test_tensorboard_resume_purges_and_keeps_the_earlier_file(tmp_path):
 
 
 def test_groups_of_the_names():
-    record = {"step": 3, "epoch": 0.5, "loss": 1.0, "lr": np.float32(0.5), "knn": 60.0, "gain/a b": 2.0, "erased": ["x"]}
+    record = {
+        "step": 3,
+        "epoch": 0.5,
+        "loss": 1.0,
+        "lr": np.float32(0.5),
+        "knn": 60.0,
+        "gain/a b": 2.0,
+        "erased": ["x"],
+    }
     assert metrics_log.grouped(record | {"effective_rank": 7}) == {
         "train/loss": 1.0,
         "train/lr": 0.5,
@@ -285,7 +293,7 @@ def test_tensorboard_has_the_config_and_pictures(tmp_path):
         log.write_config(0, config, ("train/loss",))
         log.write_picture(5, "train/curves", picture)
     (path,) = (tmp_path / "events").iterdir()
-    version, text, *hyperparameters, image = read_events(path)  # without a session that starts
+    _, text, *hyperparameters, image = read_events(path)  # without a session that starts
     (value,) = text.summary.value
     assert value.metadata.plugin_data.plugin_name == "text"
     assert configs.from_json(value.tensor.string_val[0].decode().strip("`json\n")) == config

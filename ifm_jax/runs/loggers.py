@@ -96,22 +96,27 @@ class WandbLogger:
         self._first: int = self._run.step
 
     def last_step(self) -> int | None:
+        """See `Logger.last_step`."""
         return self._first - 1 if self._first else None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Logger.log`."""
         self._run.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        """See `Logger.picture`."""
         self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
     def close(self, failed: bool) -> None:
+        """See `Logger.close`."""
         self._run.finish(exit_code=int(failed))
 
 
 class MlflowLogger:
-    """MLflow. `MLFLOW_TRACKING_URI` says where to (`file:DIR` is offline), `MLFLOW_EXPERIMENT_NAME` names the experiment.
+    """MLflow. `MLFLOW_TRACKING_URI` says where to; `file:DIR` with `MLFLOW_ALLOW_FILE_STORE=true` is a folder.
 
-    Uses the client alone, without MLflow's global state, which belongs to the caller.
+    `MLFLOW_EXPERIMENT_NAME` names the experiment. Uses the client alone, without MLflow's global state, which belongs to
+    the caller.
     """
 
     def __init__(self, source: Source, run: str | None):
@@ -132,6 +137,7 @@ class MlflowLogger:
         self.run: str = run
 
     def last_step(self) -> int | None:
+        """See `Logger.last_step`."""
         known = self._client.get_run(self.run).data.metrics
         if not known:
             return None
@@ -139,6 +145,7 @@ class MlflowLogger:
         return max(metric.step for metric in self._client.get_metric_history(self.run, name))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Logger.log`."""
         now = int(1000 * time.time())
         # Other characters are refused.
         named = {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in values.items()}
@@ -146,9 +153,11 @@ class MlflowLogger:
         self._client.log_batch(self.run, metrics=metrics)
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        """See `Logger.picture`."""
         self._client.log_artifact(self.run, str(path))
 
     def close(self, failed: bool) -> None:
+        """See `Logger.close`."""
         self._client.set_terminated(self.run, "FAILED" if failed else "FINISHED")
 
 
@@ -165,15 +174,19 @@ class TrackioLogger:
         )
 
     def last_step(self) -> int | None:
+        """See `Logger.last_step`."""
         return None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Logger.log`."""
         self._run.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+        """See `Logger.picture`."""
         self._run.log({name: self._trackio.Image(str(path))}, step=step)
 
     def close(self, failed: bool) -> None:
+        """See `Logger.close`."""
         self._run.finish()
 
 
@@ -262,9 +275,7 @@ class Loggers:
 class _Thread(threading.Thread):
     """The thread of one logger: does what is in `jobs`, in order, until one of them fails."""
 
-    def __init__(
-        self, name: str, source: Source, notes: _Notes, before: Iterable[tuple[int, Mapping[str, float]]]
-    ):
+    def __init__(self, name: str, source: Source, notes: _Notes, before: Iterable[tuple[int, Mapping[str, float]]]):
         super().__init__(name=name, daemon=True)  # a service that never answers does not keep the process alive
         self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.failure, self.said = "", False

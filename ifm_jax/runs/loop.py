@@ -368,7 +368,6 @@ class Recorder:
             chance = self._health.chance if self._health else None
             draw_curves(records, self._curves, self._panels, chance=chance)
 
-
     def show(self) -> None:
         """Draws the curves, and shows the picture in TensorBoard and in the services of `log_to`."""
         self.draw()
