@@ -115,8 +115,7 @@ class WandbLogger:
 class MlflowLogger:
     """MLflow. `MLFLOW_TRACKING_URI` says where to; `file:DIR` with `MLFLOW_ALLOW_FILE_STORE=true` is a folder.
 
-    `MLFLOW_EXPERIMENT_NAME` names the experiment. Uses the client alone, without MLflow's global state, which belongs to
-    the caller.
+    `MLFLOW_EXPERIMENT_NAME` names the experiment. Uses the client alone: MLflow's global state belongs to the caller.
     """
 
     def __init__(self, source: Source, run: str | None):
