@@ -29,6 +29,9 @@ RunningStats = Literal["first_group", "mean"]
 
 METHODS = ("moco", "simclr")
 
+# Services that show the metrics of a run.
+LOGGERS = ("wandb", "mlflow", "trackio")
+
 # Losses on a method's margins.
 Kind = Literal["infonce", "ifm", "ifm_only"]
 OBJECTIVES: tuple[str, ...] = get_args(Kind)

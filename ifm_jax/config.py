@@ -478,6 +478,11 @@ class Config(Group):
         free_on_resume=True,
     )
     seed: int = field(0, "seed of everything random", least=0, limit=_SEED)
+    log_to: str = field(
+        "",
+        "services that also show the lines of metrics.jsonl: wandb, mlflow, trackio, several by comma; empty: none",
+        free_on_resume=True,
+    )
     log_every: int = field(10, "steps between two lines of metrics.jsonl", least=1, free_on_resume=True)
     verbose: bool = field(
         False,
@@ -820,6 +825,12 @@ def validate(config: Config, devices: int = 1) -> None:
         "knn, linear, effective_rank, or that of one label, for example knn/shape",
     )
     check(
+        all(name in choices.LOGGERS for name in loggers(config)),
+        "log_to",
+        config.log_to,
+        f"{', '.join(choices.LOGGERS)}, several by comma, or empty",
+    )
+    check(
         not best or config.eval.every, "checkpoint_best", best, "eval.every of at least 1, since evaluations measure it"
     )
     check(
@@ -884,6 +895,11 @@ def _validate_data(data: DataConfig, check: Callable[[Any, str, Any, str], None]
         check(not data.classes, "data.classes", data.classes, f"empty with {source}")
         check(32 <= data.image_size <= 224, "data.image_size", data.image_size, f"32 to 224 with {source}")
         check(scales[0] <= scales[1], f"data.{source}.scale_min, scale_max", scales, "scale_min <= scale_max")
+
+
+def loggers(config: Config) -> list[str]:
+    """Returns the names in `log_to`, each once."""
+    return list(dict.fromkeys(name.strip() for name in config.log_to.split(",") if name.strip()))
 
 
 def random_bits(data: DataConfig) -> tuple[int, str]:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import rich.console
 
+from ifm_jax import config as configs
+from ifm_jax.config import Config
 from ifm_jax.runs import metrics_log
 from ifm_jax.runs.curves import _running_mean, draw_curves
 from ifm_jax.runs.metrics_log import FIELDS, MetricsLog
@@ -259,6 +261,55 @@ def test_tensorboard_resume_purges_and_keeps_the_earlier_file(tmp_path):
         steps.append([event.step for event in events])
     assert starts == [1, 21, 21]  # TensorBoard forgets what it read of these steps and later ones
     assert steps == [[10, 20, 30], [30, 40], [30]]
+
+
+def test_groups_of_the_names():
+    record = {
+        "step": 3,
+        "epoch": 0.5,
+        "loss": 1.0,
+        "lr": np.float32(0.5),
+        "knn": 60.0,
+        "gain/a b": 2.0,
+        "erased": ["x"],
+    }
+    assert metrics_log.grouped(record | {"effective_rank": 7}) == {
+        "train/loss": 1.0,
+        "train/lr": 0.5,
+        "eval/knn": 60.0,
+        "eval/gain/a b": 2.0,
+        "diagnostics/effective_rank": 7,
+    }
+    probe = {"step": 3, "loss": 1.0, "val_acc1/shape": 9.0, "heads": {}}
+    assert metrics_log.grouped(probe, "probe") == {"probe/loss": 1.0, "probe/val_acc1/shape": 9.0}
+
+
+def test_tensorboard_has_the_config_and_pictures(tmp_path):
+    from tensorboardX.proto import plugin_hparams_pb2
+
+    config, picture = Config(), tmp_path / "curves.png"
+    draw_curves([make_record(10)], picture)
+    with TensorBoardLog(tmp_path / "events", None) as log:
+        log.write_config(0, config, ("train/loss",))
+        log.write_picture(5, "train/curves", picture)
+    (path,) = (tmp_path / "events").iterdir()
+    _, text, *hyperparameters, image = read_events(path)  # without a session that starts
+    (value,) = text.summary.value
+    assert value.metadata.plugin_data.plugin_name == "text"
+    assert configs.from_json(value.tensor.string_val[0].decode().strip("`json\n")) == config
+    of_plugin = [plugin_hparams_pb2.HParamsPluginData() for _ in hyperparameters]
+    for found, event in zip(of_plugin, hyperparameters, strict=True):
+        found.ParseFromString(event.summary.value[0].metadata.plugin_data.content)
+    assert [each.name.tag for each in of_plugin[0].experiment.metric_infos] == ["train/loss"]
+    given = of_plugin[1].session_start_info.hparams
+    assert set(given) == set(configs.flatten(configs.to_dict(config)))
+    assert given["optim.lr"].number_value == config.optim.lr
+    assert given["moco.mlp"].bool_value
+    assert given["linear.lr"].string_value == "[10.0]"
+    assert given["ifm.epsilon_negative"].string_value == "none"
+    (value,) = image.summary.value
+    assert (image.step, value.tag, value.image.width, value.image.height) == (5, "train/curves", 1080, 1080)
+    assert value.image.encoded_image_string == picture.read_bytes()
 
 
 def test_tensorboard_flushes_as_it_goes(tmp_path):

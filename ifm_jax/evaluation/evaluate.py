@@ -146,7 +146,7 @@ def evaluate(
     if wanted.neighbors:
         _neighbors(of, output, wanted, devices, say)
     if wanted.features or wanted.map:
-        _export(of, wanted, devices, say)
+        _export(of, output, wanted, devices, say)
     return None
 
 
@@ -326,7 +326,7 @@ def _diagnostics(of: Pretrained, output: pathlib.Path, devices: _Devices, say: _
     add_result(output, of, "diagnostics", found, settings)
     if not jax.process_index():
         report.draw_similarities(found, output / "similarities.png")
-        with TensorBoardLog(Workdir(output).tensorboard, of.step) as log:
+        with TensorBoardLog(Workdir(output).tensorboard, None) as log:
             log.write(of.step, {f"diagnostics/{name}": value for name, value in found.items()})
             log.write_histograms(
                 of.step,
@@ -468,7 +468,7 @@ def title(of: Pretrained, text: str) -> str:
     return f"{run}, {trained}" + (f": {configs.method_name(of.config)}" if known else "") + f"\n{text}"
 
 
-def _export(of: Pretrained, wanted: Wanted, devices: _Devices, say: _Say) -> None:
+def _export(of: Pretrained, output: pathlib.Path, wanted: Wanted, devices: _Devices, say: _Say) -> None:
     split = wanted.split or ("test" if has_held_out(of.config.data) else "all")
     features, source = of.features(split, devices, wanted.layer), of.images(split)
     if jax.process_index():
@@ -487,4 +487,7 @@ def _export(of: Pretrained, wanted: Wanted, devices: _Devices, say: _Say) -> Non
         pictures = source.examples(shown[chosen])["image"][..., :3] if len(chosen) else None
         report.draw_map(points, of_shown, wanted.map, heading, chosen, pictures)
         colored = f", colored by {', '.join(labels)}," if labels else ", with some of them,"
+        if output.is_dir():  # a map alone makes no directory
+            with TensorBoardLog(Workdir(output).tensorboard, None) as log:
+                log.write_picture(of.step, "eval/map", wanted.map)
         say(f"A map of {len(points):,} images{colored} drawn into {wanted.map}.")

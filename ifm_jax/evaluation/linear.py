@@ -164,7 +164,7 @@ def run(
         first = int(stored.state["step"]) if stored else 0
         epochs, batch_size = config.linear.epochs, config.linear.batch_size
         length = Length(first, epochs * probe.epoch_steps, epochs, probe.epoch_steps, batch_size)
-        with Session(workdir, config, length, keep=2, quiet=quiet) as session:
+        with Session(workdir, config, length, keep=2, quiet=quiet, group="probe") as session:
             session.say(*notes)
             held = probe.held(session)
             state = probe.start(stored)

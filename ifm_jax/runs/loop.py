@@ -18,6 +18,7 @@ from ifm_jax.errors import RunError
 from ifm_jax.runs import metrics_log
 from ifm_jax.runs.curves import PRETRAINING, Panels, draw_curves
 from ifm_jax.runs.health import Health
+from ifm_jax.runs.loggers import Loggers
 from ifm_jax.runs.metrics_log import MetricsLog
 from ifm_jax.runs.progress import Progress, Silence
 from ifm_jax.runs.tensorboard import TensorBoardLog
@@ -176,7 +177,7 @@ def run(
     recorder.flush()
     if step > first:
         save(state)
-    recorder.draw()
+    recorder.show()
     return step, state
 
 
@@ -229,6 +230,9 @@ class Recorder:
         panels: Panels = PRETRAINING,
         remedy: str = "A lower optim.lr, or a higher temperature, may help",
         health: Health | None = None,
+        *,
+        group: str = "train",
+        loggers: Loggers | None = None,
     ):
         """Stores where the metrics go.
 
@@ -243,8 +247,10 @@ class Recorder:
           panels: panels of the picture.
           remedy: advice for the user when a loss is not finite.
           health: watches the metrics; None: no warnings.
+          group: group of the metrics in TensorBoard; see `metrics_log.grouped`.
+          loggers: the services of `log_to`; None on all hosts but the first.
         """
-        self._health = health
+        self._health, self._group, self._loggers = health, group, loggers
         self._log, self._tensorboard, self.progress = log, tensorboard, progress
         self._batch_size, self._epoch_steps, self._log_every = batch_size, epoch_steps, log_every
         self._curves, self._panels, self._remedy = curves, panels, remedy
@@ -257,6 +263,7 @@ class Recorder:
         self._timed_at = time.perf_counter()
         self._waited = self._paused = 0.0  # seconds since then spent waiting for images and outside training
         self._drawn_at = time.perf_counter()
+        self._shown_at = -math.inf
 
     def add(self, before: int, steps: int, step_metrics: dict[str, jax.Array]) -> None:
         """Adds a call that may still be computing; waits for the one `_CALLS_AHEAD` before it.
@@ -335,7 +342,9 @@ class Recorder:
             self._write(step, values, speed | dict((extra or {}) if step == self._step else {}))
         self._due.clear()
         self._is_due = False
-        if now - self._drawn_at > _CURVES_EVERY:
+        if extra is not None and now - self._shown_at > _CURVES_EVERY:
+            self.show()
+        elif now - self._drawn_at > _CURVES_EVERY:
             self.draw()
         self._timed_step, self._timed_at = self._step, time.perf_counter()
         self._waited = self._paused = 0.0
@@ -345,7 +354,9 @@ class Recorder:
         record |= {name: float(value) for name, value in values.items()} | dict(extra)
         if self._log is not None and self._tensorboard is not None:
             self._log.write(record)
-            self._tensorboard.write(step, record)
+            self._tensorboard.write(step, record, self._group)
+        if self._loggers is not None:
+            self._loggers.log(step, record)
         self.progress.update(step, record)
         for warning in self._health.watch(record) if self._health else ():
             self.progress.message(warning)
@@ -356,6 +367,15 @@ class Recorder:
         if self._log is not None and (records := metrics_log.read(self._log.path)):
             chance = self._health.chance if self._health else None
             draw_curves(records, self._curves, self._panels, chance=chance)
+
+    def show(self) -> None:
+        """Draws the curves, and shows the picture in TensorBoard and in the services of `log_to`."""
+        self.draw()
+        self._shown_at = time.perf_counter()
+        if self._tensorboard is not None and self._curves.exists():
+            self._tensorboard.write_picture(self._step, f"{self._group}/curves", self._curves)
+        if self._loggers is not None and self._curves.exists():
+            self._loggers.picture("curves", self._curves, again=True)
 
 
 class StopSignals:

@@ -22,6 +22,10 @@ FIELDS = (
 )
 """The fields of a line of `metrics.jsonl`, in their order there; other fields of a record follow them."""
 
+_GROUPS = ("train", "eval", "probe", "diagnostics")
+# The groups of what an evaluation during pre-training adds to a line, also for single labels (`knn/shape`).
+_GROUP_OF = {"knn": "eval", "linear": "eval", "gain": "eval", "knn_gain": "eval", "effective_rank": "diagnostics"}
+
 
 class MetricsLog:
     """`metrics.jsonl`, opened for a run that continues after step `last_step`.
@@ -89,6 +93,29 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def grouped(record: Mapping[str, Any], group: str = "train") -> dict[str, float]:
+    """Returns the numbers of a record under the names that TensorBoard and other views show.
+
+    A name gets its group in front: `train/loss`, `eval/knn/shape`, `diagnostics/effective_rank`, `probe/val_acc1`. A
+    name that begins with a group stays unchanged.
+
+    Args:
+      record: name -> value. `step`, `epoch` and values that are no numbers are left out.
+      group: group of names that have none of their own. In "probe" all names are the probe's.
+    """
+    named: dict[str, float] = {}
+    for name, value in record.items():
+        value = value.item() if hasattr(value, "item") else value
+        if name in ("step", "epoch") or not isinstance(value, int | float):
+            continue
+        first = name.partition("/")[0]
+        if first in _GROUPS:
+            named[name] = value
+        else:
+            named[f"{_GROUP_OF.get(first, group) if group == 'train' else group}/{name}"] = value
+    return named
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

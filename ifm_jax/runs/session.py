@@ -1,6 +1,7 @@
 """The surroundings of every loop in a working directory: checkpoints, metrics, progress, signals."""
 
 import contextlib
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,10 +11,11 @@ from ifm_jax import config as configs
 from ifm_jax import sharding
 from ifm_jax.config import Config
 from ifm_jax.data import BadImages
-from ifm_jax.runs import loop
+from ifm_jax.runs import loop, metrics_log
 from ifm_jax.runs.checkpoint import Checkpoints
 from ifm_jax.runs.curves import PRETRAINING, Panels
 from ifm_jax.runs.health import Health
+from ifm_jax.runs.loggers import Loggers
 from ifm_jax.runs.loop import Call, Length, Outcome, Recorder, State, StopSignals
 from ifm_jax.runs.metrics_log import MetricsLog
 from ifm_jax.runs.progress import Progress, Silence
@@ -25,7 +27,7 @@ class Session:
     """One process's work on a loop, in a working directory that it holds.
 
     Entering it opens checkpoints, logs and progress; leaving it closes them and finishes a checkpoint in progress. Of
-    several hosts only process 0 logs.
+    several hosts only process 0 logs, there and to the services of `log_to`.
 
     Args:
       workdir: existing working directory whose lock is held.
@@ -35,6 +37,7 @@ class Session:
       best: name of a measurement; the checkpoint with its highest value is kept too; empty: none.
       full_step: step at which MoCo's queue is full of real keys, for the progress line.
       quiet: show no progress on the terminal.
+      group: group of the metrics in TensorBoard; see `metrics_log.grouped`.
 
     Attributes:
       progress: shows lines and the progress of the loop.
@@ -50,12 +53,15 @@ class Session:
         best: str = "",
         full_step: int = 0,
         quiet: bool = False,
+        group: str = "train",
     ):
+        self._group = group
         self._workdir, self._config, self._length = workdir, config, length
         self._keep, self._best, self._full_step, self._quiet = keep, best, full_step, quiet
         self._stack = contextlib.ExitStack()
         self._log: MetricsLog | None = None
         self._tensorboard: TensorBoardLog | None = None
+        self._loggers: Loggers | None = None
         self.progress: Progress | Silence = Silence()
 
     def __enter__(self) -> "Session":
@@ -64,6 +70,8 @@ class Session:
             if jax.process_index() == 0:
                 self._log = stack.enter_context(MetricsLog(self._workdir.metrics, self._length.first))
                 self._tensorboard = stack.enter_context(TensorBoardLog(self._workdir.tensorboard, self._length.first))
+                metrics = ("probe/val_acc1",) if self._group == "probe" else ("train/loss", "eval/linear")
+                self._tensorboard.write_config(self._length.first, self._config, metrics)
                 if not self._quiet:
                     self.progress = Progress(
                         self._length.last_step,
@@ -74,6 +82,10 @@ class Session:
                         verbose=self._config.verbose,
                     )
             stack.enter_context(self.progress)
+            if jax.process_index() == 0 and self._config.log_to:
+                records = metrics_log.read(self._workdir.metrics)
+                notes = self._workdir.loggers
+                self._loggers = stack.enter_context(Loggers(self._config, notes, records, self._group, self.say))
             self._stack = stack.pop_all()
         return self
 
@@ -84,6 +96,18 @@ class Session:
         """Shows lines to the user, one after another."""
         for line in lines:
             self.progress.message(line)
+
+    def show(self, name: str, path: pathlib.Path) -> None:
+        """Shows a picture of the run's start, a PNG file, in TensorBoard and the services of `log_to`; on process 0.
+
+        Args:
+          name: name of the picture, without a group.
+          path: path of the file.
+        """
+        if self._tensorboard is not None:
+            self._tensorboard.write_picture(self._length.first, f"{self._group}/{name}", path)
+        if self._loggers is not None:
+            self._loggers.picture(name, path)
 
     def bad_images(self, count: int) -> BadImages:
         """Returns the record of unreadable images.
@@ -141,6 +165,8 @@ class Session:
             panels,
             remedy,
             health,
+            group=self._group,
+            loggers=self._loggers,
         )
         with StopSignals(self.progress) as stop:
             done, state = loop.run(

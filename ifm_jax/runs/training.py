@@ -126,13 +126,16 @@ def _train(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh, quiet: boo
 
 
 def _draw_samples(config: Config, source: Source, size: int, workdir: Workdir, session: Session) -> None:
-    """Draws samples.png where it is missing; whatever goes wrong, the run goes on."""
+    """Draws samples.png where it is missing, and shows it; whatever goes wrong, the run goes on."""
     if jax.process_index() or workdir.samples.exists():
         return
     try:
         samples.draw(config, source, size, workdir.samples)
     except Exception as error:
         session.say(f"{workdir.samples.name} is not drawn: {type(error).__name__}: {error}")
+        return
+    if workdir.samples.exists():
+        session.show("samples", workdir.samples)
 
 
 def _make_evaluation(config: Config, mesh: jax.sharding.Mesh) -> "_Evaluation | None":

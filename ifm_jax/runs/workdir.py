@@ -35,6 +35,7 @@ class Workdir:
       converted: converted.json, origin of a converted checkpoint.
       metrics: metrics.jsonl, one line per logged step.
       tensorboard: tensorboard/, event files.
+      loggers: loggers.json, the runs of the services in `log_to`, and what they have.
       curves: curves.png.
       samples: samples.png, a few images and their views.
       results: results.json, results of evaluations.
@@ -51,6 +52,7 @@ class Workdir:
         self.converted = self.path / "converted.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
+        self.loggers = self.path / "loggers.json"
         self.curves = self.path / "curves.png"
         self.samples = self.path / "samples.png"
         self.results = self.path / "results.json"
