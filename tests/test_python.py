@@ -133,7 +133,7 @@ def test_evaluate_is_what_the_command_finds(tmp_path, capsys):
     assert set(found) == {"knn", "logistic_regression"}
     assert set(found["knn"]) == {"shape", "texture", "color"}
     assert capsys.readouterr().out == ""
-    wanted = evaluation.Wanted(knn=True)
+    wanted = evaluation.Wanted(knn=True, untrained=False)
     evaluation.evaluate(tmp_path / "run", config, tmp_path / "run", wanted, devices=devices, quiet=True)
     written = json.loads((tmp_path / "run" / "results.json").read_text())["knn"]
     assert {name: written[name] for name in found["knn"]} == found["knn"]

@@ -234,12 +234,14 @@ def test_a_study_that_is_killed_twice_ends_with_the_same_results(tmp_path):
         process.communicate()
 
     process = start(whole)
-    assert process.wait(timeout=400) == 0, process.communicate()[0]
-    assert "worst" in process.communicate()[0]
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, said
+    assert "worst" in said
     kill_when(start(killed), lambda: list(killed.glob("trifeature/*/*/checkpoints/*/commit_success.txt")))
     kill_when(start(killed), lambda: list(killed.glob("trifeature/*/*/row.json")))
     process = start(killed)
-    assert process.wait(timeout=400) == 0, process.communicate()[0]
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, said
 
     def without_times(directory):
         results = json.loads((directory / "results.json").read_text())

@@ -88,9 +88,10 @@ def test_the_first_line_of_a_run(fields, said):
 
 def test_the_last_lines_of_a_run():
     done, following = summary.conclusion(Outcome(8, 8), "a b", labels=True)
-    assert done == "Done. a b has the checkpoint of step 8 (checkpoints/), metrics.jsonl, curves.png and tensorboard/."
+    files = "metrics.jsonl, curves.png, samples.png and tensorboard/."
+    assert done == f"Done. a b has the checkpoint of step 8 (checkpoints/), {files}"
     assert following.startswith("Next: ifm-jax eval --workdir='a b' --fast   (")
-    assert "--diagnostics" in summary.conclusion(Outcome(8, 8), "a", labels=False)[1]
+    assert "--neighbors=" in summary.conclusion(Outcome(8, 8), "a", labels=False)[1]
 
 
 @pytest.mark.slow

@@ -727,7 +727,7 @@ def test_files_that_are_refused(files, name, message):
         (["inspect", "pipe.pth.tar"], "is not a regular file"),
         (["inspect", "good.pth.tar", "--prefix=net"], "no tensor in good.pth.tar begins with it"),
         (["to-jax", "good.pth.tar"], "expected to-jax FILE.pth.tar DIR"),
-        ([], "expected one of to-jax, to-torch, inspect"),
+        ([], "expected one of to-jax, to-torch, export, inspect"),
     ],
 )
 def test_mistakes_end_with_status_2(files, in_process, monkeypatch, arguments, message):

@@ -198,8 +198,9 @@ def test_the_step_compiles_once(tmp_path):
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert events  # the listener works
-    assert 3 in events  # so does the count of lines: the first evaluation compiles what it needs
-    assert not [count for count in events if count > 1 and count != 3]
+    assert len(metrics_log.read(tmp_path / "metrics.jsonl")) > 0  # so does the count of lines
+    # The readout before training has compiled what all evaluations need.
+    assert not [count for count in events if count > 1]
 
 
 @pytest.mark.slow
