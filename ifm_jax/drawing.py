@@ -83,6 +83,25 @@ class Drawn:
         require(32 <= self.image_size <= 224, "image_size", self.image_size, "32 to 224", "choose a size in between")
         require(0 <= self.seed < 2**64, "seed", self.seed, "0 to 2**64 - 1", "choose a non-negative integer")
 
+    def _require_classes(self, *names: str) -> None:
+        """Checks numbers of classes."""
+        for name in names:
+            require(2 <= getattr(self, name) <= 10, name, getattr(self, name), "2 to 10", "there are ten of each")
+
+    def _require_angles(self, *names: str) -> None:
+        """Checks greatest angles."""
+        for name in names:
+            require(0 <= getattr(self, name) <= 180, name, getattr(self, name), "0 to 180 degrees", "180 is any angle")
+
+    def _require_period(self, period: float) -> None:
+        """Checks the period of the textures."""
+        require(0.1 <= period <= 1, "texture_period", period, "0.1 to 1", "0.2 is the default")
+
+    def _require_scale(self, scale: tuple[float, float], least: float, largest: str) -> None:
+        """Checks the range of a size; `largest` says what happens at 1."""
+        expected = f"(low, high) with {least:g} <= low <= high <= 1"
+        require(len(scale) == 2 and least <= scale[0] <= scale[1] <= 1, "scale", scale, expected, largest)
+
     @property
     def label_names(self) -> dict[str, tuple[str, ...]]:
         """The names of the classes of each label, in the order of their draws."""

@@ -104,10 +104,15 @@ def keep_memory() -> None:
 
 
 def has_accelerator() -> bool:
-    """Returns whether JAX has a plugin for an accelerator here; starting JAX to see would take its memory."""
+    """Returns whether JAX has a plugin for an accelerator here, unless `JAX_PLATFORMS=cpu` keeps it from that.
+
+    Starting JAX to see would take the accelerator's memory.
+    """
     import importlib.metadata
     import importlib.util
 
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
     return bool(importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"))
 
 

@@ -14,8 +14,9 @@ import time
 import pytest
 
 from ifm_jax import config as configs
+from ifm_jax.cli import demo
 from ifm_jax.errors import RunError, UsageError
-from ifm_jax.studies import Comparison, Study, runner, study, worker
+from ifm_jax.studies import Comparison, Study, findings, runner, statistics, study, worker
 from tests import small
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -110,16 +111,22 @@ PRETENDER = """
 """
 
 
+MADE = {
+    **{"loss_clean": 1.0, "acc1": 2.0, "grad_norm": 3.0, "seconds": 4.0},
+    **{"versions": {"jax": "1"}, "commit": "c", "device": "d", "date": "today"},
+}
+
+
 @pytest.fixture
 def pretend(tmp_path, monkeypatch):
     """The directory of a study whose workers need no time; a file `wait` or `fail` changes what they do."""
     script, rows = tmp_path / "pretender.py", {}
     script.write_text(textwrap.dedent(PRETENDER))
     for run in a_study(seeds=(0, 1, 2)).runs():
-        row = worker.describe(run) | {"steps": 4, "loss_clean": 1.0, "acc1": 2.0, "grad_norm": 3.0, "seconds": 4.0}
+        row = worker.describe(run) | {"steps": 4}
         readout = {"shape": 50.0 + run.seed + 2 * (run.arm == "IFM"), "color": 90.0}
         row |= {"readout": readout, "untrained": {"shape": 40.0, "color": 10.0}}
-        row |= {"versions": {"jax": "1"}, "commit": "c", "device": "d", "date": "today"}
+        row |= MADE
         rows[f"{run.arm} {run.seed}"] = (run.directory, row)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert worker.ROW == "row.json"
@@ -167,6 +174,12 @@ def test_a_failed_run_leaves_the_others_and_is_tried_again(pretend):
     assert len(runner.read_results(pretend)["rows"]) == 3
     (broken / "fail").unlink()
     assert len(runner.run(a_study(), "mine", pretend, jobs=1, say=lambda _: None)["rows"]) == 4
+
+
+def test_a_worker_that_ends_at_once_is_a_failed_run(pretend, monkeypatch):
+    monkeypatch.setattr(runner, "_COMMAND", (sys.executable, "-I", "-c", "raise SystemExit('out of luck')"))
+    with pytest.raises(RunError, match=r"4 of 4 runs failed.*: out of luck"):
+        runner.run(a_study(), "mine", pretend, jobs=2, say=lambda _: None)
 
 
 def test_a_row_of_another_config_is_refused(pretend):
@@ -253,6 +266,54 @@ def test_a_study_that_is_killed_twice_ends_with_the_same_results(tmp_path):
     assert without_times(killed) == without_times(whole)
     assert len(without_times(whole)["rows"]) == 4
     assert {path.name for path in whole.iterdir()} >= {"results.json", "results.md", "effects.png", "loss_error.png"}
+
+
+# What the package's own studies have found.
+
+OWN = sorted((ROOT / "docs" / "studies").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.parent.name)
+def test_the_studies_that_are_reported(path):
+    """Every row is of a run as the study's file has it, and the comparisons are those of the rows."""
+    results, of = json.loads(path.read_text()), study.load(f"studies/{path.parent.name}")
+    runs = {(run.source, run.arm, run.seed): run for run in of.runs()}
+    assert results["runs"] == len(runs)
+    rows = {(row["source"], row["arm"], row["seed"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"])
+    for key, row in rows.items():
+        assert row.items() >= worker.describe(runs[key]).items()
+        assert row["commit"]
+        assert not row["commit"].endswith("+")  # of code that is committed
+    assert statistics.compare(results["rows"], of.comparisons) == results["comparisons"]
+    assert results["question"] == of.question
+
+
+def test_the_demo_shows_the_confirmation_once_it_is_complete():
+    results = json.loads((ROOT / "docs" / findings.STUDY / "results.json").read_text())
+    complete = len(results["rows"]) == results["runs"]
+    assert findings.read() == (results["comparisons"] if complete else [])
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_the_demo_shows_each_difference_beside_the_studys(pretend, monkeypatch, capsys, complete):
+    rows = []
+    for run in study.load(findings.STUDY).runs():
+        if run.source == "trifeature" and run.seed < 3 and run.arm in ("InfoNCE", "IFM 0.1"):
+            readout = {"shape": 50.0 + run.seed * (run.arm != "InfoNCE"), "texture": 60.0, "color": 90.0}
+            rows.append(worker.describe(run) | {"readout": readout, "untrained": readout, "steps": 4} | MADE)
+    asked = [Comparison("IFM 0.1", "InfoNCE", labels=("mean", "worst", "shape", "texture", "color"))]
+    monkeypatch.setattr(findings, "read", lambda: statistics.compare(rows, asked) if complete else [])
+    one = [row for row in rows if row["seed"] == 2]
+    results = {"question": "?", "study": "demo", "date": "", "device": "", "versions": {}, "commit": "c", "rows": one}
+    made = results | {"comparisons": statistics.compare(one, asked)}
+    monkeypatch.setattr(runner, "run", lambda *_, **__: made)
+    pretend.mkdir()
+    assert demo.main(demo.flags().parse([f"--workdir={pretend}"])) == 0
+    said = capsys.readouterr().out
+    (shape,) = [line for line in said.splitlines() if line.startswith("│ shape")]
+    assert ("+2.0" in shape, "+1.0 [-1.5, +3.5], 3 pairs" in shape) == (True, complete)
+    assert ("its column is empty" in said) is not complete
 
 
 def test_a_rows_summary():

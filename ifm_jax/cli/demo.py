@@ -97,8 +97,10 @@ def _print_differences(comparisons: Sequence[Mapping[str, Any]], title: str) -> 
         found = findings.find(here["a"], here["b"], here["source"], here["label"])
         table.add_row(here["label"], _shown(here), _shown(found) if found else "-")
     rich.console.Console().print(table)
+    if not findings.read():
+        print("The study's runs are not all done, so its column is empty.")
     print("In brackets: the 95 % interval of the mean over pairs of runs. A single pair has none, and is mostly noise:")
-    print("another seed changes it by several points. What the study asked and found: docs/studies.md.")
+    print("another seed changes it by several points. What the study asks and has found: docs/studies.md.")
 
 
 def _shown(found: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ifm_jax.drawing import COLORS, RGB, TEXTURES, Drawn, mix, per_image, require, texture_light, uniforms
+from ifm_jax.drawing import COLORS, RGB, TEXTURES, Drawn, mix, per_image, texture_light, uniforms
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -74,18 +74,10 @@ class Digits(Drawn):
     def __post_init__(self):
         object.__setattr__(self, "scale", tuple(self.scale))
         super().__post_init__()
-        for name in ("num_digits", "num_textures", "num_colors"):
-            require(2 <= getattr(self, name) <= 10, name, getattr(self, name), "2 to 10", "there are ten of each")
-        turn, period = self.texture_rotation, self.texture_period
-        require(0 <= turn <= 180, "texture_rotation", turn, "0 to 180 degrees", "180 is any angle")
-        require(0.1 <= period <= 1, "texture_period", period, "0.1 to 1", "0.2 is the default")
-        require(
-            len(self.scale) == 2 and 0.4 <= self.scale[0] <= self.scale[1] <= 1,
-            "scale",
-            self.scale,
-            "(low, high) with 0.4 <= low <= high <= 1",
-            "a digit of size 1 touches the border",
-        )
+        self._require_classes("num_digits", "num_textures", "num_colors")
+        self._require_angles("texture_rotation")
+        self._require_period(self.texture_period)
+        self._require_scale(self.scale, 0.4, "a digit of size 1 touches the border")
 
     @property
     def label_names(self) -> dict[str, tuple[str, ...]]:

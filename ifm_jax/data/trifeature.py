@@ -73,20 +73,10 @@ class Trifeature(Drawn):
     def __post_init__(self):
         object.__setattr__(self, "scale", tuple(self.scale))
         super().__post_init__()
-        for name in ("num_shapes", "num_textures", "num_colors"):
-            require(2 <= getattr(self, name) <= 10, name, getattr(self, name), "2 to 10", "there are ten of each")
-        for name in ("rotation", "texture_rotation"):
-            require(0 <= getattr(self, name) <= 180, name, getattr(self, name), "0 to 180 degrees", "180 is any angle")
-        require(
-            0.1 <= self.texture_period <= 1, "texture_period", self.texture_period, "0.1 to 1", "0.2 is the default"
-        )
-        require(
-            len(self.scale) == 2 and 0.2 <= self.scale[0] <= self.scale[1] <= 1,
-            "scale",
-            self.scale,
-            "(low, high) with 0.2 <= low <= high <= 1",
-            "a shape of size 1 touches the border",
-        )
+        self._require_classes("num_shapes", "num_textures", "num_colors")
+        self._require_angles("rotation", "texture_rotation")
+        self._require_period(self.texture_period)
+        self._require_scale(self.scale, 0.2, "a shape of size 1 touches the border")
         require(0 <= self.noise <= 0.3, "noise", self.noise, "0 to 0.3", "0.06 is the default")
 
     @property

@@ -8,8 +8,9 @@ Sources: He et al. 2016; torchvision.models.resnet; Xie et al. 2017 (ResNeXt); Z
 """
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -311,29 +312,6 @@ def create(
     )
 
 
-class Factory(Protocol):
-    """A function that builds one architecture, such as `resnet50`."""
-
-    def __call__(
-        self,
-        *,
-        num_classes: int = 1000,
-        head: heads.Head = "linear",
-        mlp: bool = False,
-        stem: Stem = "imagenet",
-        width: int = 0,
-        in_channels: int = 3,
-        bn_groups: int = 1,
-        running_stats: RunningStats = "first_group",
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
-        reduce_over: jax.sharding.Mesh | None = None,
-        rngs: nnx.Rngs,
-    ) -> ResNet:
-        """Builds it; arguments as for `create`."""
-        ...
-
-
 _FACTORY_DOC = """Builds a {name} with fresh parameters: images `(N, H, W, 3)` -> `(N, num_classes)`.
 
     {layout}
@@ -356,40 +334,18 @@ _FACTORY_DOC = """Builds a {name} with fresh parameters: images `(N, H, W, 3)` -
     """
 
 
-def _factory(name: str) -> Factory:
-    """Returns a function that builds the named architecture, as in torchvision.models."""
+Options = ParamSpec("Options")
 
-    def build(
-        *,
-        num_classes: int = 1000,
-        head: heads.Head = "linear",
-        mlp: bool = False,
-        stem: Stem = "imagenet",
-        width: int = 0,
-        in_channels: int = 3,
-        bn_groups: int = 1,
-        running_stats: RunningStats = "first_group",
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
-        reduce_over: jax.sharding.Mesh | None = None,
-        rngs: nnx.Rngs,
-    ) -> ResNet:
-        return create(
-            name,
-            num_classes=num_classes,
-            head=head,
-            mlp=mlp,
-            stem=stem,
-            width=width,
-            in_channels=in_channels,
-            bn_groups=bn_groups,
-            running_stats=running_stats,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            reduce_over=reduce_over,
-            rngs=rngs,
-        )
 
+def _factory(name: str, create: Callable[Concatenate[str, Options], ResNet]) -> Callable[Options, ResNet]:
+    """Returns a function that builds the named architecture, as in torchvision.models, with the options of `create`."""
+
+    def build(*args: Options.args, **options: Options.kwargs) -> ResNet:
+        return create(name, *args, **options)
+
+    signature = inspect.signature(create)
+    named = [parameter for parameter in signature.parameters.values() if parameter.name != "arch"]
+    build.__signature__ = signature.replace(parameters=named)  # pyrefly: ignore[missing-attribute] (help shows it)
     architecture = ARCHITECTURES[name]
     torchvisions = len(architecture.depths) == 4
     build.__name__ = build.__qualname__ = name
@@ -401,14 +357,14 @@ def _factory(name: str) -> Factory:
     return build
 
 
-resnet8 = _factory("resnet8")
-resnet18 = _factory("resnet18")
-resnet34 = _factory("resnet34")
-resnet50 = _factory("resnet50")
-resnet101 = _factory("resnet101")
-resnet152 = _factory("resnet152")
-wide_resnet50_2 = _factory("wide_resnet50_2")
-wide_resnet101_2 = _factory("wide_resnet101_2")
-resnext50_32x4d = _factory("resnext50_32x4d")
-resnext101_32x8d = _factory("resnext101_32x8d")
-resnext101_64x4d = _factory("resnext101_64x4d")
+resnet8 = _factory("resnet8", create)
+resnet18 = _factory("resnet18", create)
+resnet34 = _factory("resnet34", create)
+resnet50 = _factory("resnet50", create)
+resnet101 = _factory("resnet101", create)
+resnet152 = _factory("resnet152", create)
+wide_resnet50_2 = _factory("wide_resnet50_2", create)
+wide_resnet101_2 = _factory("wide_resnet101_2", create)
+resnext50_32x4d = _factory("resnext50_32x4d", create)
+resnext101_32x8d = _factory("resnext101_32x8d", create)
+resnext101_64x4d = _factory("resnext101_64x4d", create)

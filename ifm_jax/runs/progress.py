@@ -218,17 +218,8 @@ class Progress:
             """Returns the columns of all but the bar: the fields, two between them, one on each side of the bar."""
             return sum(len(_labeled(*fields[name])) + 2 for name in ("epoch", *order)) - 2
 
-        for name in (
-            "elapsed",
-            "rate",
-            "lr",
-            "queue",
-            *_FOUND,
-            "gain",
-            "acc1",
-            "loss",
-            "left",
-        ):  # least important first
+        least_first = ("elapsed", "rate", "lr", "queue", *_FOUND, "gain", "acc1", "loss", "left")
+        for name in least_first:
             wanted = 0 if name == "left" else _BAR_WIDTHS[0]  # the time left matters more than the bar
             if width() + wanted > available and name in order:
                 order.remove(name)

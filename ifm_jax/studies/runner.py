@@ -1,5 +1,6 @@
 """Runs a study: one process for each run, several at a time, each on its own processor."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -204,7 +205,8 @@ class _Pool:
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._stop)
+                with contextlib.suppress(ValueError):  # not the main thread: its owner decides
+                    self._previous[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(self, *_):
@@ -253,12 +255,13 @@ class _Pool:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                bufsize=0,
                 start_new_session=True,
                 env=share | dict(os.environ),
             )
         assert process.stdin is not None  # a pipe, as requested
-        process.stdin.write(json.dumps(dataclasses.asdict(order)).encode() + b"\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended at once: its exit status tells
+            process.stdin.write(json.dumps(dataclasses.asdict(order)).encode() + b"\n")
         self._under_way[slot] = _Process(run, slot, process, process.stdin)
         threading.Thread(target=lambda: self._ended.put((slot, process.wait())), daemon=True).start()
 
