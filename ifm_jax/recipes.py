@@ -23,6 +23,7 @@ _HERE = pathlib.Path(__file__).resolve().parent
 DIRECTORY = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 # The default recipe of a command.
 DEFAULT = str(DIRECTORY / "trifeature.py")
+_EXAMPLE = "a recipe, for example trifeature (ifm-jax config --list)"
 _PACKAGE, _BY_PATH = "ifm_jax.configs", "ifm_jax_recipe"
 
 
@@ -67,18 +68,19 @@ def load(recipe: str | os.PathLike[str]) -> Config:
 Made = TypeVar("Made")
 
 
-def load_from(path: str | os.PathLike[str], function: str, kind: type[Made]) -> Made:
+def load_from(path: str | os.PathLike[str], function: str, kind: type[Made], example: str = _EXAMPLE) -> Made:
     """Returns what a function in a file of `configs/`, or in one like these, makes.
 
     Args:
       path: path or name of the file, as for `load`; the name of a study is `studies/ifm`.
       function: name of the function, which takes no arguments.
       kind: expected type of its result.
+      example: what the error for a missing file expects.
 
     Raises:
       UsageError: see `load`.
     """
-    (found, by_name), flag = _find(path), f"--config={path}"
+    (found, by_name), flag = _find(path, example), f"--config={path}"
     expected = f"{kind.__module__}.{kind.__qualname__}"
     try:
         with _named(found) if by_name else _at(found) as module:
@@ -145,7 +147,7 @@ class _Fresh(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(path), path)
 
 
-def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
+def _find(recipe: str | os.PathLike[str], example: str) -> tuple[pathlib.Path, bool]:
     """Returns the file of a recipe and whether it was given by name."""
     given = pathlib.Path(recipe)
     try:
@@ -158,11 +160,9 @@ def _find(recipe: str | os.PathLike[str]) -> tuple[pathlib.Path, bool]:
     except (OSError, ValueError):  # a name that no file can have
         is_there = False
     if is_there:
-        raise UsageError(
-            f"--config={recipe} is a directory: expected a recipe, for example trifeature (ifm-jax config --list)"
-        )
+        raise UsageError(f"--config={recipe} is a directory: expected {example}")
     near = _near(given)
-    hint = f": did you mean {near}?" if near else ": expected a recipe, for example trifeature (ifm-jax config --list)"
+    hint = f": did you mean {near}?" if near else f": expected {example}"
     raise UsageError(f"--config={recipe} does not exist{hint}")
 
 

@@ -85,6 +85,8 @@ def test_a_study_is_a_file_or_a_name(tmp_path):
         assert [run.config_sha256 for run in study.load(path).runs()] == [run.config_sha256 for run in named.runs()]
     with pytest.raises(UsageError, match=r"has no function get_study\(\).*it has get_config\(\)"):
         study.load("trifeature")
+    with pytest.raises(UsageError, match="--config=nope does not exist: expected a study, for example studies/confirm"):
+        study.load("nope")
     (tmp_path / "x.py").write_text("def get_study():\n    return 1\n")
     with pytest.raises(UsageError, match=r"get_study\(\) returned 1, expected an ifm_jax\.studies\.study\.Study"):
         study.load(tmp_path / "x.py")

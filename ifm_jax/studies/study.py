@@ -160,7 +160,7 @@ def load(path: str | os.PathLike[str]) -> Study:
     Raises:
       UsageError: if there is no such file, it cannot be run, or its result is no study.
     """
-    return recipes.load_from(path, "get_study", Study)
+    return recipes.load_from(path, "get_study", Study, "a study, for example studies/confirmation")
 
 
 def config_sha256(config: Config) -> str:
