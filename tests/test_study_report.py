@@ -184,7 +184,7 @@ def test_comparisons_survive_json(results):
 def test_markdown_leaves_nothing_out(results):
     rows = [row for row in results["rows"] if (row["arm"], row["seed"]) != ("beta 1", 2)]
     text = report.markdown(make_results(rows))
-    assert f"{len(rows)} runs: 2 sources (trifeature, digits), 6 arms" in text
+    assert f"{len(rows)} runs: 2 sources (trifeature; digits), 6 arms" in text
     assert "5 seeds (0 to 4). 2 of 60 combinations have no run." in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     for source, labels in LABELS.items():
