@@ -174,7 +174,7 @@ def _train_step(made: dict) -> str:
         "case": ("case", str),
         "time of IFM over MoCo": ("ifm_over_moco", _as(".3f")),
         "images/s over PyTorch as published": ("vs_torch_original", _as(".2f")),
-        "over PyTorch at its best settings": ("vs_torch_best", _as(".2f")),
+        "over PyTorch in bfloat16": ("vs_torch_best", _as(".2f")),
         "over the faster of the two here": ("fastest", _as(".2f")),
     }
     if cases:
@@ -287,27 +287,34 @@ _TABLES = {
 # The pictures.
 
 
-def _figure(panels: int):
+def _figure(panels: int, width: float, title: str):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
+    figure = Figure(figsize=(width * panels, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(title)
     return figure, np.atleast_1d(figure.subplots(1, panels))
 
 
 def draw_loss(made: dict, path: pathlib.Path) -> None:
     """Draws milliseconds over K, a panel for each N."""
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
     sizes = sorted({row["queries"] for row in made["results"]})
     names = [name for name in made["results"][0] if name.endswith(" ms")]
-    figure, panels = _figure(len(sizes))
+    figure, panels = _figure(len(sizes), 4.2, f"The loss alone, {made['device']}")
     for panel, queries in zip(panels, sizes, strict=True):
         rows = sorted((row for row in made["results"] if row["queries"] == queries), key=lambda row: row["keys"])
         for name in names:
             style = "--" if name.startswith("PyTorch") else "-"
             label = name.removesuffix(" ms")
             panel.plot([row["keys"] for row in rows], [row[name] for row in rows], "o" + style, label=label)
-        panel.set(title=f"N = {queries}", xscale="log", yscale="log", xlabel="K", ylabel="loss and gradient, ms")
+        panel.set(title=f"N = {queries:,}", xscale="log", yscale="log", xlabel="K", ylabel="loss and gradient, ms")
+        keys = [row["keys"] for row in rows]
+        panel.set_xticks(keys, [f"{key:,}" for key in keys])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
@@ -319,13 +326,13 @@ def draw_train_step(made: dict, path: pathlib.Path) -> None:
     for row in made["results"]:
         if "variant" in row:
             cases.setdefault(row["case"], []).append(row)
-    figure, panels = _figure(len(cases))
+    figure, panels = _figure(len(cases), 5.6, f"A training step, {made['device']}")
     for panel, (case, rows) in zip(panels, cases.items(), strict=True):
         colors = ["#3182bd" if row["variant"].startswith("ifm_jax") else "#bdbdbd" for row in rows]
         bars = panel.barh([row["variant"] for row in rows], [row["images_per_sec"] for row in rows], color=colors)
         panel.bar_label(bars, fmt="{:,.0f}", padding=3)
         panel.invert_yaxis()
-        panel.margins(x=0.2)
+        panel.margins(x=0.25)
         panel.set(title=case, xlabel="images/s")
     figure.savefig(path, dpi=120)
 

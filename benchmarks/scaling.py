@@ -240,11 +240,14 @@ def draw(made: dict, path: str | os.PathLike) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
 
     axes = [axis for axis in AXES if any(row["axis"] == axis for row in made["results"])]
-    figure = Figure(figsize=(3.6 * len(axes), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(axes), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"A training step over sizes, {made['device']}; base case: {made['summary'].get('base', 'not recorded')}"
+    )
     for panel, axis in zip(np.atleast_1d(figure.subplots(1, len(axes))), axes, strict=True):
         rows = [row for row in made["results"] if row["axis"] == axis]
         for cost, label, style in (("ms", "time", "o-"), ("flops", "operations", "s--")):
@@ -259,7 +262,7 @@ def draw(made: dict, path: str | os.PathLike) -> None:
         values = [row["value"] for row in rows]
         panel.set_xticks(values, [f"{v // 1024}k" if v >= 4096 else str(v) for v in values])
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.set_xlabel(TITLES[axis])
         panel.grid(alpha=0.3)
         panel.legend()

@@ -2,11 +2,11 @@
 
     python -m benchmarks.train_step [--json=FILE] [--profile=DIR] [--cases=resnet8:32:256,...] [--rounds=25]
 
-Variants: this package with IFM and with MoCo; PyTorch with IFM (a) as published, float32 and contiguous, and (b) at its
-best settings: bfloat16 autocast, channels_last, fused SGD, with and without torch.compile (which takes minutes on a CPU
-and may not pay off). Every round runs one step of each in another order. Our step computes in float32 on a CPU and in
-bfloat16 elsewhere. The views are given (float, normalized), so that neither side includes augmentation, which PyTorch
-does elsewhere. BatchNorm has one group.
+Variants: this package with IFM and with MoCo; PyTorch with IFM (a) as published, float32 and contiguous, and (b) with
+what suits accelerators: bfloat16 autocast, channels_last, fused SGD, with and without torch.compile (which takes
+minutes on a CPU and may not pay off). Every round runs one step of each in another order. Our step computes in float32
+on a CPU and in bfloat16 elsewhere. The views are given (float, normalized), so that neither side includes augmentation,
+which PyTorch does elsewhere. BatchNorm has one group.
 
 For each: median and quartiles of a step's milliseconds, images/s, compile time, and memory that the compiled program
 needs (PyTorch's peak on CUDA). For ours also the model FLOPs per second, XLA's count for the step as written divided by
@@ -219,11 +219,11 @@ def measure(case: Case, rounds: int) -> list[dict]:
     plain = ARCHITECTURES[case.arch].groups == 1 and ARCHITECTURES[case.arch].width_per_group == 64
     if importlib.util.find_spec("torch") and plain:
         variants["PyTorch, as published"] = _torchs(case, best=False)
-        variants["PyTorch, best but not compiled"] = _torchs(case, best=True)
+        variants["PyTorch, bfloat16"] = _torchs(case, best=True)
         try:
-            variants["PyTorch, best"] = _torchs(case, best=True, compiled=True)
+            variants["PyTorch, bfloat16, compiled"] = _torchs(case, best=True, compiled=True)
         except Exception as error:  # torch.compile needs a compiler that is not everywhere
-            print(f"PyTorch, best: left out ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
+            print(f"PyTorch, bfloat16, compiled: left out ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
     times, warm = {name: [] for name in variants}, {}
     for number in range(rounds + 2):
         for name in random.Random(number).sample(sorted(variants), len(variants)):
@@ -315,7 +315,7 @@ def summary(rows: list[dict]) -> dict:
         ours, moco = variants["ifm_jax, IFM"], variants["ifm_jax, MoCo"]
         ratios = [a / b for a, b in zip(ours["times"], moco["times"], strict=True)]
         of_case = {"ifm_over_moco": statistics.median(ratios), "peak_bytes": ours["bytes"]}
-        best = [peer for peer in variants if peer.startswith("PyTorch, best")]
+        best = [peer for peer in variants if peer.startswith("PyTorch, bfloat16")]
         for field, peers in (("vs_torch_original", ["PyTorch, as published"]), ("vs_torch_best", best)):
             if peers := [variants[peer]["ms"] for peer in peers if peer in variants]:
                 of_case[field] = min(peers) / ours["ms"]
