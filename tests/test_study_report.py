@@ -266,7 +266,7 @@ def test_infonce_is_where_every_series_of_ifm_begins():
 def test_pictures_are_written_where_there_is_something_to_draw(tmp_path):
     results = make_results([row for row in make_rows(seeds=2) if row["source"] == "digits"])
     report.write(results, tmp_path)
-    drawn = ["effects.png", "loss_error.png", "trade_offs.png"]
+    drawn = ["effects.png", "loss_error.png", "summary.png", "trade_offs.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*drawn, "results.md"])
     text = (tmp_path / "results.md").read_text()
     for name in drawn:

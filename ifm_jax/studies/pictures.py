@@ -17,6 +17,7 @@ from ifm_jax import files
 from ifm_jax.runs.curves import BLUE, GREEN, GREY, INK, ORANGE, SKY
 from ifm_jax.studies import statistics
 from ifm_jax.studies.statistics import Rows
+from ifm_jax.studies.study import MEAN, WORST
 
 # Safe for color-blind readers (Okabe and Ito). With five markers, 40 arms look different.
 _COLORS = (BLUE, ORANGE, GREEN, "#cc79a7", SKY, "#e69f00", INK, GREY)
@@ -101,7 +102,8 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
     """Draws each comparison's mean difference with its 95 % interval, and the difference of each pair as a pale dot.
 
     Confirmatory comparisons come first and have filled marks. An interval that is much wider than the differences
-    themselves, as that of two pairs, ends in an arrow at the edge; its numbers stand beside it.
+    themselves, as that of two pairs, ends in an arrow at the edge; its numbers stand beside it. The sources stand one
+    below the other.
 
     Args:
       rows: the runs of the study.
@@ -113,69 +115,55 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
     """
     if not comparisons:
         return False
+    _draw_comparisons(rows, comparisons, path, beside=False)
+    return True
+
+
+def draw_summary(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> bool:
+    """Draws the comparisons of the mean and of the worst label alone, the sources side by side; else as `draw_effects`.
+
+    Returns:
+      Whether it was drawn: not if it would show nothing, or the same as `draw_effects`.
+    """
+    found = [entry for entry in comparisons if entry["label"] in (MEAN, WORST)]
+    if len(found) in (0, len(comparisons)):
+        return False
+    _draw_comparisons(rows, found, path, beside=True)
+    return True
+
+
+def _draw_comparisons(
+    rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], beside: bool
+) -> None:
+    """Draws a panel for each source, beside each other or one below the other."""
     entries = _by_name(comparisons)
     sources = list(dict.fromkeys(entry["source"] for entry in entries))
-    lists = [_lines_of([entry for entry in entries if entry["source"] == source]) for source in sources]
+    of_sources = [[entry for entry in entries if entry["source"] == source] for source in sources]
+    lists = [_lines_of(of_source, 40 if beside else 76) for of_source in of_sources]
     heights = [sum(height for _, height in lines) + 0.3 for lines in lists]
     inches = 0.25
-    figure, canvas = _figure(9.5, inches * sum(heights) + 0.75 * len(sources) + 1.3)
-    grid = figure.subplots(len(sources), 1, squeeze=False, height_ratios=heights)[:, 0]
-    pairs_of = [
-        statistics.differences(rows, entry["source"], entry["a"], entry["b"], entry["label"]).values()
-        for entry in entries
+    if beside:
+        figure, canvas = _figure(6.0 * len(sources), inches * max(heights) + 2.0)
+        panels = figure.subplots(1, len(sources), squeeze=False)[0]
+    else:
+        figure, canvas = _figure(9.5, inches * sum(heights) + 0.75 * len(sources) + 1.3)
+        panels = figure.subplots(len(sources), 1, squeeze=False, height_ratios=heights)[:, 0]
+    pairs = [
+        [
+            list(statistics.differences(rows, entry["source"], entry["a"], entry["b"], entry["label"]).values())
+            for entry in of_source
+        ]
+        for of_source in of_sources
     ]
-    limits = [
-        _limit([(entry, pairs) for entry, pairs in zip(entries, pairs_of, strict=True) if entry["source"] == source])
-        for source in sources
-    ]
+    limits = [_limit(list(zip(*each, strict=True))) for each in zip(of_sources, pairs, strict=True)]
     if max(limits) < 3 * min(limits):  # one scale for all sources, unless it would hide the effects of one
         limits = [max(limits)] * len(limits)
-    for axes, source, lines, height, limit in zip(grid, sources, lists, heights, limits, strict=True):
-        places: list[float] = []
-        shown: list[Mapping[str, Any]] = []
-        top = 0.0
-        for content, size in lines:
-            if isinstance(content, str):
-                axes.text(
-                    0.008,
-                    top + size - 0.25,
-                    content,
-                    transform=axes.get_yaxis_transform(),
-                    va="bottom",
-                    fontsize=9.5,
-                    color=INK,
-                    weight="bold",
-                    linespacing=1.15,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-                )
-            else:
-                places.append(top + size / 2)
-                shown.append(content)
-            top += size
-        axes.axvline(0, color=INK, linewidth=1, zorder=1)
-        of_source = [list(pairs) for entry, pairs in zip(entries, pairs_of, strict=True) if entry["source"] == source]
-        for place, entry, pairs in zip(places, shown, of_source, strict=True):
-            _draw_effect(axes, place, entry, pairs, limit)
-        axes.set_xlim(-limit, limit)
-        axes.set_ylim(height - 0.1, -0.1)
-        axes.set_yticks(places, [entry["label"] for entry in shown])
-        axes.set_title(_wrapped(source, 70), loc="left", fontsize=12, color=INK)
-        right = axes.twinx()
-        right.set_ylim(axes.get_ylim())
-        right.set_yticks(places, [_numbers(entry) for entry in shown])
-        for each in (axes, right):
-            each.spines[:].set_visible(False)
-            each.tick_params(colors=INK, labelsize=9, length=0)
-            each.tick_params(axis="y", pad=8)  # room for an arrow
-        axes.spines["bottom"].set_visible(True)
-        axes.spines["bottom"].set_color(_PALE)
-        axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-    grid[-1].set_xlabel(
-        "difference in points of held-out accuracy\nright: mean [95 % interval], pairs above 0 of all pairs",
-        fontsize=10,
-        color=INK,
-    )
+    for axes, source, lines, of_source, limit in zip(panels, sources, lists, pairs, limits, strict=True):
+        _draw_source(axes, lines, of_source, limit)
+        axes.set_title(_wrapped(source, 40 if beside else 70), loc="left", fontsize=12, color=INK)
+    text = "difference in points of held-out accuracy\nright: mean [95 % interval], pairs above 0 of all pairs"
+    for axes in panels if beside else panels[-1:]:
+        axes.set_xlabel(text, fontsize=10, color=INK)
     style: dict[str, Any] = {"marker": "o", "color": BLUE, "linewidth": 2}
     marks = [
         Line2D([], [], label="confirmatory: fixed before the runs", **style),
@@ -190,7 +178,60 @@ def draw_effects(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
         del marks[1]
     figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
     _save(canvas, path)
-    return True
+
+
+def _draw_source(
+    axes: Axes,
+    lines: Sequence[tuple[str | Mapping[str, Any], float]],
+    pairs: Sequence[Sequence[float]],
+    limit: float,
+) -> None:
+    """Draws the comparisons of a source, with their numbers on the right.
+
+    Args:
+      axes: the panel.
+      lines: from `_lines_of`.
+      pairs: for each comparison the differences of its pairs.
+      limit: end of the x axis.
+    """
+    places: list[float] = []
+    shown: list[Mapping[str, Any]] = []
+    top = 0.0
+    for content, size in lines:
+        if isinstance(content, str):
+            axes.text(
+                0.008,
+                top + size - 0.25,
+                content,
+                transform=axes.get_yaxis_transform(),
+                va="bottom",
+                fontsize=9.5,
+                color=INK,
+                weight="bold",
+                linespacing=1.15,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+            )
+        else:
+            places.append(top + size / 2)
+            shown.append(content)
+        top += size
+    axes.axvline(0, color=INK, linewidth=1, zorder=1)
+    for place, entry, of_entry in zip(places, shown, pairs, strict=True):
+        _draw_effect(axes, place, entry, of_entry, limit)
+    axes.set_xlim(-limit, limit)
+    axes.set_ylim(top + 0.2, -0.1)
+    axes.set_yticks(places, [entry["label"] for entry in shown])
+    right = axes.twinx()
+    right.set_ylim(axes.get_ylim())
+    right.set_yticks(places, [_numbers(entry) for entry in shown])
+    for each in (axes, right):
+        each.spines[:].set_visible(False)
+        each.tick_params(colors=INK, labelsize=9, length=0)
+        each.tick_params(axis="y", pad=8)  # room for an arrow
+    axes.spines["bottom"].set_visible(True)
+    axes.spines["bottom"].set_color(_PALE)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def _by_name(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -200,14 +241,19 @@ def _by_name(comparisons: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     return [entry for name in names for entry in ordered if entry["name"] == name]
 
 
-def _lines_of(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str | Mapping[str, Any], float]]:
-    """Returns the lines of a panel, with their heights: the name of each comparison above its entries."""
+def _lines_of(entries: Sequence[Mapping[str, Any]], width: int) -> list[tuple[str | Mapping[str, Any], float]]:
+    """Returns the lines of a panel, with their heights: the name of each comparison above its entries.
+
+    Args:
+      entries: the comparisons.
+      width: letters of a line.
+    """
     lines: list[tuple[str | Mapping[str, Any], float]] = []
     last = None
     for entry in entries:
         if entry["name"] != last:
             last = entry["name"]
-            text = _wrapped(entry["name"], 76)
+            text = _wrapped(entry["name"], width)
             lines.append((text, 0.55 + 0.65 * (1 + text.count("\n"))))
         lines.append((entry, 0.85))
     return lines

@@ -31,6 +31,7 @@ _SETTINGS = {
 }
 _COMPARISON_COLUMNS = ("comparison", "source", "label", "mean", "s.e.", "95 % interval", "wins/pairs", "p", "Holm p")
 _PICTURES = {
+    "summary.png": "differences between arms in the mean and the worst label, with 95 % intervals",
     "effects.png": "differences between arms with 95 % intervals",
     "trade_offs.png": "readouts against temperature, beta and epsilon",
     "loss_error.png": "InfoNCE loss against the error of the readouts",
@@ -108,7 +109,7 @@ def print_report(results: Mapping[str, Any], console: rich.console.Console | Non
 
 
 def write(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None:
-    """Writes results.md, effects.png, trade_offs.png and loss_error.png; each replaces an older one atomically.
+    """Writes results.md, summary.png, effects.png, trade_offs.png and loss_error.png, each replaced atomically.
 
     A picture without contents, as trade_offs.png where no two arms differ in an axis alone, is not written, and an
     older one is removed.
@@ -123,6 +124,7 @@ def write(results: Mapping[str, Any], directory: str | os.PathLike[str]) -> None
     directory = pathlib.Path(directory)
     rows = results["rows"]
     drawn = {
+        "summary.png": pictures.draw_summary(rows, results["comparisons"], directory / "summary.png"),
         "effects.png": pictures.draw_effects(rows, results["comparisons"], directory / "effects.png"),
         "trade_offs.png": pictures.draw_trade_offs(rows, directory / "trade_offs.png"),
         "loss_error.png": pictures.draw_loss_against_error(rows, directory / "loss_error.png"),
