@@ -3,7 +3,8 @@
 from ifm_jax.data.bad_images import BadImages
 from ifm_jax.data.digits import Digits
 from ifm_jax.data.pipeline import steps_per_epoch, training_batches
-from ifm_jax.data.sources import Source, ViewSource, open_source
+from ifm_jax.data.protocols import Source, ViewSource
+from ifm_jax.data.sources import open_source
 from ifm_jax.data.trifeature import Trifeature
 
 __all__ = [

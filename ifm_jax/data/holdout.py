@@ -13,7 +13,8 @@ import numpy as np
 
 from ifm_jax.config import DataConfig, random_bits
 from ifm_jax.data.npz import NpzError
-from ifm_jax.data.sources import ViewSource, open_views, subset
+from ifm_jax.data.protocols import ViewSource
+from ifm_jax.data.sources import open_views, subset
 from ifm_jax.errors import UsageError
 
 SHARE = 0.1  # of the training images

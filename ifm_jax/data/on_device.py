@@ -22,7 +22,7 @@ from ifm_jax.data import crops
 from ifm_jax.data.bad_images import BadImages, neighbors
 from ifm_jax.data.order import EpochOrder, crop_uniforms
 from ifm_jax.data.pipeline import steps_per_epoch
-from ifm_jax.data.sources import Source, ViewSource
+from ifm_jax.data.protocols import Source, ViewSource
 from ifm_jax.errors import UsageError
 from ifm_jax.pretrain import DeviceState, PretrainStep, placements
 

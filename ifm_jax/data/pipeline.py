@@ -17,7 +17,7 @@ from absl import flags
 
 from ifm_jax.data.bad_images import BadImages, neighbors
 from ifm_jax.data.order import EpochOrder, crop_uniforms
-from ifm_jax.data.sources import Images, ViewSource
+from ifm_jax.data.protocols import Images, ViewSource
 from ifm_jax.errors import UsageError
 
 _ENDLESS = 2**62  # batches

@@ -8,16 +8,14 @@ integer belongs to the image: a hash of split and number, the same in every epoc
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from ifm_jax.data.protocols import Source, ViewSource
 from ifm_jax.drawing import SPLITS, words
 
-if TYPE_CHECKING:
-    from ifm_jax.data.sources import Source, ViewSource
-
-Of = TypeVar("Of", bound="Source")
+Of = TypeVar("Of", bound=Source)
 
 
 class WithRandomBits(Generic[Of]):

@@ -16,7 +16,8 @@ from ifm_jax.augment import example_rngs
 from ifm_jax.config import Config
 from ifm_jax.data import open_source, steps_per_epoch, training_batches
 from ifm_jax.data.holdout import has_held_out
-from ifm_jax.data.sources import Source, Subset, drawn, subset
+from ifm_jax.data.protocols import Source
+from ifm_jax.data.sources import Subset, drawn, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import diagnostics, export, knn, linear, neighbors, pretrained, readout, report
 from ifm_jax.evaluation.features import extract

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ifm_jax import files
-from ifm_jax.data.sources import ViewSource
+from ifm_jax.data.protocols import ViewSource
 from ifm_jax.errors import UsageError
 
 _MAP_IMAGES = 5000  # more would take long and hide each other

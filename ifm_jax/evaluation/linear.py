@@ -23,7 +23,8 @@ from ifm_jax import config as configs
 from ifm_jax import files, sharding
 from ifm_jax.augment import ProbeAugmentation, example_rngs, sparing_bits
 from ifm_jax.data import BadImages, steps_per_epoch, training_batches
-from ifm_jax.data.sources import Images, Source, ViewSource, subset
+from ifm_jax.data.protocols import Images, Source, ViewSource
+from ifm_jax.data.sources import subset
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.evaluation import classifiers
 from ifm_jax.evaluation.features import FrozenEncoder, extract

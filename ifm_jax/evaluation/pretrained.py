@@ -12,7 +12,8 @@ from ifm_jax import assembly, sharding
 from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.data.holdout import open_evaluated
-from ifm_jax.data.sources import Source, ViewSource, ViewSubset, subset
+from ifm_jax.data.protocols import Source, ViewSource
+from ifm_jax.data.sources import ViewSubset, subset
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation.features import FrozenEncoder, extract
 from ifm_jax.runs import loading, snapshot
