@@ -72,7 +72,7 @@ def load_from(path: str | os.PathLike[str], function: str, kind: type[Made], exa
     """Returns what a function in a file of `configs/`, or in one like these, makes.
 
     Args:
-      path: path or name of the file, as for `load`; the name of a study is `studies/ifm`.
+      path: path or name of the file, as for `load`; the name of a study is `studies/confirmation`.
       function: name of the function, which takes no arguments.
       kind: expected type of its result.
       example: what the error for a missing file expects.
