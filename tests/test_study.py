@@ -1,5 +1,6 @@
 """Studies: their description, and the runner with its processes."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -289,6 +290,50 @@ def test_the_studies_that_are_reported(path):
         assert not row["commit"].endswith("+")  # of code that is committed
     assert statistics.compare(results["rows"], of.comparisons) == results["comparisons"]
     assert results["question"] == of.question
+
+
+# Arms of the confirmation, in the tables of README and of docs/studies.md.
+TOLD = {
+    "before training": None,
+    "InfoNCE": "InfoNCE",
+    "InfoNCE, T = 0.07": "InfoNCE",
+    "IFM 0.1": "IFM 0.1",
+    "IFM, eps 0.1": "IFM 0.1",
+    "placebo": "placebo",
+    "placebo: InfoNCE, learning rate 1.4 times as high": "placebo",
+    "T 0.05": "T 0.05",
+    "InfoNCE, T = 0.05": "T 0.05",
+    "beta 1": "beta 1",
+    "hard negatives, beta 1": "beta 1",
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/studies.md"])
+def test_the_pages_tell_what_the_confirmation_found(page):
+    results = json.loads((ROOT / "docs" / findings.STUDY / "results.json").read_text())
+    text = (ROOT / page).read_text()
+    (table,) = [
+        part.splitlines()
+        for part in text.split("\n\n")
+        if "Trifeature: shape | texture | mean | digits: digit | texture | mean |" in part
+    ]
+    assert len(table) == 2 + 6
+    for line in table[2:]:
+        arm, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        expected = []
+        for source, label in itertools.product(("trifeature", "digits"), ("first", "texture", "mean")):
+            label = {"trifeature": "shape", "digits": "digit"}[source] if label == "first" else label
+            rows = [row for row in results["rows"] if row["source"] == source]
+            rows = [row for row in rows if row["arm"] == (TOLD[arm] or "InfoNCE")]
+            values = [statistics.value(row, label, "readout" if TOLD[arm] else "untrained") for row in rows]
+            mean, stderr = statistics.mean_and_stderr(values)
+            expected.append(f"{mean:.1f}" + (f" ± {stderr:.1f}" if "±" in cells[0] else ""))
+        assert cells == expected, arm
+    words = " ".join(text.split())
+    for a, b in (("IFM 0.1", "InfoNCE"), ("IFM 0.1", "placebo")):
+        for source in ("trifeature", "digits"):
+            found = findings.find(a, b, source, "mean")
+            assert "{:.1f} to {:.1f}".format(*found["ci95"]) in words
 
 
 def test_the_demo_shows_the_confirmation_once_it_is_complete():

@@ -210,7 +210,16 @@ def test_settings_that_play_no_part_are_not_shown(results):
 def test_made_with_names_the_commits_of_the_runs(results):
     assert report.markdown(results).endswith("2026-11-27, on cpu, with jax 0.10.2, at commit abc1234.\n")
     rows = [row | {"commit": "0ld"} if row["seed"] == 0 else row for row in results["rows"]]
-    assert "Commits of the runs: 0ld (12 runs), abc1234 (48 runs)." in report.markdown(results | {"rows": rows})
+    assert "with jax 0.10.2, at the commits 0ld (12 runs), abc1234 (48 runs)." in report.markdown(
+        results | {"rows": rows}
+    )
+
+
+def test_no_run_is_reported(tmp_path):
+    results = make_results([]) | {"versions": None}
+    report.write(results, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.md"]
+    assert "No run is finished yet." in (tmp_path / "results.md").read_text()
 
 
 def test_one_run_is_reported():

@@ -270,15 +270,17 @@ def _p(value: float | None) -> str:
 
 
 def _made_with(results: Mapping[str, Any]) -> str:
+    if not results["rows"]:
+        return "No run is finished yet."
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    text = f"{results['date']}, on {results['device']}, with {versions}, at commit {results['commit']}."
+    text = f"{results['date']}, on {results['device']}, with {versions}, "
     # Runs of an earlier session keep what they were made with.
     commits = [commit for commit in dict.fromkeys(row.get("commit") for row in results["rows"]) if commit]
-    if commits and commits != [results["commit"]]:
-        counts = [sum(row.get("commit") == commit for row in results["rows"]) for commit in commits]
-        each = ", ".join(f"{commit} ({_number_of(n, 'run')})" for commit, n in zip(commits, counts, strict=True))
-        text += f" Commits of the runs: {each}."
-    return text
+    if not commits or commits == [results["commit"]]:
+        return text + f"at commit {results['commit']}."
+    counts = [sum(row.get("commit") == commit for row in results["rows"]) for commit in commits]
+    each = ", ".join(f"{commit} ({_number_of(n, 'run')})" for commit, n in zip(commits, counts, strict=True))
+    return text + f"at the commits {each}."
 
 
 def _table(columns: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
