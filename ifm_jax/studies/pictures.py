@@ -422,7 +422,7 @@ def _setting_texts(setting: Mapping[str, Any], varied: set[str]) -> list[str]:
 
 
 def draw_loss_against_error(rows: Rows, path: str | os.PathLike[str]) -> bool:
-    """Draws each run's error of the readout against its InfoNCE loss, in a panel for each label of each source.
+    """Draws each run's error of the readout against its loss, in a panel for each label of each source.
 
     As in figure 2 of Robinson et al. (2021): a lower loss need not come with a lower error.
 
@@ -473,7 +473,7 @@ def draw_loss_against_error(rows: Rows, path: str | os.PathLike[str]) -> bool:
                 alpha=0.85,
             )
         axes.set_title(_wrapped(f"{source}: {label}", 34), loc="left", fontsize=11, color=INK)
-        axes.set_xlabel("InfoNCE loss", color=INK)
+        axes.set_xlabel("loss without IFM's shift", color=INK)
         axes.set_ylabel("readout error, %", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.margins(0.08)

@@ -34,7 +34,7 @@ _PICTURES = {
     "summary.png": "differences between arms in the mean and the worst label, with 95 % intervals",
     "effects.png": "differences between arms with 95 % intervals",
     "trade_offs.png": "readouts against temperature, beta and epsilon",
-    "loss_error.png": "InfoNCE loss against the error of the readouts",
+    "loss_error.png": "loss against the error of the readouts",
 }
 
 
@@ -51,9 +51,11 @@ def markdown(results: Mapping[str, Any], shown: Sequence[str] = ()) -> str:
     parts = [f"# {results['study']}", results["question"], _count(rows)]
     parts.append(
         "A readout is the held-out accuracy, in percent, of a linear classifier on the frozen backbone. `mean` is the "
-        "mean over a run's labels, `worst` its lowest label. `loss` is InfoNCE without a shift, `acc1` the contrast "
-        "accuracy in percent, both at the end of training; `gradient norm` is the mean over the run. Entries are means "
-        "over the runs ± their standard errors; a single run has none. The network before training is the first row."
+        "mean over a run's labels, `worst` its lowest label. `loss` is the contrastive loss without IFM's shift at the "
+        "run's own temperature and hardness, so that it compares only arms that share them. `acc1` is the contrast "
+        "accuracy in percent; both are those of the end of training. `gradient norm` is the mean over the run. Entries "
+        "are means over the runs ± their standard errors; a single run has none. The network before training is the "
+        "first row."
     )
     if rows:
         parts.append("## Arms")
