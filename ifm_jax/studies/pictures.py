@@ -24,6 +24,7 @@ _COLORS = (BLUE, ORANGE, GREEN, "#cc79a7", SKY, "#e69f00", INK, GREY)
 _MARKERS = "os^Dv"
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _MOST_ARMS = 24  # more names would be larger than the picture
+_MOST_BESIDE = 3  # sources side by side
 _PALE = "#bbbbbb"
 _OBJECTIVES = {"infonce": "InfoNCE", "ifm": "IFM", "ifm_only": "IFM only"}
 AXES = ("temperature", "beta", "epsilon")
@@ -123,10 +124,10 @@ def draw_summary(rows: Rows, comparisons: Sequence[Mapping[str, Any]], path: str
     """Draws the comparisons of the mean and of the worst label alone, the sources side by side; else as `draw_effects`.
 
     Returns:
-      Whether it was drawn: not if it would show nothing, or the same as `draw_effects`.
+      Whether it was drawn: not if it would show nothing, or the same as `draw_effects`, or more sources than fit.
     """
     found = [entry for entry in comparisons if entry["label"] in (MEAN, WORST)]
-    if len(found) in (0, len(comparisons)):
+    if len(found) in (0, len(comparisons)) or len({entry["source"] for entry in found}) > _MOST_BESIDE:
         return False
     _draw_comparisons(rows, found, path, beside=True)
     return True
