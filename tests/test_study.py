@@ -150,7 +150,7 @@ def test_every_run_is_done_once_and_more_seeds_add_to_a_study(pretend):
     assert (results["study"], results["question"], results["runs"]) == ("mine", "Is it so?", 4)
     mean, worst, shape = results["comparisons"]
     assert (mean["mean"], worst["mean"], shape["mean"], shape["pairs"]) == (1.0, 2.0, 2.0, 2)
-    assert said[0] == "4 runs: 1 sources x 2 arms x 2 seeds; 0 done before, 2 at a time."
+    assert said[0] == "4 runs: 1 source x 2 arms x 2 seeds; 0 done before, 2 at a time."
     assert said[-1].startswith("[4/4] trifeature  ")
     assert said[-1].endswith("all done")
 

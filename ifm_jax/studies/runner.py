@@ -76,7 +76,9 @@ def run(
     rows = {run: row for run in runs if (row := read_row(directory, run)) is not None}
     pending = [run for run in runs if run not in rows]
     jobs = min(jobs or _default_jobs(), max(len(pending), 1))
-    said = f"{len(runs)} runs: {len(study.sources)} sources x {len(study.arms)} arms x {len(study.seeds)} seeds"
+    sizes = {"source": len(study.sources), "arm": len(study.arms), "seed": len(study.seeds)}
+    product = " x ".join(f"{count} {what}" + "s" * (count != 1) for what, count in sizes.items())
+    said = f"{len(runs)} run{'s' * (len(runs) != 1)}: {product}"
     say(f"{said}; {len(rows)} done before, {jobs} at a time.")
     failed: list[str] = []
     if pending:
