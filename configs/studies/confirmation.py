@@ -12,7 +12,7 @@ The confirmatory questions are IFM less InfoNCE, and IFM less the placebo, in th
 label, on both sources: eight tests, corrected by Holm's method. All else is told with intervals and is exploratory:
 single labels, and whether a lower temperature or harder negatives trade one feature for another.
 
-Hardware: three and a half hours of two CPU cores.
+Hardware: two and a half to three and a half hours of two CPU cores.
 """
 
 from ifm_jax import recipes

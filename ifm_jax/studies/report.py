@@ -13,7 +13,7 @@ import rich.table
 from ifm_jax import files
 from ifm_jax.studies import pictures, statistics
 from ifm_jax.studies.statistics import Rows
-from ifm_jax.studies.study import MEAN, WORST
+from ifm_jax.studies.study import MEAN, WORST, number_of
 
 # What a row tells of its arm's config, with the words of the report.
 _SETTINGS = {
@@ -142,19 +142,15 @@ def _distinct(rows: Rows, field: str) -> list[Any]:
     return list(dict.fromkeys(row[field] for row in rows))
 
 
-def _number_of(count: int, what: str) -> str:
-    return f"{count} {what}" + ("" if count == 1 else "s")
-
-
 def _count(rows: Rows) -> str:
     """Returns the sentences that count the runs, and name each source and arm."""
     if not rows:
         return "0 runs."
     sources, arms, seeds = (_distinct(rows, field) for field in ("source", "arm", "seed"))
     text = (
-        f"{_number_of(len(rows), 'run')}: {_number_of(len(sources), 'source')} ({'; '.join(sources)}), "
-        f"{_number_of(len(arms), 'arm')} ({'; '.join(arms)}), "
-        f"{_number_of(len(seeds), 'seed')} ({_ranges(seeds)})."
+        f"{number_of(len(rows), 'run')}: {number_of(len(sources), 'source')} ({'; '.join(sources)}), "
+        f"{number_of(len(arms), 'arm')} ({'; '.join(arms)}), "
+        f"{number_of(len(seeds), 'seed')} ({_ranges(seeds)})."
     )
     missing = len(sources) * len(arms) * len(seeds) - len(rows)
     return text + (f" {missing} of {len(rows) + missing} combinations have no run." if missing > 0 else "")
@@ -238,7 +234,7 @@ def _comparison_text(comparisons: Sequence[Mapping[str, Any]]) -> str:
     return (
         "Each line is a difference in points between two arms, in pairs of runs of the same seed: mean, standard "
         "error (s.e.), interval and p of the paired t test; a single pair has neither. Wins are the pairs above 0. "
-        f"{confirmatory} of {_number_of(len(comparisons), 'line')} belong{'s' if confirmatory == 1 else ''} to "
+        f"{confirmatory} of {number_of(len(comparisons), 'line')} belong{'s' if confirmatory == 1 else ''} to "
         "confirmatory comparisons, fixed before the runs, in bold. Holm p is p corrected for the number of these; the "
         "other lines are exploratory and not corrected."
     )
@@ -281,7 +277,7 @@ def _made_with(results: Mapping[str, Any]) -> str:
     if not commits or commits == [results["commit"]]:
         return text + f"at commit {results['commit']}."
     counts = [sum(row.get("commit") == commit for row in results["rows"]) for commit in commits]
-    each = ", ".join(f"{commit} ({_number_of(n, 'run')})" for commit, n in zip(commits, counts, strict=True))
+    each = ", ".join(f"{commit} ({number_of(n, 'run')})" for commit, n in zip(commits, counts, strict=True))
     return text + f"at the commits {each}."
 
 

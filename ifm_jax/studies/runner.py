@@ -21,7 +21,7 @@ from ifm_jax import files
 from ifm_jax.errors import RunError, UsageError
 from ifm_jax.process import has_accelerator
 from ifm_jax.studies import statistics, worker
-from ifm_jax.studies.study import Run, Study
+from ifm_jax.studies.study import Run, Study, number_of
 
 RESULTS = "results.json"
 _COMMAND = (sys.executable, "-m", worker.__name__)
@@ -76,9 +76,9 @@ def run(
     rows = {run: row for run in runs if (row := read_row(directory, run)) is not None}
     pending = [run for run in runs if run not in rows]
     jobs = min(jobs or _default_jobs(), max(len(pending), 1))
-    sizes = {"source": len(study.sources), "arm": len(study.arms), "seed": len(study.seeds)}
-    product = " x ".join(f"{count} {what}" + "s" * (count != 1) for what, count in sizes.items())
-    said = f"{len(runs)} run{'s' * (len(runs) != 1)}: {product}"
+    sizes = {"source": study.sources, "arm": study.arms, "seed": study.seeds}
+    product = " x ".join(number_of(len(each), what) for what, each in sizes.items())
+    said = f"{number_of(len(runs), 'run')}: {product}"
     say(f"{said}; {len(rows)} done before, {jobs} at a time.")
     failed: list[str] = []
     if pending:

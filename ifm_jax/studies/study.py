@@ -163,6 +163,11 @@ def load(path: str | os.PathLike[str]) -> Study:
     return recipes.load_from(path, "get_study", Study, "a study, for example studies/confirmation")
 
 
+def number_of(count: int, what: str) -> str:
+    """Returns `1 run`, or `2 runs`."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def config_sha256(config: Config) -> str:
     """Returns a hash of the config fields that decide a run's result: those fixed on resuming, images and length.
 
