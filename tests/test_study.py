@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from benchmarks import variance
 from ifm_jax import config as configs
 from ifm_jax.cli import demo
 from ifm_jax.errors import RunError, UsageError
@@ -269,6 +270,11 @@ def test_a_study_that_is_killed_twice_ends_with_the_same_results(tmp_path):
     assert without_times(killed) == without_times(whole)
     assert len(without_times(whole)["rows"]) == 4
     assert {path.name for path in whole.iterdir()} >= {"results.json", "results.md", "effects.png", "loss_error.png"}
+
+    read = list(variance.read_again(killed, a_study().runs()[:1], draws=2))
+    assert [(row["checkpoints"], row["draws"]) for row in read] == [(1, 1), (1, 2)]
+    assert read[0]["readout"] == without_times(killed)["rows"][0]["readout"]  # the study's own draw
+    assert read[1]["readout"] != read[0]["readout"]
 
 
 # What the package's own studies have found.
