@@ -1,23 +1,23 @@
 """What makes a study's differences easier to see: further draws of the readout's images, and averaged weights.
 
-    python -m benchmarks.variance --study=studies/NAME --workdir=DIR [--draws=3] [--json=FILE]
+    python -m benchmarks.variance --study=studies/NAME --workdir=DIR [--draws=3] [--checkpoints=3,6] [--json=FILE]
 
 Reads the checkpoints of a finished study in DIR again, and takes its comparisons anew for each way of reading a run:
 
 - with one draw of images for the readout, as the study did, and with the mean over several, of which no two share an
   image;
-- from the last checkpoint, and from the mean of the weights and running averages of the last 2, 3, ... checkpoints that
-  every run has.
+- from the last checkpoint, and from the mean of the weights and running averages of the last few.
 
 For each: the standard deviation of a run, that of a pair's difference, the mean difference with its standard error, and
 how many pairs would show a difference of one point in four studies of five (paired t test at 0.05).
 """
 
 import itertools
+import json
 import os
 import pathlib
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +27,12 @@ import scipy.stats
 from absl import flags
 
 from benchmarks import command, reporting
+from ifm_jax import config as configs
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.evaluation import pretrained
 from ifm_jax.evaluation.features import FrozenEncoder, extract
-from ifm_jax.evaluation.readout import linear_readouts
+from ifm_jax.evaluation.readout import linear_readout
 from ifm_jax.runs import checkpoint
 from ifm_jax.runs.workdir import Workdir
 from ifm_jax.studies import statistics as of_studies
@@ -41,6 +42,7 @@ from ifm_jax.studies.study import MEAN, WORST, Comparison, Run
 _STUDY = flags.DEFINE_string("study", None, "File with the study, or a study of the package.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.")
 _DRAWS = flags.DEFINE_integer("draws", 3, "Draws of the images for the readout, the study's own among them.")
+_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Numbers of checkpoints to average, such as 3,6.")
 _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
 
 DRAWN = ("trifeature", "digits")  # sources of which there are as many images as one asks for
@@ -55,11 +57,21 @@ def main(arguments: list[str]) -> int:
             raise UsageError(f"--{name} is missing: expected that of a finished study")
     if _DRAWS.value < 1:
         raise UsageError(f"--draws={_DRAWS.value}: expected at least 1")
+    try:
+        averaged = [int(text) for text in _CHECKPOINTS.value]
+    except ValueError:
+        averaged = [0]
+    if min(averaged, default=1) < 1:
+        raise UsageError(f"--checkpoints={','.join(_CHECKPOINTS.value)}: expected whole numbers of at least 1")
     given = study.load(_STUDY.value)
     asked = [comparison for comparison in given.comparisons if MEAN in comparison.labels]
     arms = {arm for comparison in asked for arm in (comparison.a, comparison.b)}
     runs = [run for run in given.runs() if run.arm in arms]
-    table = compare(list(read_again(pathlib.Path(_WORKDIR.value), runs, _DRAWS.value)), asked)
+    rows = []
+    for row in read_again(pathlib.Path(_WORKDIR.value), runs, _DRAWS.value, averaged):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    table = compare(rows, asked)
     columns = {
         **{"source": "", "comparison": "", "label": "", "checkpoints": "d", "draws": "d", "run_sd": ".2f"},
         **{"pair_sd": ".2f", "pairs": "d", "mean": "+.2f", "stderr": ".2f", "pairs_for_one_point": "d"},
@@ -71,39 +83,39 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read_again(directory: pathlib.Path, runs: Sequence[Run], draws: int) -> Iterator[dict[str, Any]]:
+def read_again(
+    directory: pathlib.Path, runs: Sequence[Run], draws: int, averaged: Sequence[int] = ()
+) -> Iterator[dict[str, Any]]:
     """Yields rows as a study has them, one for each run and way of reading it.
 
     Args:
       directory: directory of the study.
       runs: the runs to read.
-      draws: draws of the images.
+      draws: draws of the images, for the last checkpoint; averaged weights are read out with the study's own.
+      averaged: numbers of checkpoints whose weights are averaged.
 
     Yields:
       `source`, `arm`, `seed`, `checkpoints` and `draws`, of which `readout` is the mean; label -> percent.
 
     Raises:
-      UsageError: if a run has no checkpoint, or its images cannot be drawn again.
+      UsageError: if a run has too few checkpoints, or its images cannot be drawn again.
     """
+    most = max(averaged, default=1)
     kept = {run: checkpoint.steps(Workdir(directory / run.directory).checkpoints) for run in runs}
     for run, steps in kept.items():
-        if not steps:
-            raise UsageError(f"{directory / run.directory} has no checkpoint: expected one; run the study first")
-    averaged = range(1, min(map(len, kept.values())) + 1)
+        if len(steps) < most:
+            have = study.number_of(len(steps), "checkpoint")
+            raise UsageError(f"{directory / run.directory} has {have}: expected at least {most}; run the study first")
     compiled: dict[str, FrozenEncoder] = {}  # for each source
     for run, steps in kept.items():
         path = Workdir(directory / run.directory).checkpoints
-        found = [pretrained.load(path / str(step)) for step in steps[: -len(averaged) - 1 : -1]]
+        found = [pretrained.load(path / str(step)) for step in steps[: -most - 1 : -1]]
         encoder = compiled.setdefault(run.source, found[0].frozen(jax.local_devices()[:1]))
-        config = more_images(found[0].config, draws)
-        images = {split: pretrained.labeled(config, split) for split in ("train", "test")}
-        labels = {split: source.labels() for split, source in images.items()}
         trees = [(each.snapshot.state.params, each.snapshot.state.batch_stats) for each in found]
-        for count in averaged:
+        for count in dict.fromkeys((1, *averaged)):
             taken = encoder.holding(*jax.tree.map(_mean, *trees[:count]))
-            features = {split: extract(taken, source) for split, source in images.items()}
-            drawn = readouts(features, labels, draws)
-            for several in range(1, draws + 1):
+            drawn = readouts(taken, found[0].config, draws if count == 1 else 1)
+            for several in range(1, len(drawn) + 1):
                 mean = {name: statistics.fmean(each[name] for each in drawn[:several]) for name in drawn[0]}
                 row = {"source": run.source, "arm": run.arm, "seed": run.seed, "checkpoints": count, "draws": several}
                 yield row | {"readout": mean}
@@ -168,42 +180,32 @@ def more_images(config: Config, times: int) -> Config:
     """
     if config.data.source not in DRAWN:
         raise UsageError(f"data.source={config.data.source!r}: expected one of {', '.join(DRAWN)}")
+    config = configs.from_dict(configs.to_dict(config))
     parameters = getattr(config.data, config.data.source)
     parameters.train_size, parameters.test_size = times * parameters.train_size, times * parameters.test_size
     return config
 
 
-def readouts(
-    features: Mapping[str, np.ndarray], labels: Mapping[str, Mapping[str, np.ndarray]], draws: int
-) -> list[dict[str, float]]:
-    """Returns label -> percent for each draw, each from its own part of the features, fitted in parallel.
+def readouts(frozen: FrozenEncoder, config: Config, draws: int) -> list[dict[str, float]]:
+    """Returns label -> percent for each draw of the images, on all processors.
 
     Args:
-      features: split -> `(draws * images, features)`.
-      labels: split -> label -> `(draws * images,)`.
+      frozen: frozen backbone.
+      config: config of its run; the first draw is the run's own.
       draws: number of draws.
     """
+    config = more_images(config, draws)
+    train, test = pretrained.labeled(config, "train"), pretrained.labeled(config, "test")
+    features = extract(frozen, train), extract(frozen, test)
+    tasks = [(draw, name) for draw in range(draws) for name in train.labels()]
 
-    def part(values: np.ndarray, draw: int) -> np.ndarray:
-        return np.split(values, draws)[draw]
+    def given(draw: int, name: str) -> list[np.ndarray]:
+        whole = (features[0], train.labels()[name], features[1], test.labels()[name])
+        return [np.split(values, draws)[draw] for values in whole]
 
-    def of(draw: int, name: str) -> dict[str, float]:
-        given = [
-            part(features["train"], draw),
-            {name: part(labels["train"][name], draw)},
-            part(features["test"], draw),
-            {name: part(labels["test"][name], draw)},
-        ]
-        return linear_readouts(*given)
-
-    names = list(labels["train"])
-    found = joblib.Parallel(n_jobs=os.cpu_count(), prefer="threads")(
-        joblib.delayed(of)(draw, name) for draw in range(draws) for name in names
-    )
-    return [
-        {key: value for each in found[draw * len(names) : (draw + 1) * len(names)] for key, value in each.items()}
-        for draw in range(draws)
-    ]
+    found = joblib.Parallel(os.cpu_count())(joblib.delayed(linear_readout)(*given(*task)) for task in tasks)
+    accuracy = dict(zip(tasks, found, strict=True))
+    return [{name: accuracy[draw, name] for name in train.labels()} for draw in range(draws)]
 
 
 if __name__ == "__main__":
