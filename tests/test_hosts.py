@@ -69,14 +69,20 @@ def assert_saved_alike(two, one):
 @pytest.mark.hosts
 @pytest.mark.usefixtures("x64")
 def test_two_processes_of_two_devices_are_one_process(tmp_path):
-    """SimCLR; MoCo in the next test, and the long form in benchmarks/topologies.py."""
-    flags = ("--config.method=simclr", "--config.simclr.dim=8", "--config.steps=3")
+    """SimCLR, evaluated while it trains; MoCo in the next test, and the long form in benchmarks/topologies.py."""
+    flags = ("--config.method=simclr", "--config.simclr.dim=8", "--config.steps=4", "--config.eval.every=1")
     statuses, outputs, errors = finish(start(tmp_path / "two", *SMALL, DOUBLE, *flags))
     assert statuses == [0, 0], errors
     assert "4 cpu devices" in outputs[0]
     assert "step" not in outputs[1]  # only the first process speaks
-    assert_the_same_as_on_one_device(tmp_path / "two", tmp_path / "one", 3)
+    assert_the_same_as_on_one_device(tmp_path / "two", tmp_path / "one", 4)
     assert_saved_alike(tmp_path / "two", tmp_path / "one")
+    readouts = [
+        {name: value for name, value in metrics_log.read(tmp_path / run / "metrics.jsonl")[-1].items() if "/" in name}
+        for run in ("two", "one")
+    ]
+    assert readouts[0].keys() >= {"knn/shape", "linear/texture", "gain/color"}
+    assert readouts[0] == readouts[1]
 
 
 @pytest.mark.hosts
