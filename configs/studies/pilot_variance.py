@@ -1,12 +1,12 @@
 """Pilot on variance: what makes a difference between two arms easier to see?
 
     ifm-jax study --config=configs/studies/pilot_variance.py --workdir=runs/pilot_variance
-    python -m benchmarks.variance --workdir=runs/pilot_variance
+    python -m benchmarks.variance --study=studies/pilot_variance --workdir=runs/pilot_variance --checkpoints=3,6
 
 Exploratory. AdamW and SGD, six seeds each; the second command reads the six checkpoints that every run keeps, for
 averaged weights and for further draws of the readout's images. Longer runs are in `pilot_length.py`.
 
-Hardware: about twenty minutes of two CPU cores, and ten for the second command.
+Hardware: about twenty minutes of two CPU cores, and eight for the second command.
 """
 
 from ifm_jax import recipes
