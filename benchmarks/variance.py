@@ -73,10 +73,12 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(row), flush=True)
     table = compare(rows, asked)
     columns = {
-        **{"source": "", "comparison": "", "label": "", "checkpoints": "d", "draws": "d", "run_sd": ".2f"},
-        **{"pair_sd": ".2f", "pairs": "d", "mean": "+.2f", "stderr": ".2f", "pairs_for_one_point": "d"},
+        **{"label": "", "checkpoints": "d", "draws": "d", "run_sd": ".2f", "pair_sd": ".2f", "pairs": "d"},
+        **{"mean": "+.2f", "stderr": ".2f", "pairs_for_one_point": "d"},
     }
-    reporting.print_table(f"{_STUDY.value}: standard deviations and differences in points", table, columns)
+    for each in dict.fromkeys((row["source"], row["comparison"]) for row in table):
+        own = [row for row in table if (row["source"], row["comparison"]) == each]
+        reporting.print_table(f"{each[0]}: {each[1]}, in points", own, columns)
     summary = {"study": _STUDY.value, "runs": len(runs), "draws": _DRAWS.value}
     made = reporting.report("variance", table, summary, ["scikit-learn"])
     reporting.write(made, _JSON.value)

@@ -342,6 +342,24 @@ def test_the_pages_tell_what_the_confirmation_found(page):
             assert "{:.1f} to {:.1f}".format(*found["ci95"]) in words
 
 
+def test_the_pages_tell_what_the_pilots_found():
+    paths = [ROOT / f"docs/studies/pilot_{name}/results.json" for name in ("trifeature", "digits")]
+    read = [json.loads(path.read_text()) for path in paths]
+    assert [len(each["rows"]) for each in read] == [each["runs"] for each in read]
+    text = (ROOT / "docs" / "studies.md").read_text()
+    (table,) = [part for part in text.split("\n\n") if part.startswith("| arm | Trifeature: mean, worst | digits")]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(told) == 1 + len({row["arm"] for row in read[0]["rows"]})
+    for arm, *cells in told:
+        field = "untrained" if arm == "before training" else "readout"
+        name = "T 0.07" if field == "untrained" else arm.replace("IFM", "eps")
+        for cell, results in zip(cells, read, strict=True):
+            rows = [row for row in results["rows"] if row["arm"] == name]
+            values = [[statistics.value(row, label, field) for row in rows] for label in ("mean", "worst")]
+            expected = ", ".join(f"{statistics.mean_and_stderr(each)[0]:.1f}" for each in values) if rows else ""
+            assert cell == expected, arm
+
+
 def test_the_demo_shows_the_confirmation_once_it_is_complete():
     results = json.loads((ROOT / "docs" / findings.STUDY / "results.json").read_text())
     complete = len(results["rows"]) == results["runs"]
