@@ -271,6 +271,22 @@ def test_infonce_is_where_every_series_of_ifm_begins():
     assert found == {("ifm", 1.0): [0.0, 0.1], ("ifm", 0.5): [0.0, 0.1], ("ifm_only", None): [0.0, 0.1, 0.2]}
 
 
+def test_settings_of_one_panel_share_a_row():
+    rows = [
+        make_row("s", f"{size} {number}", 0, {"shape": 50.0}, batch_size=size, **fields)
+        for size in (64, 128, 256, 512, 1024)
+        for number, fields in enumerate([{}, {"objective": "ifm"}, {"temperature": 0.3}][: 3 if size == 64 else 2])
+    ]
+    lines, columns = pictures._lines_of_panels(pictures.find_series(rows))
+    found = [(row, line[0][0].setting["batch_size"], len(line)) for row, line in lines]
+    assert (found, columns) == ([(0, 64, 2), (0, 128, 1), (1, 256, 1), (1, 512, 1), (1, 1024, 1)], 3)
+
+
+def test_an_interval_says_on_which_side_of_0_it_ends():
+    entry = {"mean": 1.0, "ci95": [-0.03, 2.04], "positive": 4, "pairs": 4}
+    assert pictures._numbers(entry) == "+1.0 [−0.0, +2.0]  4/4"
+
+
 @pytest.mark.slow
 def test_pictures_are_written_where_there_is_something_to_draw(tmp_path):
     results = make_results([row for row in make_rows(seeds=2) if row["source"] == "digits"])

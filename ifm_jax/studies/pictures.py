@@ -1,6 +1,7 @@
 """The pictures of a study: effects with their intervals, what trades one label for another, and loss against error."""
 
 import dataclasses
+import itertools
 import math
 import os
 import textwrap
@@ -288,7 +289,7 @@ def _draw_effect(axes: Axes, place: float, entry: Mapping[str, Any], pairs: Sequ
 def _numbers(entry: Mapping[str, Any]) -> str:
     text = f"{entry['mean']:+z.1f}"
     if entry["ci95"]:
-        text += " [{:+z.1f}, {:+z.1f}]".format(*entry["ci95"])
+        text += " [{:+.1f}, {:+.1f}]".format(*entry["ci95"])  # -0.0: on which side of 0 it ends
     return (text + f"  {entry['positive']}/{entry['pairs']}").replace("-", "−")
 
 
@@ -309,26 +310,25 @@ def draw_trade_offs(rows: Rows, path: str | os.PathLike[str]) -> bool:
     found = find_series(rows)
     if not found:
         return False
-    columns = [axis for axis in AXES if any(series.axis == axis for series in found)]
-    lines = list({(series.source, *series.setting.values()): series for series in found}.values())
     labels = _labels(rows)
-    varied = {name for name in _SETTING if len({line.setting[name] for line in lines}) > 1}
-    figure, canvas = _figure(1.4 + 4.3 * len(columns), 4.0 * len(lines) + 0.6)
-    grid = figure.subplots(len(lines), len(columns), squeeze=False, sharey="row")
-    for axes_row, line in zip(grid, lines, strict=True):
-        for axes, axis in zip(axes_row, columns, strict=True):
-            panel = [
-                series
-                for series in found
-                if (series.axis, series.source, series.setting) == (axis, line.source, line.setting)
-            ]
-            if panel:
-                _draw_panel(axes, panel, labels, rows)
-            else:
-                axes.set_axis_off()
-        title = ", ".join([line.source, *_setting_texts(line.setting, varied)])
-        axes_row[0].set_title(_wrapped(title, 42 * len(columns)), loc="left", fontsize=12, color=INK)
-        next(axes for axes in axes_row if axes.axison).set_ylabel("held-out accuracy, %", color=INK)
+    lines, columns = _lines_of_panels(found)
+    settings = [line[0][0].setting for _, line in lines]
+    varied = {name for name in _SETTING if len({setting[name] for setting in settings}) > 1}
+    height = 1 + lines[-1][0]
+    figure, canvas = _figure(1.4 + 4.3 * columns, 4.0 * height + 0.6)
+    free = [list(axes_row) for axes_row in figure.subplots(height, columns, squeeze=False)]
+    for number, line in lines:
+        first = free[number][0]
+        for panel in line:
+            axes = free[number].pop(0)
+            if axes is not first:
+                axes.sharey(first)
+            _draw_panel(axes, panel, labels, rows)
+        title = ", ".join([line[0][0].source, *_setting_texts(line[0][0].setting, varied)])
+        first.set_title(_wrapped(title, 42 * len(line)), loc="left", fontsize=12, color=INK)
+        first.set_ylabel("held-out accuracy, %", color=INK)
+    for axes in itertools.chain(*free):
+        axes.set_axis_off()
     marks = [
         Line2D([], [], color=color, marker=marker, linewidth=2, label=label)
         for label, (color, marker) in labels.items()
@@ -336,6 +336,26 @@ def draw_trade_offs(rows: Rows, path: str | os.PathLike[str]) -> bool:
     figure.legend(handles=marks, **_below(list(labels), figure))
     _save(canvas, path)
     return True
+
+
+def _lines_of_panels(found: Sequence[Series]) -> tuple[list[tuple[int, list[list[Series]]]], int]:
+    """Returns the panels of each setting, one for each axis, with the row they are in, and the number of columns.
+
+    Settings with a single panel share rows, so that few of them leave no page of blanks.
+    """
+    settings: dict[tuple[Any, ...], dict[str, list[Series]]] = {}
+    for series in found:
+        settings.setdefault((series.source, *series.setting.values()), {}).setdefault(series.axis, []).append(series)
+    panels = [[of[axis] for axis in AXES if axis in of] for of in settings.values()]
+    columns = max(min(3, len(panels)), *map(len, panels))
+    lines: list[tuple[int, list[list[Series]]]] = []
+    row, used = 0, 0
+    for line in panels:
+        if used and used + len(line) > columns:
+            row, used = row + 1, 0
+        lines.append((row, line))
+        used += len(line)
+    return lines, columns
 
 
 def _draw_panel(axes: Axes, panel: Sequence[Series], labels: Mapping[str, tuple[str, str]], rows: Rows) -> None:
