@@ -360,6 +360,16 @@ def test_the_pages_tell_what_the_pilots_found():
             assert cell == expected, arm
 
 
+def test_the_pages_tell_what_ifm_adds_to_hard_negatives():
+    results = json.loads((ROOT / "docs/studies/on_hard_negatives/results.json").read_text())
+    text = (ROOT / "docs" / "studies.md").read_text().partition("## IFM on top of hard negatives")[2]
+    tested = [each for each in results["comparisons"] if each["confirmatory"]]
+    assert len(tested) == 4
+    for each in tested:
+        low, high = each["ci95"]
+        assert f"{each['mean']:+.1f} ({low:.1f} to {high:.1f}), {each['positive']} of 16" in text
+
+
 def test_the_demo_shows_the_confirmation_once_it_is_complete():
     results = json.loads((ROOT / "docs" / findings.STUDY / "results.json").read_text())
     complete = len(results["rows"]) == results["runs"]
