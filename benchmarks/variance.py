@@ -65,6 +65,8 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--checkpoints={','.join(_CHECKPOINTS.value)}: expected whole numbers of at least 1")
     given = study.load(_STUDY.value)
     asked = [comparison for comparison in given.comparisons if MEAN in comparison.labels]
+    if not asked:
+        raise UsageError(f"--study={_STUDY.value} compares no means: expected a comparison with the label {MEAN!r}")
     arms = {arm for comparison in asked for arm in (comparison.a, comparison.b)}
     runs = [run for run in given.runs() if run.arm in arms]
     rows = []
@@ -133,11 +135,13 @@ def compare(rows: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]) -
     Returns:
       `source`, `comparison`, `label`, `checkpoints`, `draws`; `run_sd`, the standard deviation of the runs of the
       second arm, and `pair_sd`, that of the differences; `pairs`, `mean` and `stderr` of the differences;
-      `pairs_for_one_point`. In points; None for what a single pair does not have.
+      `pairs_for_one_point`. In points; a single pair has a mean alone.
     """
     table = []
     ways = list(dict.fromkeys((row["checkpoints"], row["draws"]) for row in rows))
     for comparison, source in itertools.product(comparisons, dict.fromkeys(row["source"] for row in rows)):
+        if comparison.sources and source not in comparison.sources:
+            continue
         own = [row for row in rows if row["source"] == source]
         for label, (checkpoints, draws) in itertools.product((*own[0]["readout"], MEAN, WORST), ways):
             read = [row for row in own if (row["checkpoints"], row["draws"]) == (checkpoints, draws)]
