@@ -39,12 +39,6 @@ from ifm_jax.studies import statistics as of_studies
 from ifm_jax.studies import study
 from ifm_jax.studies.study import MEAN, WORST, Comparison, Run
 
-_STUDY = flags.DEFINE_string("study", None, "File with the study, or a study of the package.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.")
-_DRAWS = flags.DEFINE_integer("draws", 3, "Draws of the images for the readout, the study's own among them.")
-_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Numbers of checkpoints to average, such as 3,6.")
-_JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
-
 DRAWN = ("trifeature", "digits")  # sources of which there are as many images as one asks for
 
 
@@ -215,4 +209,9 @@ def readouts(frozen: FrozenEncoder, config: Config, draws: int) -> list[dict[str
 
 
 if __name__ == "__main__":
+    _STUDY = flags.DEFINE_string("study", None, "File with the study, or a study of the package.")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the study.")
+    _DRAWS = flags.DEFINE_integer("draws", 3, "Draws of the images for the readout, the study's own among them.")
+    _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Numbers of checkpoints to average, such as 3,6.")
+    _JSON = flags.DEFINE_string("json", None, "Write the report to this JSON file.")
     command.run(main)
