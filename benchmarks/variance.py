@@ -101,6 +101,7 @@ def read_again(
     most = max(averaged, default=1)
     kept = {run: checkpoint.steps(Workdir(directory / run.directory).checkpoints) for run in runs}
     for run, steps in kept.items():
+        more_images(run.config, draws)  # refuses what is not drawn, before minutes are spent
         if len(steps) < most:
             have = study.number_of(len(steps), "checkpoint")
             raise UsageError(f"{directory / run.directory} has {have}: expected at least {most}; run the study first")
