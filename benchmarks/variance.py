@@ -105,11 +105,11 @@ def read_again(
         if len(steps) < most:
             have = study.number_of(len(steps), "checkpoint")
             raise UsageError(f"{directory / run.directory} has {have}: expected at least {most}; run the study first")
-    compiled: dict[str, FrozenEncoder] = {}  # for each source
+    compiled: dict[tuple[str, str], FrozenEncoder] = {}  # for each source and arm, which may have a network of its own
     for run, steps in kept.items():
         path = Workdir(directory / run.directory).checkpoints
         found = [pretrained.load(path / str(step)) for step in steps[: -most - 1 : -1]]
-        encoder = compiled.setdefault(run.source, found[0].frozen(jax.local_devices()[:1]))
+        encoder = compiled.setdefault((run.source, run.arm), found[0].frozen(jax.local_devices()[:1]))
         trees = [(each.snapshot.state.params, each.snapshot.state.batch_stats) for each in found]
         for count in dict.fromkeys((1, *averaged)):
             taken = encoder.holding(*jax.tree.map(_mean, *trees[:count]))

@@ -1,6 +1,8 @@
 """The benchmark of variance: what a study's differences would be if its runs were read otherwise."""
 
 import itertools
+import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from benchmarks import variance
 from ifm_jax.config import Config
 from ifm_jax.errors import UsageError
 from ifm_jax.studies import Comparison
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
@@ -43,6 +47,22 @@ def test_each_way_of_reading_has_its_differences():
     assert (one["pair_sd"], two["pair_sd"]) == (pytest.approx(8**0.5), 0.0)
     assert (one["run_sd"], two["run_sd"]) == (pytest.approx(50**0.5), pytest.approx(32**0.5))
     assert two["pairs_for_one_point"] == 2
+
+
+def test_the_page_tells_what_was_measured():
+    results = json.loads((ROOT / "docs/studies/pilot_variance/variance.json").read_text())["results"]
+    rows = {(row["comparison"], row["checkpoints"], row["draws"]): row for row in results if row["label"] == "mean"}
+    text = (ROOT / "docs/studies.md").read_text().partition("### What makes a difference easier to see")[2]
+    (table,) = [part.splitlines() for part in text.split("\n\n") if part.startswith("| | of a run |")]
+    adamw, sgd = "AdamW, eps 0.1 - AdamW", "SGD, eps 0.1 - SGD"
+    ways = [(adamw, 1, 1), (adamw, 1, 2), (adamw, 1, 3), (adamw, 3, 1), (adamw, 6, 1), (sgd, 1, 1), (sgd, 1, 3)]
+    longer = json.loads((ROOT / "docs/studies/pilot_length/results.json").read_text())["rows"]
+    asked = [Comparison("T 0.07, eps 0.1", "T 0.07")]
+    read = variance.compare([row | {"checkpoints": 1, "draws": 1} for row in longer], asked)
+    expected = [rows[way] for way in ways] + [row for row in read if row["label"] == "mean"]
+    for line, row in zip(table[2:], expected, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+        assert cells == [f"{row['run_sd']:.1f}", f"{row['pair_sd']:.1f}", str(row["pairs_for_one_point"])], line
 
 
 def test_only_drawn_images_are_drawn_again():
