@@ -194,7 +194,7 @@ def _torchs(case: Case, best: bool, compiled: bool = False) -> tuple[Callable[[]
     layout = torch.channels_last if best else torch.contiguous_format
     query, key = (
         torch.tensor(view.transpose(0, 3, 1, 2)).to(device).contiguous(memory_format=layout)
-        for view in views(case).values()
+        for view in np.moveaxis(views(case)["views"], 1, 0)
     )
 
     def run() -> None:

@@ -26,6 +26,11 @@ SHAPES = [
     ((9, 8), 6, 5, 3, 1),
     ((9, 8), 6, 5, 3, 2),
     ((8, 9), 3, 5, 5, 2),
+    ((9, 8), 3, 5, 3, 1),
+    ((3, 7), 6, 5, 7, 1),
+    ((11, 8), 6, 5, 5, 3),
+    ((13, 10), 6, 5, 3, 4),
+    ((9, 9), 70, 5, 3, 2),
 ]
 
 
@@ -92,7 +97,7 @@ def test_sums_are_rounded_once(dtype, tolerance):
         assert_equal(ours, [b.astype(dtype) for b in expected], tolerance)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], SHAPES[7], SHAPES[9]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5], SHAPES[7], SHAPES[8], SHAPES[9]], ids=str)
 def test_each_device_convolves_its_own_images(shape):
     x, kernel, gradient, strides, padding = arguments(shape, jnp.float32)
     mesh = jax.make_mesh((8,), ("data",))

@@ -13,7 +13,7 @@ and on the platform for which the program is *compiled*: except on CPUs it is XL
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,32 +67,36 @@ class _Choice(NamedTuple):
 
     output: bool
     input_gradient: bool
-    kernel_gradient: bool
+    kernel_gradient: Literal["convolution", "taps", "rows", "shifts"]
 
 
 def _choose(x: Shape, kernel: Shape, strides: Shape, padding: Padding, wide: bool) -> _Choice:
-    """Chooses by shape: as measured on one core of an x86 CPU with AVX2, float32; `wide`: what float64 adds."""
-    side = max(_output_sizes(x, kernel, strides, padding))
+    """Chooses by shape: as measured on x86 CPUs with AVX2 and AVX-512, float32; `wide`: what float64 changes."""
+    side, strided = max(_output_sizes(x, kernel, strides, padding)), max(strides) > 1
     if kernel[:2] == (1, 1):
         # A plain matrix product except for the stride, which slows only the kernel's gradient: 3 to 7 times.
-        return _Choice(False, wide and max(strides) > 1, max(strides) > 1)
+        return _Choice(False, wide and strided, "taps" if strided else "convolution")
     if side <= 2:
-        return _Choice(True, True, False)  # 20 to 120 times faster; XLA's kernel gradient is good here
+        return _Choice(True, True, "convolution")  # 20 to 120 times faster; XLA's kernel gradient is good here
     # 1.5 to 3 times faster. On a 4x4 map the gain does not justify compiling nine products.
-    if 5 <= side <= 7 and min(kernel[2:]) >= 128:
-        return _Choice(True, True, True)
-    # XLA's kernel gradient uses the output map as its window, too large for the library. 5 times faster.
+    taps = 5 <= side <= 7 and min(kernel[2:]) >= 128
     # In float64 the library has no input gradient of a strided convolution. 7 to 12 times faster (AVX-512).
-    return _Choice(False, wide and max(strides) > 1 and kernel[2] > 4, _is_large_stem(kernel))
+    input_gradient = taps or (wide and strided and kernel[2] > 4)
+    return _Choice(taps, input_gradient, _choose_kernel_gradient(kernel, taps, wide))
+
+
+def _choose_kernel_gradient(kernel: Shape, taps: bool, wide: bool) -> Literal["convolution", "taps", "rows", "shifts"]:
+    """Chooses for a kernel of more than one tap on a map of more than 2x2; `taps`: whether the others are by taps."""
+    if kernel[2] <= 4:  # of an image: 1.6 to 2 times faster but with a 5x5 kernel
+        return "convolution" if kernel[0] == 5 else "rows"
+    if wide and kernel[2] > 64:
+        return "taps" if taps else "convolution"
+    # 1.2 to 2.8 times faster: XLA's uses the output map as its window, which does not suit the library.
+    return "shifts"
 
 
 def _is_wide(x: jax.Array) -> bool:
     return x.dtype == jnp.float64
-
-
-def _is_large_stem(kernel: Shape) -> bool:
-    """Whether the kernel is that of ResNet's first convolution: large, on the few channels of an image."""
-    return kernel[0] >= 7 and kernel[2] <= 4
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -111,9 +115,7 @@ def _backward(strides: Shape, padding: Padding, saved: _Saved, gradient: jax.Arr
     x, kernel = saved
     choice = _choose(x.shape, kernel.shape, strides, padding, _is_wide(x))
     of_input = _input_gradient_by_taps if choice.input_gradient else _input_gradient_in_order
-    of_kernel = _kernel_gradient_in_order
-    if choice.kernel_gradient:
-        of_kernel = _kernel_gradient_by_rows if _is_large_stem(kernel.shape) else _kernel_gradient_by_taps
+    of_kernel = _KERNEL_GRADIENTS[choice.kernel_gradient]
     options = {"strides": strides, "padding": padding}
     return (
         _on_cpu(of_input, _input_gradient, gradient, x, kernel, **options),
@@ -218,19 +220,62 @@ def _kernel_gradient_by_rows(
     gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
 ) -> jax.Array:
     """Computes the taps of a kernel's row as one matrix product: with few channels, one tap's would be too narrow."""
-    height, width = gradient.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-
-    def seen(tap: int, size: int, stride: int) -> slice:
-        return slice(tap, tap + (size - 1) * stride + 1, stride)
-
-    windows = [padded[:, :, seen(j, width, strides[1])] for j in range(kernel.shape[1])]
-    windows = jnp.concatenate(windows, axis=-1)
-    rows = [
-        _contract(windows[:, seen(i, height, strides[0])], gradient, ((0, 1, 2), (0, 1, 2)))
-        for i in range(kernel.shape[0])
-    ]
+    columns = _columns(x, kernel.shape[1], gradient.shape[2], strides[1], padding[1])
+    columns = jnp.pad(columns, ((0, 0), padding[0], (0, 0), (0, 0)))
+    last = (gradient.shape[1] - 1) * strides[0]
+    rows = [_product(columns[:, i : i + last + 1 : strides[0]], gradient) for i in range(kernel.shape[0])]
     return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _kernel_gradient_by_shifts(
+    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
+) -> jax.Array:
+    """Computes all taps as one matrix product, or with a stride one for each phase of it.
+
+    Its left side is the input, shifted along the width once for each column of the kernel; its right side the gradient,
+    shifted along the height once for each row. So k_w + k_h copies are made instead of the k_h * k_w of im2col.
+    """
+    height, features = gradient.shape[1], kernel.shape[3]
+    stride, before = strides[0], padding[0][0]
+    columns = _columns(x, kernel.shape[1], gradient.shape[2], strides[1], padding[1])
+    zero = jnp.zeros((), gradient.dtype)
+    rows = [jnp.zeros((columns.shape[-1], features), _sum_dtype(x))] * kernel.shape[0]  # of a tap that meets nothing
+    for phase in range(min(stride, kernel.shape[0])):
+        # Tap phase + stride * m of output row o meets row phase + stride * (o + m) - before, if the input has that row.
+        taps = range(phase, kernel.shape[0], stride)
+        first = max(0, -((phase - before) // stride))
+        last = min(height + len(taps) - 2, (x.shape[1] - 1 + before - phase) // stride)
+        if last < first:
+            continue
+        start, end = (phase + stride * place - before for place in (first, last))
+        shifted = [
+            jax.lax.pad(gradient, zero, [(0, 0, 0), (m - first, last + 1 - m - height, 0), (0, 0, 0), (0, 0, 0)])
+            for m in range(len(taps))
+        ]
+        product = _product(columns[:, start : end + 1 : stride], jnp.concatenate(shifted, axis=-1))
+        for m, tap in enumerate(taps):
+            rows[tap] = product[:, m * features : (m + 1) * features]
+    return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_KERNEL_GRADIENTS = {
+    "convolution": _kernel_gradient_in_order,
+    "taps": _kernel_gradient_by_taps,
+    "rows": _kernel_gradient_by_rows,
+    "shifts": _kernel_gradient_by_shifts,
+}
+
+
+def _columns(x: jax.Array, taps: int, width: int, stride: int, padding: tuple[int, int]) -> jax.Array:
+    """Returns what each column of a kernel sees: `(N, H, W', taps * C)`; rows as they are, not padded."""
+    padded = jnp.pad(x, ((0, 0), (0, 0), padding, (0, 0)))
+    last = (width - 1) * stride
+    return jnp.concatenate([padded[:, :, j : j + last + 1 : stride] for j in range(taps)], axis=-1)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the sum over images and positions: `(C_a, C_b)`. XLA is slower with three axes of sums than with one."""
+    return _contract(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), ((0,), (0,)))
 
 
 class _Overlap(NamedTuple):
