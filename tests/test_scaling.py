@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import report, reporting, scaling, train_step
@@ -63,6 +64,29 @@ def test_what_two_devices_do_and_exchange(made):
     assert parameters <= found["all-reduce", "f32"][1] < 1.1 * parameters
     assert 1 <= made["summary"]["flops_over_ideal"] < 1.5  # each updates all parameters
     assert "all-gather" in scaling.exchanged(shared)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("best", [False, True])
+def test_pytorch_takes_the_same_views(best, monkeypatch):
+    """The step that ours is compared with runs, on view 0 as queries and view 1 as keys."""
+    import torch
+
+    from references import moco_step
+
+    case, taken = Case("resnet8", 16, 8, "small_stride2", queue_size=64), []
+    own = moco_step.Step.__call__
+    monkeypatch.setattr(moco_step.Step, "__call__", lambda self, *views: taken.append(views) or own(self, *views))
+    run, found = train_step._torchs(case, best)
+    run()
+    assert found["compile s"] > 0
+    images = train_step.views(case)["views"]
+    for views in taken:
+        for number, view in enumerate(views):
+            np.testing.assert_array_equal(view.numpy(), images[:, number].transpose(0, 3, 1, 2))
+            assert view.is_contiguous(memory_format=torch.channels_last if best else torch.contiguous_format)
+    assert len(taken) == 2
 
 
 def test_exponents():

@@ -5,7 +5,8 @@ to a hundred times slower, computes a 3x3 kernel on a 2x2 map, the input gradien
 one, and the kernel gradient of the 7x7 stem: a ResNet-18 on images of 64 px spends nine tenths of a step in it. Here
 such a convolution is a sum of matrix products, one for each tap of the kernel (one of its k_h * k_w positions), only
 over the output positions for which the tap lies within the map. On small maps that is also less work, since nothing is
-multiplied with padding.
+multiplied with padding. The gradient of most kernels is one matrix product of shifted copies, which suits XLA better
+than a convolution whose window is a whole map. docs/benchmarks.md has the figures.
 
 The form of each of the three computations (the convolution and its two gradients) depends on its shape, as measured,
 and on the platform for which the program is *compiled*: except on CPUs it is XLA's convolution, forward and backward.
