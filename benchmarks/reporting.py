@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,9 +41,30 @@ def report(benchmark: str, results: Sequence[dict], summary: dict[str, Any], oth
 
 
 def device() -> str:
-    """Returns what JAX computes on here, and how many processors there are."""
+    """Returns what JAX computes on here, how many processors there are, and which: ratios depend on their vectors."""
     devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} processors ({platform.machine()})"
+    return f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} processors ({processor()})"
+
+
+def processor(described: str | None = None) -> str:
+    """Returns the processor's architecture, model, and widest vectors, such as "x86_64, AMD EPYC 7B13, AVX2".
+
+    Args:
+      described: text like that of /proc/cpuinfo; None: this machine's, of which only the architecture is known where
+        there is no such file.
+    """
+    if described is None:
+        cpuinfo = pathlib.Path("/proc/cpuinfo")
+        described = cpuinfo.read_text() if cpuinfo.exists() else ""
+    fields = dict(re.findall(r"^(\w[\w ]*?)\s*: (.*)$", described, re.MULTILINE))
+    named, flags = [platform.machine()], set(fields.get("flags", "").split())
+    if model := re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b", "", fields.get("model name", "")):
+        named.append(" ".join(model.split()))
+    if flags:
+        vectors = ((name, label) for name, label in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if name in flags)
+        named.append(next(vectors, ("", "no AVX2"))[1])
+        named.append("bfloat16" if flags & {"avx512_bf16", "amx_bf16"} else "no bfloat16")
+    return ", ".join(named)
 
 
 def check_path(path: str | None, flag: str = "json") -> None:

@@ -1,6 +1,8 @@
 """The step's cost by size, and the page that is written of all benchmarks: at sizes that say nothing about speed."""
 
 import json
+import os
+import platform
 
 import jax
 import numpy as np
@@ -87,6 +89,26 @@ def test_pytorch_takes_the_same_views(best, monkeypatch):
             np.testing.assert_array_equal(view.numpy(), images[:, number].transpose(0, 3, 1, 2))
             assert view.is_contiguous(memory_format=torch.channels_last if best else torch.contiguous_format)
     assert len(taken) == 2
+
+
+XEON = "model name\t: Intel(R) Xeon(R) CPU @ 2.20GHz\nflags\t\t: fpu avx2 avx512f avx512_bf16\n"
+EPYC = "flags\t\t: fpu avx2\nmodel name\t: AMD EPYC 7B13\n"
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"),
+    [
+        (XEON, ", Intel Xeon @ 2.20GHz, AVX-512, bfloat16"),
+        (EPYC, ", AMD EPYC 7B13, AVX2, no bfloat16"),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", ""),
+        ("", ""),
+    ],
+)
+def test_a_report_names_the_processor(described, expected):
+    assert reporting.processor(described) == platform.machine() + expected
+    found = reporting.device()
+    assert f"({reporting.processor()})" in found
+    assert report.folder_of(found) == f"cpu-{os.cpu_count()}"
 
 
 def test_exponents():
