@@ -3,7 +3,7 @@
 The results are the same; the forms differ in time or in memory traffic:
 
 - Convolutions of some shapes (`models/convolution.py`): on a CPU as matrix products, one for each tap, instead of XLA's
-  plain loop: up to 120 times faster. The gradients of most kernels as one product of shifted copies: 1.2 to 3 times.
+  plain loop: up to 120 times faster. The gradients of most kernels as one product of shifted copies: up to 3 times.
 - Blur (`augment.py`): on a TPU as products with banded matrices instead of shifted sums: half of its cycles on a v5e.
   On a CPU they take two to four times as long, on a GPU the same time.
 - The last ReLU of a residual block (`models/activation.py`): on a GPU with the gradient's mask from its result instead

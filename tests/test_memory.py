@@ -21,7 +21,7 @@ def mesh():
 
 @pytest.mark.slow
 def test_the_estimate_is_just_below_what_the_compiler_takes(mesh):
-    config = small.config(batch_size=64, moco__queue_size=512, model__width=16)
+    config = small.config(batch_size=64, moco__queue_size=512)
     create = assembly.state_creator(config)
     images = jax.ShapeDtypeStruct((64, 1, 32, 32, 3), np.uint8)
     others = jax.eval_shape(lambda: (jax.random.key(0), np.zeros(8, np.float32)))
