@@ -2,11 +2,11 @@
 
     python -m benchmarks.train_step [--json=FILE] [--profile=DIR] [--cases=resnet8:32:256,...] [--rounds=25]
 
-Variants: this package with IFM and with MoCo; PyTorch with IFM (a) as published, float32 and contiguous, and (b) with
-what suits accelerators: bfloat16 autocast, channels_last, fused SGD, with and without torch.compile (which takes
-minutes on a CPU and may not pay off). Every round runs one step of each in another order. Our step computes in float32
-on a CPU and in bfloat16 elsewhere. The views are given (float, normalized), so that neither side includes augmentation,
-which PyTorch does elsewhere. BatchNorm has one group.
+Variants: this package with IFM and with MoCo, on a CPU also with oneDNN if it is there; PyTorch with IFM (a) as
+published, float32 and contiguous, and (b) with what suits accelerators: bfloat16 autocast, channels_last, fused SGD,
+with and without torch.compile (which takes minutes on a CPU and may not pay off). Every round runs one step of each in
+another order. Our step computes in float32 on a CPU and in bfloat16 elsewhere. The views are given (float, normalized),
+so that neither side includes augmentation, which PyTorch does elsewhere. BatchNorm has one group.
 
 For each: median and quartiles of a step's milliseconds, images/s, compile time, and memory that the compiled program
 needs (PyTorch's peak on CUDA). For ours also the model FLOPs per second, XLA's count for the step as written divided by
@@ -34,13 +34,15 @@ from absl import flags
 from benchmarks import command, reporting
 from ifm_jax import optim, pretrain, sharding
 from ifm_jax.augment import MoCoV2Augmentation, example_rngs
+from ifm_jax.choices import CPUConvolutions
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import MoCo, Objective, losses, queue
-from ifm_jax.models import Encoder
+from ifm_jax.models import Encoder, onednn
 from ifm_jax.models.resnet import ARCHITECTURES
 from ifm_jax.pretrain import PretrainStep, TrainState
 
 DIM = 128
+WITH_ONEDNN = "ifm_jax, IFM, oneDNN"
 _SLOW, _ROUNDS_OF_SLOW = 5, 3  # a peer so many times slower than the fastest variant is timed so often
 
 # Dense bfloat16 operations a second, by what JAX calls the device: NVIDIA's data sheets (the SXM models) and Google's
@@ -68,6 +70,7 @@ class Case:
       stem: of `models.STEMS`.
       queue_size: K.
       bn_groups: BatchNorm groups; with more than one, the keys are shuffled.
+      cpu_convolutions: who computes convolutions on a CPU, "xla" or "onednn".
     """
 
     arch: str
@@ -76,6 +79,7 @@ class Case:
     stem: str
     queue_size: int
     bn_groups: int = 1
+    cpu_convolutions: CPUConvolutions = "xla"
 
     @staticmethod
     def fitting(arch: str, pixels: int, batch: int) -> "Case":
@@ -100,7 +104,14 @@ def views(case: Case, dtype: str = "float32") -> dict[str, np.ndarray]:
 def make_step(case: Case, method: str, mesh: jax.sharding.Mesh | None = None) -> PretrainStep:
     """Returns the training step, without augmentation."""
     compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    encoder = Encoder(arch=case.arch, stem=case.stem, dim=DIM, bn_groups=case.bn_groups, compute_dtype=compute_dtype)
+    encoder = Encoder(
+        arch=case.arch,
+        stem=case.stem,
+        dim=DIM,
+        bn_groups=case.bn_groups,
+        compute_dtype=compute_dtype,
+        cpu_convolutions=case.cpu_convolutions,
+    )
     objective = Objective("infonce" if method == "moco" else method)
     moco = MoCo(encoder, objective, case.queue_size, shuffle=case.bn_groups > 1, mesh=mesh)
     return PretrainStep(moco, OPTIMIZER, lambda rngs, images: images.astype(jnp.float32))
@@ -216,6 +227,10 @@ def _torchs(case: Case, best: bool, compiled: bool = False) -> tuple[Callable[[]
 def measure(case: Case, rounds: int) -> list[dict]:
     """Returns a row for each variant of a case."""
     variants = {"ifm_jax, IFM": ours(case, "ifm")[:2], "ifm_jax, MoCo": ours(case, "moco")[:2]}
+    if jax.default_backend() == "cpu" and onednn.is_available():
+        run, found, _ = ours(dataclasses.replace(case, cpu_convolutions="onednn"), "ifm")
+        # XLA does not see the operations in a library.
+        variants[WITH_ONEDNN] = run, found | {"model flops": variants["ifm_jax, IFM"][1]["model flops"]}
     plain = ARCHITECTURES[case.arch].groups == 1 and ARCHITECTURES[case.arch].width_per_group == 64
     if importlib.util.find_spec("torch") and plain:
         variants["PyTorch, as published"] = _torchs(case, best=False)
@@ -319,6 +334,8 @@ def summary(rows: list[dict]) -> dict:
         for field, peers in (("vs_torch_original", ["PyTorch, as published"]), ("vs_torch_best", best)):
             if peers := [variants[peer]["ms"] for peer in peers if peer in variants]:
                 of_case[field] = min(peers) / ours["ms"]
+                if WITH_ONEDNN in variants:
+                    of_case[f"onednn_{field}"] = min(peers) / variants[WITH_ONEDNN]["ms"]
         found[name] = of_case
     return list(found.values())[-1] | {"cases": found}
 
@@ -363,6 +380,8 @@ def main(arguments: list[str]) -> int:
     found = summary(rows)
     ratios = [{"case": name} | values for name, values in found["cases"].items()]
     columns = dict.fromkeys(("ifm_over_moco", "vs_torch_original", "vs_torch_best"), ".2f")
+    if any("onednn_vs_torch_original" in row for row in ratios):
+        columns |= dict.fromkeys(("onednn_vs_torch_original", "onednn_vs_torch_best"), ".2f")
     reporting.print_table(
         "Ratios: time of IFM's step over MoCo's; our images/s over PyTorch's", ratios, {"case": ""} | columns
     )

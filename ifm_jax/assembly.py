@@ -74,6 +74,7 @@ def make_encoder(config: Config, mesh: jax.sharding.Mesh | None = None) -> Encod
         param_dtype="float64" if model.compute_dtype == "float64" else "float32",
         reduce_over=several if config.optim.reduce_dtype == "float32" else None,
         in_channels=configs.channels(config.data),
+        cpu_convolutions=model.cpu_convolutions if mesh is not None and mesh.size == 1 else "xla",
     )
 
 

@@ -27,6 +27,10 @@ STEMS: tuple[str, ...] = get_args(Stem)
 # Statistics that BatchNorm's running averages follow.
 RunningStats = Literal["first_group", "mean"]
 
+# Who computes convolutions on a CPU.
+CPUConvolutions = Literal["xla", "onednn"]
+CPU_CONVOLUTIONS: tuple[str, ...] = get_args(CPUConvolutions)
+
 METHODS = ("moco", "simclr")
 
 # Services that show the metrics of a run.

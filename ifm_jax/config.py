@@ -152,6 +152,13 @@ class ModelConfig(Group):
         "auto: bfloat16 on an accelerator, float32 on a CPU",
         choices=COMPUTE_DTYPES,
     )
+    cpu_convolutions: choices.CPUConvolutions = field(
+        "xla",
+        "who computes convolutions in training on a CPU: xla, or onednn, which is faster on x86 (one device; extra "
+        "onednn); same results but for rounding",
+        choices=choices.CPU_CONVOLUTIONS,
+        free_on_resume=True,
+    )
 
 
 @dataclasses.dataclass(slots=True)

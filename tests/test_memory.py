@@ -10,6 +10,7 @@ import ifm_jax
 from ifm_jax import assembly, recipes, sharding
 from ifm_jax.data import on_device
 from ifm_jax.errors import UsageError
+from ifm_jax.models import onednn
 from ifm_jax.runs import memory
 from tests import small
 
@@ -20,8 +21,11 @@ def mesh():
 
 
 @pytest.mark.slow
-def test_the_estimate_is_just_below_what_the_compiler_takes(mesh):
-    config = small.config(batch_size=64, moco__queue_size=512)
+@pytest.mark.parametrize("library", ["xla", "onednn"])
+def test_the_estimate_is_just_below_what_the_compiler_takes(mesh, library):
+    if library == "onednn" and not onednn.is_available():
+        pytest.skip("oneDNN is not installed")
+    config = small.config(batch_size=64, moco__queue_size=512, model__cpu_convolutions=library)
     create = assembly.state_creator(config)
     images = jax.ShapeDtypeStruct((64, 1, 32, 32, 3), np.uint8)
     others = jax.eval_shape(lambda: (jax.random.key(0), np.zeros(8, np.float32)))

@@ -10,6 +10,8 @@ than a convolution whose window is a whole map. docs/benchmarks.md has the figur
 
 The form of each of the three computations (the convolution and its two gradients) depends on its shape, as measured,
 and on the platform for which the program is *compiled*: except on CPUs it is XLA's convolution, forward and backward.
+
+With oneDNN (`onednn`) most convolutions take half to a third of the time; the maps of up to 2x2 stay matrix products.
 """
 
 import functools
@@ -21,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ifm_jax import platforms
+from ifm_jax.models import onednn
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_BLOCK = 32  # channels of groups that are computed together: the fastest of 32, 64, 128 (AVX-512)
 
 Shape = tuple[int, ...]
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -40,53 +44,91 @@ def conv_general_dilated(
       kernel: `(k_h, k_w, C_in / groups, C_out)`, dtype of `x`.
       window_strides: strides along height and width.
       padding: zeros before and after, for height and width.
-      **options: options of `jax.lax.conv_general_dilated`; with groups, dilations or anything else that changes the
+      **options: options of `jax.lax.conv_general_dilated`; with dilations or anything but groups that changes the
         computation, XLA computes all of it.
 
     Returns:
       `(N, H', W', C_out)`, dtype of `x`.
     """
+    return _convolve(x, kernel, window_strides, padding, options, with_onednn=False)
+
+
+def conv_general_dilated_onednn(
+    x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
+) -> jax.Array:
+    """`conv_general_dilated` that calls oneDNN on a CPU, where `onednn.supports` it; for programs for one CPU device.
+
+    On other platforms, in float64, or where oneDNN is not installed it is `conv_general_dilated`.
+    """
+    return _convolve(x, kernel, window_strides, padding, options, with_onednn=True)
+
+
+ON_CPU = {"xla": conv_general_dilated, "onednn": conv_general_dilated_onednn}
+
+
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    options: dict[str, Any],
+    *,
+    with_onednn: bool,
+) -> jax.Array:
     strides, padding = tuple(window_strides), tuple((low, high) for low, high in padding)
     if _is_plain(options):
-        return _convolution(x, kernel, strides, padding)
+        return _convolution(x, kernel, strides, padding, options.get("feature_group_count", 1), with_onednn)
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
 
 def _is_plain(options: dict[str, Any]) -> bool:
-    """Whether no option but the layout differs from its default."""
-    ones = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
-    return all(
-        name == "dimension_numbers" or value is None or value == ones.get(name) for name, value in options.items()
-    )
+    """Whether no option but the layout and the groups differs from its default."""
+    ones = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
+    free = ("dimension_numbers", "feature_group_count")
+    return all(name in free or value is None or value == ones.get(name) for name, value in options.items())
 
 
 _Saved = tuple[jax.Array, jax.Array]  # input and kernel
 
 
+_Form = Literal["convolution", "onednn", "taps", "rows", "shifts", "blocks"]
+
+
 class _Choice(NamedTuple):
-    """Tells which of the three computations are matrix products on a CPU instead of XLA's convolution."""
+    """The form of each of the three computations on a CPU; "convolution" is XLA's."""
 
-    output: bool
-    input_gradient: bool
-    kernel_gradient: Literal["convolution", "taps", "rows", "shifts"]
+    output: _Form
+    input_gradient: _Form
+    kernel_gradient: _Form
 
 
-def _choose(x: Shape, kernel: Shape, strides: Shape, padding: Padding, wide: bool) -> _Choice:
-    """Chooses by shape: taps as measured with AVX2, kernel gradients with AVX-512, in float32; `wide`: float64."""
-    side, strided = max(_output_sizes(x, kernel, strides, padding)), max(strides) > 1
+def _choose(x: Shape, kernel: Shape, strides: Shape, padding: Padding, groups: int, wide: bool) -> _Choice:
+    """Chooses by shape: taps as measured with AVX2, the rest with AVX-512, in float32; `wide`: float64."""
+    if groups > 1:  # XLA's kernel gradient takes seconds
+        return _Choice("blocks", "blocks", "blocks")
     if kernel[:2] == (1, 1):
-        # A plain matrix product except for the stride, which slows only the kernel's gradient: 3 to 7 times.
-        return _Choice(False, wide and strided, "taps" if strided else "convolution")
-    if side <= 2:
-        return _Choice(True, True, "convolution")  # 20 to 120 times faster; XLA's kernel gradient is good here
+        # One matrix product: up to twice as fast, the kernel's gradient 2 to 10 times.
+        return _Choice("taps", "taps", "taps")
+    side, strided = max(_output_sizes(x, kernel, strides, padding)), max(strides) > 1
+    if _is_tiny(side):
+        return _Choice("taps", "taps", "convolution")  # 20 to 120 times faster; XLA's kernel gradient is good here
     # 1.5 to 3 times faster. On a 4x4 map the gain does not justify compiling nine products.
     taps = 5 <= side <= 7 and min(kernel[2:]) >= 128
     # In float64 the library has no input gradient of a strided convolution. 7 to 12 times faster (AVX-512).
-    input_gradient = taps or (wide and strided and kernel[2] > 4)
-    return _Choice(taps, input_gradient, _choose_kernel_gradient(kernel, taps, wide))
+    input_by_taps = taps or (wide and strided and kernel[2] > 4)
+    return _Choice(
+        "taps" if taps else "convolution",
+        "taps" if input_by_taps else "convolution",
+        _choose_kernel_gradient(kernel, taps, wide),
+    )
 
 
-def _choose_kernel_gradient(kernel: Shape, taps: bool, wide: bool) -> Literal["convolution", "taps", "rows", "shifts"]:
+def _is_tiny(side: int) -> bool:
+    """Whether most of a 3x3 kernel lies beyond the map, so that its taps one by one are the least work."""
+    return side <= 2
+
+
+def _choose_kernel_gradient(kernel: Shape, taps: bool, wide: bool) -> _Form:
     """Chooses for a kernel of more than one tap on a map of more than 2x2; `taps`: whether the others are by taps."""
     if kernel[2] <= 3:  # of an image: 1.6 to 2 times faster but with a 5x5 kernel
         return "convolution" if kernel[0] == 5 else "rows"
@@ -96,28 +138,73 @@ def _choose_kernel_gradient(kernel: Shape, taps: bool, wide: bool) -> Literal["c
     return "shifts"
 
 
+def _choose_with_onednn(x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding, groups: int) -> _Choice:
+    """Chooses oneDNN where it has the computation, but for matrix products that are as fast or faster."""
+    choice = _choose(x.shape, kernel.shape, strides, padding, groups, _is_wide(x))
+    if choice.output == "taps" and kernel.shape[:2] != (1, 1):
+        return choice
+    better = ("kernel_gradient",) if choice.output == "taps" else onednn.COMPUTATIONS
+    forms = choice._asdict()
+    for computation in better:
+        if onednn.supports(_problem(computation, x, kernel, strides, padding, groups)):
+            forms[computation] = "onednn"
+    return _Choice(**forms)
+
+
+def _problem(
+    computation: onednn.Computation,
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Shape,
+    padding: Padding,
+    groups: int = 1,
+) -> onednn.Problem:
+    output = (x.shape[0], *_output_sizes(x.shape, kernel.shape, strides, padding), kernel.shape[3])
+    return onednn.Problem(computation, x.dtype.name, x.shape, kernel.shape, output, strides, padding, groups)
+
+
 def _is_wide(x: jax.Array) -> bool:
     return x.dtype == jnp.float64
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolution(x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding) -> jax.Array:
-    """Computes the convolution, with each computation in the form that `_choose` picks."""
-    if not _choose(x.shape, kernel.shape, strides, padding, _is_wide(x)).output:
-        return _output(x, kernel, strides=strides, padding=padding)
-    return _on_cpu(_output_by_taps, _output, x, kernel, strides=strides, padding=padding)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _convolution(
+    x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding, groups: int, with_onednn: bool
+) -> jax.Array:
+    """Computes the convolution, with each computation in the form that is chosen for it."""
+    form = _forms(x, kernel, strides, padding, groups, with_onednn).output
+    options = _options(strides, padding, groups)
+    if form == "convolution":
+        return _output(x, kernel, **options)
+    return _on_cpu(_OUTPUTS[form], _output, x, kernel, **options)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding) -> tuple[jax.Array, _Saved]:
-    return _convolution(x, kernel, strides, padding), (x, kernel)
+def _forms(
+    x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding, groups: int, with_onednn: bool
+) -> _Choice:
+    if with_onednn:
+        return _choose_with_onednn(x, kernel, strides, padding, groups)
+    return _choose(x.shape, kernel.shape, strides, padding, groups, _is_wide(x))
 
 
-def _backward(strides: Shape, padding: Padding, saved: _Saved, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _options(strides: Shape, padding: Padding, groups: int) -> dict[str, Any]:
+    """Returns the options of a form; few of them know groups."""
+    return {"strides": strides, "padding": padding} | ({"groups": groups} if groups > 1 else {})
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, strides: Shape, padding: Padding, groups: int, with_onednn: bool
+) -> tuple[jax.Array, _Saved]:
+    return _convolution(x, kernel, strides, padding, groups, with_onednn), (x, kernel)
+
+
+def _backward(
+    strides: Shape, padding: Padding, groups: int, with_onednn: bool, saved: _Saved, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    choice = _choose(x.shape, kernel.shape, strides, padding, _is_wide(x))
-    of_input = _input_gradient_by_taps if choice.input_gradient else _input_gradient_in_order
-    of_kernel = _KERNEL_GRADIENTS[choice.kernel_gradient]
-    options = {"strides": strides, "padding": padding}
+    forms = _forms(x, kernel, strides, padding, groups, with_onednn)
+    of_input, of_kernel = _INPUT_GRADIENTS[forms.input_gradient], _KERNEL_GRADIENTS[forms.kernel_gradient]
+    options = _options(strides, padding, groups)
     return (
         _on_cpu(of_input, _input_gradient, gradient, x, kernel, **options),
         _on_cpu(of_kernel, _kernel_gradient, gradient, x, kernel, **options),
@@ -136,20 +223,18 @@ def _on_cpu(
     )
 
 
-def _output(x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_LAYOUT)
+def _output(x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding, groups: int = 1) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=_LAYOUT, feature_group_count=groups
+    )
 
 
-def _input_gradient(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
-) -> jax.Array:
-    return jax.vjp(lambda x: _output(x, kernel, strides=strides, padding=padding), x)[1](gradient)[0]
+def _input_gradient(gradient: jax.Array, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return jax.vjp(lambda x: _output(x, kernel, **options), x)[1](gradient)[0]
 
 
-def _kernel_gradient(
-    gradient: jax.Array, x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding
-) -> jax.Array:
-    return jax.vjp(lambda kernel: _output(x, kernel, strides=strides, padding=padding), kernel)[1](gradient)[0]
+def _kernel_gradient(gradient: jax.Array, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return jax.vjp(lambda kernel: _output(x, kernel, **options), kernel)[1](gradient)[0]
 
 
 def _input_gradient_in_order(
@@ -259,11 +344,57 @@ def _kernel_gradient_by_shifts(
     return jnp.stack(rows).reshape(kernel.shape).astype(kernel.dtype)
 
 
+def _output_by_blocks(x: jax.Array, kernel: jax.Array, *, strides: Shape, padding: Padding, groups: int) -> jax.Array:
+    """Computes some groups together, as one convolution whose kernel is zero between different groups.
+
+    A group of ResNeXt has 4 to 64 channels, which alone are too few for the processor.
+    """
+    per_group = max(kernel.shape[2], kernel.shape[3] // groups)
+    together = max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * per_group <= _BLOCK))
+    blocks = groups // together
+    k_h, k_w, c_in, c_out = kernel.shape
+    parts = kernel.reshape(k_h, k_w, c_in, blocks, together, c_out // groups)
+    same = jnp.eye(together, dtype=kernel.dtype)
+    kernels = jnp.einsum("hwibgo,fg->bhwfigo", parts, same).reshape(blocks, k_h, k_w, together * c_in, c_out // blocks)
+    images = jnp.moveaxis(x.reshape(*x.shape[:3], blocks, -1), 3, 0)
+    found = jax.lax.map(lambda one: _convolution(*one, strides, padding, 1, False), (images, kernels))
+    return jnp.moveaxis(found, 0, 3).reshape(*found.shape[1:4], c_out)
+
+
+def _input_gradient_by_blocks(gradient: jax.Array, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return jax.vjp(lambda x: _output_by_blocks(x, kernel, **options), x)[1](gradient)[0]
+
+
+def _kernel_gradient_by_blocks(gradient: jax.Array, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return jax.vjp(lambda kernel: _output_by_blocks(x, kernel, **options), kernel)[1](gradient)[0]
+
+
+def _output_by_onednn(x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return onednn.compute(_problem("output", x, kernel, **options), x, kernel)
+
+
+def _input_gradient_by_onednn(gradient: jax.Array, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return onednn.compute(_problem("input_gradient", x, kernel, **options), gradient, kernel)
+
+
+def _kernel_gradient_by_onednn(gradient: jax.Array, x: jax.Array, kernel: jax.Array, **options: Any) -> jax.Array:
+    return onednn.compute(_problem("kernel_gradient", x, kernel, **options), gradient, x)
+
+
+_OUTPUTS = {"taps": _output_by_taps, "blocks": _output_by_blocks, "onednn": _output_by_onednn}
+_INPUT_GRADIENTS = {
+    "convolution": _input_gradient_in_order,
+    "taps": _input_gradient_by_taps,
+    "blocks": _input_gradient_by_blocks,
+    "onednn": _input_gradient_by_onednn,
+}
 _KERNEL_GRADIENTS = {
     "convolution": _kernel_gradient_in_order,
     "taps": _kernel_gradient_by_taps,
     "rows": _kernel_gradient_by_rows,
     "shifts": _kernel_gradient_by_shifts,
+    "blocks": _kernel_gradient_by_blocks,
+    "onednn": _kernel_gradient_by_onednn,
 }
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ifm_jax.choices import Head, RunningStats, Stem
+from ifm_jax.choices import CPUConvolutions, Head, RunningStats, Stem
 from ifm_jax.models import resnet
 
 Tree = dict[str, Any]
@@ -44,6 +44,7 @@ class Encoder:
       param_dtype: dtype of parameters and running averages.
       reduce_over: mesh of the devices over which gradients are summed in `param_dtype`; None: in `compute_dtype`.
       in_channels: channels of an image.
+      cpu_convolutions: who computes convolutions on a CPU, "xla" or "onednn" (one device; see `models.convolution`).
       mlp: only an argument: whether the head is "mlp" or "linear", the spelling from before there were more heads.
     """
 
@@ -58,6 +59,7 @@ class Encoder:
     param_dtype: str = "float32"
     reduce_over: jax.sharding.Mesh | None = None
     in_channels: int = 3
+    cpu_convolutions: CPUConvolutions = "xla"
     mlp: dataclasses.InitVar[bool | None] = None
 
     def __post_init__(self, mlp: bool | None):
@@ -77,6 +79,7 @@ class Encoder:
             dtype=jnp.dtype(self.compute_dtype),
             param_dtype=jnp.dtype(self.param_dtype),
             reduce_over=self.reduce_over,
+            cpu_convolutions=self.cpu_convolutions,
             in_channels=self.in_channels,
             rngs=rngs,
         )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ifm_jax.choices import STEMS, Head, RunningStats, Stem
+from ifm_jax.choices import STEMS, CPUConvolutions, Head, RunningStats, Stem
 from ifm_jax.models import convolution, heads, layers
 from ifm_jax.models.activation import block_relu
 from ifm_jax.models.batch_norm import BatchNorm
@@ -63,7 +63,14 @@ _kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def _conv(
-    in_features: int, out_features: int, kernel: int, *, stride: int = 1, groups: int = 1, **options: Any
+    in_features: int,
+    out_features: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    cpu_convolutions: CPUConvolutions,
+    **options: Any,
 ) -> layers.Conv:
     """Returns a convolution without bias, padded by (kernel - 1) / 2 on every side like PyTorch's."""
     pad = (kernel - 1) // 2
@@ -76,7 +83,7 @@ def _conv(
         feature_group_count=groups,
         use_bias=False,
         kernel_init=_kaiming_normal,
-        conv_general_dilated=convolution.conv_general_dilated,
+        conv_general_dilated=convolution.ON_CPU[cpu_convolutions],
         **options,
     )
 
@@ -181,6 +188,7 @@ class ResNet(nnx.Module):
       param_dtype: dtype of parameters and running averages.
       reduce_over: mesh of the devices over which gradients are summed in `param_dtype` (see `layers`); None: in
         `dtype`, if there are several.
+      cpu_convolutions: who computes convolutions on a CPU, "xla" or "onednn" (one device; see `convolution`).
       in_channels: channels of an image.
       rngs: an `nnx.Rngs` with a `params` stream.
     """
@@ -198,11 +206,12 @@ class ResNet(nnx.Module):
         dtype: jnp.dtype | None = None,
         param_dtype: jnp.dtype = jnp.float32,
         reduce_over: jax.sharding.Mesh | None = None,
+        cpu_convolutions: CPUConvolutions = "xla",
         in_channels: int = 3,
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "param_dtype": param_dtype, "reduce_over": reduce_over, "rngs": rngs}
-        conv = functools.partial(_conv, **options)
+        conv = functools.partial(_conv, cpu_convolutions=cpu_convolutions, **options)
         norm = functools.partial(BatchNorm, groups=bn_groups, running_stats=running_stats, param_dtype=param_dtype)
         block = Bottleneck if arch.bottleneck else BasicBlock
 
@@ -271,6 +280,7 @@ def create(
     dtype: jnp.dtype | None = None,
     param_dtype: jnp.dtype = jnp.float32,
     reduce_over: jax.sharding.Mesh | None = None,
+    cpu_convolutions: CPUConvolutions = "xla",
     rngs: nnx.Rngs,
 ) -> ResNet:
     """Builds a ResNet by name.
@@ -288,6 +298,7 @@ def create(
       dtype: dtype of convolutions and products.
       param_dtype: dtype of parameters and running averages.
       reduce_over: mesh of the devices over which gradients are summed in `param_dtype`.
+      cpu_convolutions: who computes convolutions on a CPU, "xla" or "onednn".
       rngs: an `nnx.Rngs` with a `params` stream.
 
     Raises:
@@ -308,6 +319,7 @@ def create(
         dtype=dtype,
         param_dtype=param_dtype,
         reduce_over=reduce_over,
+        cpu_convolutions=cpu_convolutions,
         rngs=rngs,
     )
 
@@ -330,6 +342,7 @@ _FACTORY_DOC = """Builds a {name} with fresh parameters: images `(N, H, W, 3)` -
       param_dtype: dtype of parameters and running averages.
       reduce_over: mesh of the devices over which gradients are summed in `param_dtype`; None: in `dtype`, if there are
         several.
+      cpu_convolutions: who computes convolutions on a CPU, "xla" or "onednn" (one device; see `convolution`).
       rngs: an `nnx.Rngs` with a `params` stream.
     """
 

@@ -4,18 +4,19 @@ The estimate is a lower bound, so that a run that fits is never refused: the sta
 the device the data that the backward pass reads, the inputs and outputs of all convolutions, in the compute dtype.
 According to XLA (`compiled.memory_analysis()`, arguments and temporaries, one CPU device, float32) a step takes more:
 
-    network, stem             image  batch      K   estimate      XLA   ratio
-    resnet8, small_stride2       32     64   2048      18 MB    29 MB    0.60
-    resnet8, small_stride2       32    512   2048     123 MB   209 MB    0.59
-    resnet18, small_stride2      64     32   4096     397 MB   554 MB    0.72
-    resnet18, small_stride2      64    128   4096    1029 MB  1621 MB    0.63
-    resnet18, small              32    128   4096    1022 MB  1628 MB    0.63
-    resnet50, imagenet           64     32  65536     777 MB   956 MB    0.81
-    resnet50, imagenet          128     32   4096    1630 MB  2064 MB    0.79
+    network, stem             image  batch      K   estimate      XLA   ratio   with oneDNN
+    resnet8, small_stride2       32     64   2048      18 MB    30 MB    0.59          0.69
+    resnet8, small_stride2       32    512   2048     123 MB   212 MB    0.58          0.68
+    resnet18, small_stride2      64     32   4096     397 MB   555 MB    0.72          0.94
+    resnet18, small_stride2      64    128   4096    1029 MB  1626 MB    0.63          0.83
+    resnet18, small              32    128   4096    1022 MB  1629 MB    0.63          0.83
+    resnet50, imagenet           64     32  65536     777 MB   908 MB    0.86          0.87
+    resnet50, imagenet          128     32   4096    1630 MB  2023 MB    0.81          0.82
+    resnext50_32x4d, imagenet    64     32   4096     833 MB   906 MB    0.92          0.94
 
 (In float64 with more than 64 channels, where kernel gradients need no shifted copies, the ratio is 0.8 to 0.9.)
-On an accelerator XLA recomputes values that would not fit, so the estimate counts fewer there (`_HELD`): 1.7 GiB a chip
-for the recipe for 64 TPU chips, where the compiler plans 4.2 (docs/pods.md).
+On an accelerator XLA recomputes values that would not fit, so the estimate counts fewer there (`_HELD_ELSEWHERE`): 1.7
+GiB a chip for the recipe for 64 TPU chips, where the compiler plans 4.2 (docs/pods.md).
 """
 
 import functools
@@ -36,8 +37,9 @@ from ifm_jax.errors import UsageError
 from ifm_jax.models import Encoder
 
 # The least share of the convolutions' inputs and outputs that a step holds. The CPU compiler keeps all of them, and as
-# much again of the values between; an accelerator's may keep one of the two and recompute the other.
-_HELD = {"cpu": 1.4}
+# much again of the values between, fewer with oneDNN, which needs no shifted copies; an accelerator's may keep one of
+# the two and recompute the other.
+_HELD_ON_CPU = {"xla": 1.4, "onednn": 1.2}
 _HELD_ELSEWHERE = 0.5
 # The table of learning rates while it is computed: a few float64 arrays with one number per step.
 _RATES_BYTES = 48
@@ -139,7 +141,9 @@ def estimate(config: Config, mesh: jax.sharding.Mesh, held: float | None = None)
     )
     # The network, its gradient, and the method's memory.
     state = 2 * _bytes(params) + _bytes(batch_stats) + _bytes(opt_state) + sum(carried)
-    held = _HELD.get(mesh.devices.flat[0].platform, _HELD_ELSEWHERE) if held is None else held
+    if held is None:
+        cpu = mesh.devices.flat[0].platform == "cpu"
+        held = _HELD_ON_CPU[config.model.cpu_convolutions] if cpu else _HELD_ELSEWHERE
     images = held * _bytes_per_image(encoder, config.data.image_size) * (config.batch_size // mesh.size)
     images *= method.trained_views
     return state, int(images)

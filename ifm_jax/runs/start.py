@@ -27,7 +27,7 @@ from ifm_jax.data import Source, open_source, steps_per_epoch
 from ifm_jax.errors import UsageError
 from ifm_jax.methods import METHODS, Method
 from ifm_jax.methods.method import Tree
-from ifm_jax.models import only_head, without_head
+from ifm_jax.models import onednn, only_head, without_head
 from ifm_jax.pretrain import DeviceState, HostState, placements
 from ifm_jax.runs import checkpoint, loading, memory, snapshot
 from ifm_jax.runs.hosts import together
@@ -131,6 +131,7 @@ def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Co
     config = assembly.resolve(config, known)
     assembly.configure_jax(config.model.compute_dtype)
     assembly.make_augmentation(config)
+    _check_convolutions(config, mesh)
     memory.check(config, mesh)
     # Open the images before the workdir: a workdir created for a wrong image folder would reject the right one.
     source = open_source(config.data, "train")
@@ -144,6 +145,27 @@ def _open(config: Config, workdir: Workdir, mesh: jax.sharding.Mesh) -> tuple[Co
             "resume: expected a complete one (query and key encoder, queue); init_from accepts an incomplete one"
         )
     return config, source
+
+
+def _check_convolutions(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Checks that oneDNN can be used, if the config asks for it; on accelerators it changes nothing.
+
+    Raises:
+      UsageError: if it cannot be used.
+    """
+    if config.model.cpu_convolutions != "onednn" or mesh.devices.flat[0].platform != "cpu":
+        return
+    wrong = ""
+    if mesh.size > 1:
+        wrong = f"oneDNN computes on one device, and there are {mesh.size}"
+    elif config.model.compute_dtype not in onednn.DTYPES:
+        wrong = f"oneDNN has no {config.model.compute_dtype} convolutions"
+    try:
+        onednn.require()
+    except onednn.UnavailableError as error:
+        wrong = wrong or str(error)
+    if wrong:
+        raise UsageError(f"model.cpu_convolutions='onednn': {wrong}; or use model.cpu_convolutions=xla")
 
 
 def _check_queue(config: Config, images: int) -> None:
