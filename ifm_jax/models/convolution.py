@@ -6,12 +6,13 @@ one, and the kernel gradient of the 7x7 stem: a ResNet-18 on images of 64 px spe
 such a convolution is a sum of matrix products, one for each tap of the kernel (one of its k_h * k_w positions), only
 over the output positions for which the tap lies within the map. On small maps that is also less work, since nothing is
 multiplied with padding. The gradient of most kernels is one matrix product of shifted copies, which suits XLA better
-than a convolution whose window is a whole map. docs/benchmarks.md has the figures.
+than a convolution whose window is a whole map. A 1x1 kernel is one product, and the many small groups of a ResNeXt are
+computed some at a time. docs/benchmarks.md has the figures.
 
 The form of each of the three computations (the convolution and its two gradients) depends on its shape, as measured,
 and on the platform for which the program is *compiled*: except on CPUs it is XLA's convolution, forward and backward.
 
-With oneDNN (`onednn`) most convolutions take half to a third of the time; the maps of up to 2x2 stay matrix products.
+With oneDNN (`onednn`) most convolutions take half to three quarters of the time; small maps stay matrix products.
 """
 
 import functools
@@ -89,8 +90,6 @@ def _is_plain(options: dict[str, Any]) -> bool:
 
 
 _Saved = tuple[jax.Array, jax.Array]  # input and kernel
-
-
 _Form = Literal["convolution", "onednn", "taps", "rows", "shifts", "blocks"]
 
 

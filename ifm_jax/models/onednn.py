@@ -255,7 +255,7 @@ _lock = threading.Lock()
 
 
 class _Convolution:
-    """A convolution, prepared."""
+    """A convolution, prepared: the library's computation, and a copy of the kernel between its order and ours."""
 
     def __init__(self, library: _Library, problem: Problem):
         """Prepares it.
@@ -266,44 +266,34 @@ class _Convolution:
         self._library = library
         dtype, of_kernel = DTYPES[problem.dtype], problem.computation == "kernel_gradient"
         x, y = _describe_images(library, problem.x, dtype), _describe_images(library, problem.output, dtype)
-        sizes, steps = _order_kernel(problem.kernel, problem.groups)
-        given = library.make("memory_desc_create_with_strides", len(sizes), _Sizes(*sizes), dtype, _Sizes(*steps))
-        free = library.make("memory_desc_create_with_tag", len(sizes), _Sizes(*sizes), dtype, _ANY_LAYOUT)
+        given, free = _describe_kernel(library, problem.kernel, problem.groups, dtype)
         description, roles = _describe(library, problem, x, free, y)
-        self._primitive = library.make("primitive_create", description)
-
         query = functools.partial(library.functions.dnnl_primitive_desc_query_md, description)
         preferred = _Handle(query(_QUERY_KERNEL_GRADIENT if of_kernel else _QUERY_KERNEL, 0))
         scratchpad = _Handle(query(_QUERY_SCRATCHPAD, 0))
-        self._sizes = [library.functions.dnnl_memory_desc_get_size(of) for of in (preferred, scratchpad)]
 
-        def hold(description: _Handle) -> _Handle:
-            return library.make("memory_create", description, library.engine, _Handle())
-
-        images, kernel, result, self._ordered, self._scratchpad = map(hold, (x, given, y, preferred, scratchpad))
-        parts = zip((*roles, _SCRATCHPAD), (images, self._ordered, result, self._scratchpad), strict=True)
-        self._arguments = _arguments(parts)
+        x, y, kernel, ordered, scratch = (
+            library.make("memory_create", of, library.engine, _Handle()) for of in (x, y, given, preferred, scratchpad)
+        )
+        compute = library.make("primitive_create", description)
+        arguments = _arguments((*zip(roles, (x, ordered, y), strict=True), (_SCRATCHPAD, scratch)))
+        if of_kernel:
+            self._steps = [(compute, arguments), _copy(library, (preferred, ordered), (given, kernel))]
+        else:
+            self._steps = [_copy(library, (given, kernel), (preferred, ordered)), (compute, arguments)]
         # As `compute` orders operands and result.
         self._given = {
-            "output": (images, kernel, result),
-            "input_gradient": (result, kernel, images),
-            "kernel_gradient": (result, images, kernel),
+            "output": (x, kernel, y),
+            "input_gradient": (y, kernel, x),
+            "kernel_gradient": (y, x, kernel),
         }[problem.computation]
-        from_to = (self._ordered, kernel) if of_kernel else (kernel, self._ordered)
-        layouts = (preferred, given) if of_kernel else (given, preferred)
-        copy = library.make(
-            *("reorder_primitive_desc_create", layouts[0], library.engine, layouts[1], library.engine, None)
-        )
-        steps = [
-            (self._primitive, self._arguments),
-            (library.make("primitive_create", copy), _arguments(zip((_X, _RESULT), from_to, strict=True))),
-        ]
-        self._steps = steps if of_kernel else steps[::-1]
+        self._own = (ordered, scratch)
+        self._own_sizes = [library.functions.dnnl_memory_desc_get_size(of) for of in (preferred, scratchpad)]
 
     def __call__(self, addresses: Sequence[int]) -> None:
         """Computes, with operands and result at these addresses; not in two threads at once."""
-        places = zip((*self._given, self._ordered, self._scratchpad), (*addresses, *_reserve(self._sizes)), strict=True)
-        for memory, address in places:
+        places = (*addresses, *_reserve(self._own_sizes))
+        for memory, address in zip((*self._given, *self._own), places, strict=True):
             self._library.do("memory_set_data_handle", memory, address)
         for primitive, arguments in self._steps:
             self._library.run(primitive, arguments)
@@ -345,15 +335,31 @@ def _describe(
 def _describe_images(library: _Library, shape: Sequence[int], dtype: int) -> _Handle:
     """Describes an array `(N, H, W, C)` to the library, which names the axes in the order N, C, H, W."""
     n, h, w, c = shape
-    sizes, steps = (n, c, h, w), (h * w * c, 1, w * c, c)
-    return library.make("memory_desc_create_with_strides", 4, _Sizes(*sizes), dtype, _Sizes(*steps))
+    sizes, strides = (n, c, h, w), (h * w * c, 1, w * c, c)
+    return library.make("memory_desc_create_with_strides", 4, _Sizes(*sizes), dtype, _Sizes(*strides))
 
 
-def _order_kernel(shape: Sequence[int], groups: int) -> tuple[list[int], list[int]]:
-    """Returns sizes and strides of a kernel `(k_h, k_w, in, out)` in the library's order: groups, out, in, k_h, k_w."""
+def _describe_kernel(library: _Library, shape: Sequence[int], groups: int, dtype: int) -> tuple[_Handle, _Handle]:
+    """Describes a kernel `(k_h, k_w, in, out)` as it is, and in the order that the library will choose.
+
+    Its axes are to the library: groups if there are some, out, in, k_h, k_w.
+    """
     h, w, c_in, c_out = shape
-    sizes, steps = [c_out // groups, c_in, h, w], [1, c_out, w * c_in * c_out, c_in * c_out]
-    return ([groups, *sizes], [c_out // groups, *steps]) if groups > 1 else (sizes, steps)
+    sizes, strides = [c_out // groups, c_in, h, w], [1, c_out, w * c_in * c_out, c_in * c_out]
+    if groups > 1:
+        sizes, strides = [groups, *sizes], [c_out // groups, *strides]
+    axes, of_sizes = len(sizes), _Sizes(*sizes)
+    given = library.make("memory_desc_create_with_strides", axes, of_sizes, dtype, _Sizes(*strides))
+    return given, library.make("memory_desc_create_with_tag", axes, of_sizes, dtype, _ANY_LAYOUT)
+
+
+def _copy(
+    library: _Library, source: tuple[_Handle, _Handle], target: tuple[_Handle, _Handle]
+) -> "tuple[_Handle, ctypes.Array[_Argument]]":
+    """Returns the copy of an array into another order, and its arguments; each array: description and memory."""
+    (here, array), (there, copy) = source, target
+    description = library.make(*("reorder_primitive_desc_create", here, library.engine, there, library.engine, None))
+    return library.make("primitive_create", description), _arguments(((_X, array), (_RESULT, copy)))
 
 
 def _arguments(parts: Iterable[tuple[int, _Handle]]) -> "ctypes.Array[_Argument]":
