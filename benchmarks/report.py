@@ -176,6 +176,8 @@ def _train_step(made: dict) -> str:
         "images/s over PyTorch as published": ("vs_torch_original", _as(".2f")),
         "over PyTorch in bfloat16": ("vs_torch_best", _as(".2f")),
         "over the faster of the two here": ("fastest", _as(".2f")),
+        "with oneDNN, over PyTorch as published": ("onednn_vs_torch_original", _as(".2f")),
+        "with oneDNN, over PyTorch in bfloat16": ("onednn_vs_torch_best", _as(".2f")),
     }
     if cases:
         text += "\n" + table(cases, columns)

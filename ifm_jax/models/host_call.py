@@ -12,6 +12,7 @@ import ctypes
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -122,7 +123,7 @@ class _Frame(ctypes.Structure):
 
 
 _Handler = ctypes.CFUNCTYPE(Pointer, ctypes.POINTER(_Frame))
-_registered: list[ctypes._CFuncPtr] = []  # XLA keeps only their addresses
+_registered: list[Any] = []  # XLA keeps only their addresses
 _last_call = float("-inf")
 
 
@@ -138,8 +139,8 @@ def register(name: str, function: Function) -> None:
       jax.errors.JaxRuntimeError: if this jaxlib has another interface.
     """
 
-    def handle(frame: "ctypes._Pointer[_Frame]") -> int | None:
-        called = frame.contents
+    def handle(frame: Any) -> int | None:
+        called: _Frame = frame.contents
         if called.extension and called.extension.contents.type == _METADATA:
             return _declare_version(called)
         if called.stage != _EXECUTE:
