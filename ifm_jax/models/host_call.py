@@ -130,6 +130,10 @@ _last_call = float("-inf")
 def register(name: str, function: Function) -> None:
     """Registers a function under a name for `call`, for the life of the process.
 
+    JAX runs a program in a thread of its own, where Ctrl-C does not reach the function. It runs a program of next to no
+    operations, or any with jax_cpu_enable_async_dispatch=False, in the thread that starts it: if that is the main one,
+    Ctrl-C may end the function before it has filled the result.
+
     Args:
       name: unique name; it becomes part of compiled programs, and of those in the compilation cache.
       function: is called with the key of the call and the addresses of the operands and of the result; from any thread,
