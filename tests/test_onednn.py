@@ -152,6 +152,15 @@ def test_a_library_that_is_not_there_is_told_with_the_remedy(tmp_path):
     assert 'pip install "ifm_jax[onednn]"' in ended.stderr
 
 
+def test_a_missing_openmp_is_told_apart(monkeypatch):
+    def fail(path):
+        raise OSError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(onednn._Library, "open", fail)
+    with pytest.raises(onednn.UnavailableError, match=r"cannot be loaded \(libgomp.*\): install libgomp1"):
+        onednn._load.__wrapped__()
+
+
 def test_python_ends_while_a_program_runs():
     """An ending Python takes no more calls, and JAX would wait for the program for ever."""
     ended = run_python(
