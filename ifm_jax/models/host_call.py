@@ -9,6 +9,7 @@ when a function is registered: an interface that this file does not know ends in
 import atexit
 import contextlib
 import ctypes
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -124,7 +125,8 @@ class _Frame(ctypes.Structure):
 
 _Handler = ctypes.CFUNCTYPE(Pointer, ctypes.POINTER(_Frame))
 _registered: list[Any] = []  # XLA keeps only their addresses
-_last_call = float("-inf")
+_running: set[int] = set()  # threads within a call
+_last_call = float("-inf")  # its end
 
 
 def register(name: str, function: Function) -> None:
@@ -150,7 +152,7 @@ def register(name: str, function: Function) -> None:
         if called.stage != _EXECUTE:
             return None
         global _last_call
-        _last_call = time.monotonic()
+        _running.add(threading.get_ident())
         try:
             array = called.attributes.values[0].contents
             key = tuple((ctypes.c_int64 * array.size).from_address(array.data))
@@ -161,6 +163,9 @@ def register(name: str, function: Function) -> None:
             message = f"{name}: {traceback.format_exc()}".encode()
             error = _Error(ctypes.sizeof(_Error), None, message, _INTERNAL)
             return called.interface.contents.create_error(ctypes.byref(error))
+        finally:
+            _last_call = time.monotonic()
+            _running.discard(threading.get_ident())
         return None
 
     # Registered before JAX has its CPU, a function is checked only then, and its error would be that of the CPU.
@@ -191,10 +196,13 @@ def _wait_for_programs() -> None:
 
     A Python that is ending takes no more calls: the thread of a program would end, and JAX would wait for it forever.
     """
+    with contextlib.suppress(RuntimeError):
+        for device in jax.local_devices(backend="cpu"):  # programs that one thread starts run one after the other
+            jax.block_until_ready(jax.device_put(np.zeros(1, np.float32), device) + 1)
     for array in jax.live_arrays():
         with contextlib.suppress(RuntimeError):  # given away, or of a program that failed
             array.block_until_ready()
-    while time.monotonic() < _last_call + _QUIET:  # a program whose results nobody holds
+    while _running or time.monotonic() < _last_call + _QUIET:  # of another thread, which holds no result
         time.sleep(_QUIET / 4)
 
 
