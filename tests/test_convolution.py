@@ -125,7 +125,7 @@ def test_each_device_convolves_its_own_images(shape):
         assert exchange not in program
 
 
-@pytest.mark.parametrize("shape", [SHAPES[8], SHAPES[9], SHAPES[10]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[i] for i in (8, 9, 10, 17, 18)], ids=str)
 def test_axes_are_in_the_order_of_the_library(shape):
     """XLA reorders the axes of a gradient only outside of loops; in another order it is computed by a plain loop."""
     (x, kernel, gradient), options = arguments(shape, jnp.float32)

@@ -125,12 +125,12 @@ def test_what_it_cannot_do_is_said_before_the_start(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def run_python(code, **environment):
+def run_python(code):
     root = pathlib.Path(__file__).parents[1]
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         cwd=root,
-        env={"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)} | environment,
+        env={"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -28,10 +28,14 @@ Pointer = ctypes.c_void_p
 Function = Callable[[tuple[int, ...], list[int]], None]
 
 
-class _Version(ctypes.Structure):
+class _Structure(ctypes.Structure):
+    """What most structures of the interface begin with; the fields of the others follow."""
+
+    _fields_ = (("struct_size", ctypes.c_size_t), ("extension", Pointer))
+
+
+class _Version(_Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("extension", Pointer),
         ("major", ctypes.c_int),
         ("minor", ctypes.c_int),
     )
@@ -55,10 +59,8 @@ class _Extension(ctypes.Structure):
     )
 
 
-class _Buffer(ctypes.Structure):
+class _Buffer(_Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("extension", Pointer),
         ("dtype", ctypes.c_int),
         ("data", Pointer),
         ("rank", ctypes.c_int64),
@@ -66,10 +68,8 @@ class _Buffer(ctypes.Structure):
     )
 
 
-class _Buffers(ctypes.Structure):
+class _Buffers(_Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("extension", Pointer),
         ("count", ctypes.c_int64),
         ("types", Pointer),
         ("buffers", ctypes.POINTER(ctypes.POINTER(_Buffer))),
@@ -80,10 +80,8 @@ class _Array(ctypes.Structure):
     _fields_ = (("dtype", ctypes.c_int), ("size", ctypes.c_size_t), ("data", Pointer))
 
 
-class _Attributes(ctypes.Structure):
+class _Attributes(_Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("extension", Pointer),
         ("count", ctypes.c_int64),
         ("types", Pointer),
         ("names", Pointer),
@@ -91,19 +89,15 @@ class _Attributes(ctypes.Structure):
     )
 
 
-class _Error(ctypes.Structure):
+class _Error(_Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("extension", Pointer),
         ("message", ctypes.c_char_p),
         ("code", ctypes.c_int),
     )
 
 
-class _Interface(ctypes.Structure):
+class _Interface(_Structure):
     _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        ("extension", Pointer),
         ("version", _Version),
         ("internal", Pointer),
         ("create_error", ctypes.CFUNCTYPE(Pointer, ctypes.POINTER(_Error))),
